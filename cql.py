@@ -39,7 +39,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple, Optional, Tuple, Union
+from typing import Callable, Dict, List, NamedTuple, Optional, Tuple, Union, get_args
 
 import gymnasium as gym
 import h5py
@@ -88,16 +88,13 @@ class TrainConfig:
     backup_entropy: bool = False  # Subtract alpha * log pi in the TD target
     policy_lr: float = 3e-5  # Learning rate of policy and temperature
     qf_lr: float = 3e-4  # Learning rate of critics and Lagrange multiplier
-    soft_target_update_rate: float = (
-        5e-3  # Step of the target critics towards the critics
-    )
+    soft_target_update_rate: float = 5e-3  # Step of target critics to the critics
     target_update_period: int = 1  # Updates between target steps
     cql_n_actions: int = 10  # Actions a proposal; 3 x this enter the penalty
     cql_importance_sample: bool = True  # Divide each proposal by its density
     cql_lagrange: bool = False  # Learn the penalty weight towards the target gap
-    cql_target_action_gap: Union[
-        float, List[float]
-    ] = -1.0  # Gap that Lagrange aims at [list]
+    # Gap that cql_lagrange aims at [list]
+    cql_target_action_gap: Union[float, List[float]] = -1.0
     cql_temp: Union[float, List[float]] = 1.0  # Softmax temperature [list]
     cql_alpha: Union[float, List[float]] = 10.0  # Penalty, twice the paper's [list]
     cql_max_target_backup: bool = False  # TD target takes the best of K actions
@@ -123,9 +120,7 @@ class TrainConfig:
     is_sparse_reward: bool = False  # Cal-QL: return-to-go of a failed episode
     # Ours, not CORL's:
     log_freq: int = 1000  # Updates between rows of metrics.csv
-    eval_env: Optional[str] = (
-        None  # Environment to evaluate in, if not the dataset's own
-    )
+    eval_env: Optional[str] = None  # Environment to evaluate in; null: the dataset's
     resume: Optional[str] = None  # Run directory to continue, or to start in if empty
     hidden_dim: int = 256  # Width of every hidden layer
     n_critics: int = 2  # Critics; targets take their minimum
@@ -243,7 +238,7 @@ def read_command_line(argv: List[str]) -> dict:
     path = raw.pop("config_path", None)
     values = {} if path is None else read_config_file(path)
     for name, text in raw.items():
-        null = text in ("null", "~") and "None" in str(FIELDS[name].type)
+        null = text in ("null", "~") and type(None) in get_args(FIELDS[name].type)
         textual = "str" in str(FIELDS[name].type) and not text.startswith("[")
         value = None if null else text  # a name stays as typed: 007 is "007"
         values[name] = decoded(name, value, f"--{name}", parse=not (textual or null))
@@ -430,6 +425,8 @@ def read_task(directory: Path) -> Tuple[Task, int]:
     """The task and number of episodes from a Minari dataset's metadata.json. That is
     data: without recorded spaces Minari would make the recorded environment, with its
     entry point, to learn them, so such a dataset is refused. Raises UserError."""
+    if not (directory / "metadata.json").is_file():
+        raise UserError("holds no Minari dataset: no metadata.json")
     try:
         metadata = json.loads((directory / "metadata.json").read_text())
         if metadata.get("data_format", "hdf5") != "hdf5":
@@ -496,7 +493,8 @@ def d4rl_episodes(path: Path):
         cut = following is None and not terminals[last]
         kept = slice(first, last + (not cut))
         end = (observations if following is None else following)[last : last + 1]
-        parts = (data["actions"][kept], data["rewards"][kept].ravel(), terminals[kept])
+        actions = data["actions"][kept].reshape(kept.stop - first, -1)
+        parts = (actions, data["rewards"][kept].ravel(), terminals[kept])
         stored = np.concatenate([observations[kept], end])
         yield Episode(stored, *parts, bool(done[last]))
         first = last + 1
@@ -516,7 +514,7 @@ def read_episodes(name: str) -> Tuple[List[Episode], Task]:
             episodes = list(minari_episodes(path, task, n_episodes))
         else:
             episodes = list(d4rl_episodes(path))
-            dims = [np.shape(array)[1] for array in episodes[0][:2]]
+            dims = [np.shape(array)[1] for array in (episodes or [()])[0][:2]] or [1, 1]
             space = gym.spaces.Box(-np.inf, np.inf, dims[:1], np.float32)
             env = D4RL_ENVIRONMENTS.get(re.split("[-_]", path.stem)[0], (None, {}))
             bounds = [-1.0] * dims[1], [1.0] * dims[1]
@@ -525,7 +523,10 @@ def read_episodes(name: str) -> Tuple[List[Episode], Task]:
         raise UserError(f"--env {name}: {error}") from None
     except Exception as error:
         raise UserError(f"--env {name}: damaged or foreign: {brief(error)}") from None
-    return [episode for episode in episodes if len(episode.rewards)], task
+    episodes = [episode for episode in episodes if len(episode.rewards)]
+    if not episodes:
+        raise UserError(f"--env {name}: no episodes")
+    return episodes, task
 
 
 def minari_directory(name: str) -> Path:
@@ -732,19 +733,17 @@ class EnsembleMLP(nn.Module):
                     elif last:
                         nn.init.xavier_uniform_(w, 1e-2, generator)
                     else:  # nn.Linear's own default
+                        bound = n_in**-0.5
                         for tensor in (w, b):
-                            tensor.uniform_(
-                                -(n_in**-0.5), n_in**-0.5, generator=generator
-                            )
+                            tensor.uniform_(-bound, bound, generator=generator)
 
 
 class Policy(EnsembleMLP):
     """Tanh-squashed Gaussian, three hidden layers: [R, B, O] -> mean and log std."""
 
     def __init__(self, config: TrainConfig, n_runs: int, obs_dim: int, action_dim: int):
-        super().__init__(
-            (n_runs,), [obs_dim] + [config.hidden_dim] * 3 + [2 * action_dim]
-        )
+        hidden = [config.hidden_dim] * 3
+        super().__init__((n_runs,), [obs_dim, *hidden, 2 * action_dim])
         multiplier = torch.full((n_runs, 1, 1), config.policy_log_std_multiplier)
         self.log_std_multiplier = nn.Parameter(multiplier)
         self.log_std_offset = nn.Parameter(torch.full((n_runs, 1, 1), -1.0))  # as CORL
@@ -830,9 +829,9 @@ class Noise(NamedTuple):
 class Samples(NamedTuple):
     """Actions of one update and their log densities."""
 
+    policy: Tuple[Tensor, Tensor]  # mean and log std at s, [R, B, A], with graph
     actions: Tensor  # [R, B, 1, A] from pi(.|s), with graph
     log_pi: Tensor  # [R, B] with graph
-    log_pi_data: Tensor  # [R, B] of the data's actions, with graph
     target_actions: Tensor  # [R, B, T, A] from pi(.|s')
     target_log_pi: Tensor  # [R, B, T]
     proposals: Tensor  # [R, B, 3K, A]: uniform, pi(.|s), pi(.|s')
@@ -859,9 +858,9 @@ def sample_actions(policy: Policy, batch: Batch, noise: Noise) -> Samples:
         following, next_log_pi = squash(mean[:, B:], log_std[:, B:], noise.next_normals)
         uniform_log_mu = torch.full_like(current_log_pi, -A * math.log(2))
     return Samples(
+        here,
         actions,
         log_pi.squeeze(2),
-        data_log_prob(*here, batch.actions),
         following[:, :, :T],
         next_log_pi[:, :, :T],
         torch.cat([noise.uniforms, current, following[:, :, T:]], 2),
@@ -883,11 +882,11 @@ def actor_loss(critic: Critic, batch: Batch, samples: Samples, alpha: Tensor):
     return loss, {"policy_loss": loss, "log_pi": samples.log_pi.mean(1)}
 
 
-def cloning_loss(samples: Samples, alpha: Tensor):
+def cloning_loss(batch: Batch, samples: Samples, alpha: Tensor):
     """Behaviour cloning with entropy, for the first bc_steps updates (CQL's code)."""
-    log_pi, log_pi_data = samples.log_pi, samples.log_pi_data
-    loss = (alpha.unsqueeze(1) * log_pi - log_pi_data).mean(1)
-    return loss, {"policy_loss": loss, "log_pi": log_pi.mean(1)}
+    log_pi_data = data_log_prob(*samples.policy, batch.actions)  # [R, B]
+    loss = (alpha.unsqueeze(1) * samples.log_pi - log_pi_data).mean(1)
+    return loss, {"policy_loss": loss, "log_pi": samples.log_pi.mean(1)}
 
 
 @torch.no_grad()
@@ -920,9 +919,9 @@ def conservative_gap(q, log_mu, q_data, temperature, config) -> Tensor:
 
 
 def critic_loss(critic: Critic, batch, samples, target, log_alpha_prime, sweep, config):
-    """TD error and weighted gap, CQL eq. 4 times 2 (so cql_alpha is twice its alpha).
-
-    target [R, B]. Returns loss [R], the multiplier's loss [R] and metrics."""
+    """TD error and weighted gap: CQL eq. 4 times 2, so cql_alpha is twice its alpha.
+    With cql_lagrange (appendix F) also the loss of log alpha', whose alpha' grows while
+    the gap exceeds its target. target [R, B], log_alpha_prime [R]."""
     K = samples.proposals.shape[2] // 3
     actions = torch.cat([batch.actions.unsqueeze(2), samples.proposals], 2)
     q = critic(batch.observations, actions)  # [R, N, B, 1 + 3K]
@@ -931,17 +930,16 @@ def critic_loss(critic: Critic, batch, samples, target, log_alpha_prime, sweep, 
     gap = conservative_gap(q_proposals, log_mu, q_data, sweep.cql_temp, config).mean(-1)
     td = (q_data - target.unsqueeze(1)).square().mean(-1)  # [R, N]
     weight = sweep.cql_alpha.unsqueeze(1)  # [R, 1]
-    excess, multiplier, multiplier_loss = gap, gap.new_zeros(len(gap)), None
-    if config.cql_lagrange:  # CQL eq. 30; alpha' grows while the gap exceeds its target
+    excess, multiplier = gap, gap.new_zeros(len(gap))
+    multiplier_loss = multiplier
+    if config.cql_lagrange:
         multiplier = log_alpha_prime.exp().clamp(0.0, 1e6)  # [R]
         excess = gap - sweep.cql_target_action_gap.unsqueeze(1)
         multiplier_loss = -(multiplier.unsqueeze(1) * weight * excess.detach()).mean(1)
         weight = weight * multiplier.detach().unsqueeze(1)
     penalty = weight * excess
-    loss = (td + penalty).sum(1)
-    uniform, current, following = (
-        part.mean((-1, -2)) for part in q_proposals.split(K, -1)
-    )
+    q_mean = q_proposals.mean(2).unflatten(-1, (3, K)).mean(-1)  # [R, N, 3]
+    uniform, current, following = q_mean.unbind(-1)
     metrics = {
         "qf{j}_loss": td,
         "average_qf{j}": q_data.mean(-1),
@@ -952,11 +950,9 @@ def critic_loss(critic: Critic, batch, samples, target, log_alpha_prime, sweep, 
         "cql_qf{j}_diff": gap,
         "cql_min_qf{j}_loss": penalty,
         "alpha_prime": multiplier,
-        "alpha_prime_loss": gap.new_zeros(len(gap)),
+        "alpha_prime_loss": multiplier_loss,
     }
-    if multiplier_loss is None:
-        return loss, metrics
-    return loss + multiplier_loss, {**metrics, "alpha_prime_loss": multiplier_loss}
+    return (td + penalty).sum(1) + multiplier_loss, metrics
 
 
 # ======================================================================================
@@ -1077,7 +1073,7 @@ class ContinuousCQL(nn.Module):
             log_pi, target_entropy = samples.log_pi, -self.action_dim
             total, metrics = temperature_loss(self.log_alpha, log_pi, target_entropy)
         if self.step < config.bc_steps:
-            loss, more = cloning_loss(samples, alpha)
+            loss, more = cloning_loss(batch, samples, alpha)
         else:
             loss, more = actor_loss(self.critic, batch, samples, alpha)
         total, metrics = total + loss, {"alpha": alpha, **metrics, **more}
@@ -1194,9 +1190,9 @@ class Evaluator:
             [low, high], [task.action_low, task.action_high]
         ):
             raise UserError(
-                f"environment {self.name}: {env.observation_space}, {env.action_space} "
-                f"do not match the data, {task.observation_dim} observations, actions in "
-                f"{[task.action_low, task.action_high]}"
+                f"environment {self.name}: {env.observation_space}, {env.action_space}"
+                f" do not match the data's {task.observation_dim} observations and "
+                f"actions in {[task.action_low, task.action_high]}"
             )
         # Without a time limit an episode might never end: the data's longest is one.
         endless = env.spec is None or env.spec.max_episode_steps is None

@@ -1,0 +1,242 @@
+"""Updates per second of cql.py beside another implementation of CQL, at the same sizes.
+
+    python benchmarks/speed.py --peer-python PATH/TO/ITS/bin/python --peer d3rlpy
+    python benchmarks/speed.py --peer-python ... --cases hopper hopper-loading
+
+Each side has an interpreter and a process of its own and random data in memory; in a
+`-loading` case it also draws its batches from a dataset by its own means. They take
+turns (A B A B ...), the idle one stopped, so that a slow spell hits both; the result is
+the median of the rounds' ratios.
+
+d3rlpy 2.8.1 is set to the same sizes, Adam, learning rates, K, importance sampling and
+penalty weight, without Lagrange (alpha_learning_rate 0) and entropy in the target; on a
+GPU with compile_graph, its fastest mode. What its API has no switch for: its TD target
+takes the policy's mode, where cql.py samples an action. Its critics step before its
+actor, so the policy runs at s twice more. The proposals go through its critics in three
+calls, the data's actions in two; in cql.py all in one. Its actor's step also computes
+gradients of the critics and drops them. Its policy lacks the two scalars on log_std, its
+weights start as torch's default. It reads each loss back to the host. It has no stacked
+runs: with n_runs > 1 that many agents are updated in turn.
+"""
+
+import argparse
+import csv
+import dataclasses
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+WEIGHT, POLICY_LR, CRITIC_LR = 10.0, 3e-5, 3e-4
+POOL, STORED, WARMUP = 16, 100_000, 20  # prepared batches; transitions; updates, twice
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Sizes of one comparison, and flags for cql.py alone."""
+
+    observation_dim: int = 11
+    action_dim: int = 3
+    n_runs: int = 1
+    n_actions: int = 10  # K
+    batch_size: int = 256
+    hidden: tuple = (256, 256, 256)
+    n_critics: int = 2
+    loading: bool = False
+    flags: dict = dataclasses.field(default_factory=dict)
+
+
+CASES = {
+    "hopper": Case(),
+    "hopper-loading": Case(loading=True),
+    "hopper-4-runs": Case(n_runs=4),
+    "hopper-K4": Case(n_actions=4),
+    "ant": Case(observation_dim=111, action_dim=8),
+}
+
+
+def random_data(case: Case, *shape: int) -> dict:
+    """float32 transitions of the leading shape, under D4RL's names."""
+    rng = np.random.default_rng(0)
+    states = rng.standard_normal((2, *shape, case.observation_dim), np.float32)
+    actions = rng.uniform(-1, 1, (*shape, case.action_dim)).astype(np.float32)
+    rewards = rng.standard_normal(shape, np.float32)
+    ends = (np.arange(rewards.size) % 1000 == 999).reshape(shape).astype(np.float32)
+    names = "observations actions rewards next_observations terminals".split()
+    return dict(zip(names, (states[0], actions, rewards, states[1], ends)))
+
+
+# A peer takes a case and a device. It returns its version, the number of parameters that
+# it trains, and the function to time, which makes one update of every run.
+
+
+def cql_py(case: Case, device: str):
+    sys.path.insert(0, str(ROOT))
+    import h5py
+    import torch
+
+    import cql
+
+    config = cql.TrainConfig(
+        seed=list(range(case.n_runs)), batch_size=case.batch_size, cql_alpha=WEIGHT,
+        hidden_dim=case.hidden[0], q_n_hidden_layers=len(case.hidden),
+        cql_n_actions=case.n_actions, n_critics=case.n_critics, policy_lr=POLICY_LR,
+        qf_lr=CRITIC_LR, **case.flags,
+    )  # fmt: skip
+    agent = cql.ContinuousCQL(config, case.observation_dim, case.action_dim, device)
+    size = sum(p.numel() for g in agent.optimizer.param_groups for p in g["params"])
+    if not case.loading:
+        arrays = random_data(case, POOL, case.n_runs, case.batch_size).values()
+        parts = zip(*(torch.from_numpy(array).to(device) for array in arrays))
+        batches = itertools.cycle([cql.Batch(*part) for part in parts])
+        return torch.__version__, size, lambda: agent.update(next(batches))
+    with tempfile.TemporaryDirectory() as directory:
+        config.env = f"{directory}/random.hdf5"
+        with h5py.File(config.env, "w") as file:
+            file.update(random_data(case, STORED))
+        data = cql.Dataset(config, device)
+    draw = (len(data), case.batch_size)
+    step = lambda: agent.update(data.gather(agent.sample_indices(*draw)))  # noqa: E731
+    return torch.__version__, size, step
+
+
+def d3rlpy(case: Case, device: str):
+    import d3rlpy
+    import torch
+
+    encoder = d3rlpy.models.VectorEncoderFactory
+    config = d3rlpy.algos.CQLConfig(
+        batch_size=case.batch_size, n_critics=case.n_critics, conservative_weight=WEIGHT,
+        n_action_samples=case.n_actions, alpha_learning_rate=0.0, soft_q_backup=False,
+        actor_learning_rate=POLICY_LR, temp_learning_rate=POLICY_LR,
+        critic_learning_rate=CRITIC_LR, critic_encoder_factory=encoder([*case.hidden]),
+        actor_encoder_factory=encoder([case.hidden[0]] * 3),
+        compile_graph=device.startswith("cuda"),
+    )  # fmt: skip
+    agents = [config.create(device=device) for _ in range(case.n_runs)]
+    for agent in agents:
+        agent.create_impl((case.observation_dim,), case.action_dim)
+    nets = [(a.impl.policy, a.impl.q_function, a.impl.modules.log_temp) for a in agents]
+    size = sum(p.numel() for net in itertools.chain(*nets) for p in net.parameters())
+    if case.loading:
+        data = random_data(case, STORED)
+        del data["next_observations"]  # found by index, as in cql.py
+        dataset = d3rlpy.dataset.MDPDataset(**data)
+        draw = lambda: dataset.sample_transition_batch(case.batch_size)  # noqa: E731
+    else:
+        shape = (POOL * case.n_runs, case.batch_size)
+        data = {k: v.reshape(*shape, -1) for k, v in random_data(case, *shape).items()}
+        data |= {"next_actions": data["actions"], "intervals": data["rewards"] ** 0}
+        rows = [{k: v[i] for k, v in data.items()} for i in range(shape[0])]
+        batch = d3rlpy.dataset.TransitionMiniBatch
+        draw = itertools.cycle([batch(**row, transitions=[]) for row in rows]).__next__
+    version = f"{torch.__version__}, d3rlpy {d3rlpy.__version__}"
+    return version, size, lambda: [agent.update(draw()) for agent in agents]
+
+
+PEERS = {"cql.py": cql_py, "d3rlpy": d3rlpy}
+
+
+def work(peer: str, case: dict, device: str, threads: int) -> None:
+    """A worker: says what it is, then answers `run N` with the seconds of N updates."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # libraries print what they like
+    import torch
+
+    torch.set_num_threads(threads)
+    version, size, step = PEERS[peer](Case(**case), device)
+    gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
+    about = {"torch": version, "parameters": size, "gpu": gpu}
+    print(json.dumps(about), file=answers, flush=True)
+    for line in sys.stdin:
+        start = time.perf_counter()
+        for _ in range(int(line.split()[1])):
+            step()
+        if gpu:
+            torch.cuda.synchronize()
+        print(time.perf_counter() - start, file=answers, flush=True)
+
+
+def ask(worker: subprocess.Popen, *words):
+    """Send words and wait for the answer; then stop the worker: idle threads may spin."""
+    worker.send_signal(signal.SIGCONT)
+    print(*words, file=worker.stdin, flush=True, end="\n" if words else "")
+    answer = worker.stdout.readline()
+    worker.send_signal(signal.SIGSTOP)
+    return json.loads(answer)
+
+
+def compare(name: str, options):
+    """Measure one case; yields a row for each round and peer."""
+    peers = {"cql.py": sys.executable, options.peer: options.peer_python}
+    workers, abouts, updates, ratios = {}, {}, {}, []
+    case = dataclasses.asdict(CASES[name])
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    env = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+    try:
+        for peer, python in peers.items():
+            spec = json.dumps([peer, case, options.device, options.threads])
+            command = [python, __file__, "--work", spec]
+            workers[peer] = worker = subprocess.Popen(command, env=env, **pipes)
+            abouts[peer] = ask(worker)
+            ask(worker, "run", WARMUP)
+            rate = WARMUP / ask(worker, "run", WARMUP)
+            updates[peer] = max(1, round(options.seconds * rate))
+            print(f"{name}: {peer}: {abouts[peer]}, {updates[peer]} updates a round")
+        for i in range(options.rounds):
+            rates = {}
+            for peer, worker in workers.items():
+                seconds = ask(worker, "run", updates[peer])
+                rates[peer] = rate = updates[peer] / seconds
+                row = {"case": name, "round": i, "peer": peer, "updates": updates[peer]}
+                row |= {"seconds": f"{seconds:.6g}", "updates_per_s": f"{rate:.6g}"}
+                yield row | abouts[peer]
+            ratios.append(rates["cql.py"] / rates[options.peer])
+            text = ", ".join(f"{peer} {rate:.2f}/s" for peer, rate in rates.items())
+            print(f"{name}: round {i}: {text}, ratio {ratios[-1]:.3f}", flush=True)
+    finally:
+        for worker in workers.values():
+            worker.kill()
+    spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
+    print(f"{name}: median ratio {np.median(ratios):.3f} ({spread})")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--peer", default="d3rlpy", choices=[peer for peer in PEERS if peer != "cql.py"])
+    add("--peer-python", default=sys.executable, help="interpreter that has the peer")
+    add("--cases", nargs="+", default=["hopper"], choices=list(CASES))
+    add("--threads", type=int, default=os.cpu_count(), help="of each side")
+    add("--device", default="cpu")
+    add("--rounds", type=int, default=10)
+    add("--seconds", type=float, default=5.0, help="of a turn, about")
+    add("--out", type=Path, default=ROOT / "benchmarks/results/speed.csv")
+    add("--work", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        return work(*options.work)
+    describe = f"git -C {ROOT} describe --always --dirty --exclude=*".split()
+    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    about = {"device": options.device, "threads": options.threads, "cpu": cpu}
+    about |= {"cores": os.cpu_count(), "commit": commit}
+    print(about)
+    rows = [row | about for name in options.cases for row in compare(name, options)]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with open(options.out, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,469 @@
+"""Networks and losses against scalar loops, closed forms and autograd's own checks."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from reference import ACT, OBS, Reference, in_float64, tiny_agent, transitions
+from torch.distributions import (
+    Independent,
+    Normal,
+    TanhTransform,
+    TransformedDistribution,
+)
+
+import cql
+
+double = pytest.fixture(in_float64, autouse=True)
+close = dict(rtol=1e-9, atol=1e-9)
+INF = math.inf
+
+# ======================================================================================
+# Every loss, metric and gradient against tests/reference.py
+# ======================================================================================
+
+LAGRANGE = dict(cql_lagrange=True, cql_target_action_gap=3.0, cql_alpha=0.7)
+CASES = {
+    "defaults": {},
+    "unweighted": dict(cql_importance_sample=False),
+    "lagrange": LAGRANGE,
+    "lagrange_unweighted": dict(LAGRANGE, cql_importance_sample=False),
+    "temperature_0.5": dict(cql_temp=0.5),
+    "temperature_2": dict(cql_temp=2.0),
+    "temperature_unweighted": dict(cql_temp=0.5, cql_importance_sample=False),
+    "temperature_list": dict(cql_temp=[0.5, 2.0]),
+    "clip_min": dict(cql_clip_diff_min=3.3),
+    "clip_max": dict(cql_clip_diff_max=3.3),
+    "clip_lagrange": dict(LAGRANGE, cql_clip_diff_min=2.7, cql_clip_diff_max=5.0),
+    "max_backup": dict(cql_max_target_backup=True, cql_n_actions=4),
+    "max_backup_entropy": dict(
+        cql_max_target_backup=True, backup_entropy=True, cql_n_actions=4
+    ),
+    "backup_entropy": dict(backup_entropy=True, alpha_multiplier=0.3),
+    "cloning": dict(bc_steps=1),
+    "cloning_over": dict(bc_steps=1, step=1),
+    "alpha_multiplier": dict(alpha_multiplier=0.3),
+    "fixed_alpha": dict(use_automatic_entropy_tuning=False, alpha_multiplier=0.3),
+    "fixed_alpha_cloning": dict(
+        use_automatic_entropy_tuning=False, alpha_multiplier=0.3, bc_steps=5
+    ),
+    "one_critic": dict(n_critics=1, **LAGRANGE),
+    "four_critics": dict(n_critics=4, **LAGRANGE),
+    "shallow_critics": dict(q_n_hidden_layers=1),
+    "deep_critics": dict(q_n_hidden_layers=5),
+    "no_discount": dict(discount=0.0),
+    "discount": dict(discount=0.5),
+    "one_action": dict(cql_n_actions=1, cql_max_target_backup=True),
+    "four_actions": dict(cql_n_actions=4),
+    "orthogonal_off": dict(orthogonal_init=False),
+    "wide_policy": dict(log_std=2.0),  # half the states at the upper clamp
+    "narrow_policy": dict(
+        log_std=-20.0, rel=1e-7
+    ),  # lower one: (u - mean) / std cancels
+    "three_seeds": dict(seed=[0, 1, 2]),
+    "product": dict(
+        LAGRANGE, seed=[3, 4], cql_alpha=[0.5, 2.0], cql_target_action_gap=[1.0, 5.0]
+    ),
+}
+
+
+def reference_of(agent, batch, noise, r):
+    """The scalar reference of run r, with copies of the agent's parameters."""
+    parameters = {
+        name: value.detach()[r].numpy().copy()
+        for name, value in agent.named_parameters()
+    }
+    sweep = cql.product_of_runs(agent.config)[r]
+    one = ([array[r].numpy() for array in arrays] for arrays in (batch, noise))
+    return Reference(parameters, agent.config, sweep, *one, agent.step)
+
+
+@pytest.mark.parametrize("flags", CASES.values(), ids=CASES)
+def test_losses_metrics_and_gradients_match_scalar_loops(flags):
+    """Of every flag. The gradient of each tensor is compared along a random direction,
+    and is that of one loss alone: what a loss must not train would add to it. Also: the
+    faults 'logsumexp over 3 values', 'logsumexp that mixes the critics', 'temperature
+    divides log mu too', 'log_prob ignores a' and 'the multiplier's sign'."""
+    flags = dict(flags)
+    step, rel = flags.pop("step", 0), flags.pop("rel", 1e-9)
+    log_std = flags.pop("log_std", None)
+    agent = tiny_agent(**flags)
+    agent.step = step
+    R = len(cql.product_of_runs(agent.config))
+    batch, noise = transitions(R, 4), agent.draw(4)
+    if log_std is not None:
+        middle = agent.policy(batch.observations)[1].median().item()
+        agent.policy.log_std_offset.data += log_std - middle
+        clamped = agent.policy(batch.observations)[1] == log_std
+        assert clamped.any() and not clamped.all()
+    losses, metrics = agent.losses(batch, noise)
+    losses.sum().backward()
+    generator = np.random.default_rng(0)
+    for r in range(R):
+        reference = reference_of(agent, batch, noise, r)
+        expected = sum(
+            getattr(reference, loss)()
+            for loss in ("temperature", "actor", "critic", "multiplier")
+        )
+        torch.testing.assert_close(losses[r].item(), expected.real, **close)
+        wanted = {k: np.real(v) for k, v in reference.metrics().items()}
+        assert metrics.keys() == wanted.keys()
+        for name, value in wanted.items():
+            actual = metrics[name][r].detach().numpy()
+            np.testing.assert_allclose(actual, value, **close, err_msg=name)
+        compared = 0
+        for name, parameter in agent.named_parameters():
+            if not parameter.requires_grad:
+                assert name.startswith("target_critic.") and parameter.grad is None
+                continue
+            direction = generator.standard_normal(parameter[r].shape)
+            actual = 0.0
+            if parameter.grad is not None:
+                actual = float((parameter.grad[r].numpy() * direction).sum())
+            expected = reference.derivative(name, direction)
+            assert actual == pytest.approx(expected, rel=rel, abs=rel), name
+            compared += expected != 0
+        # No comparison was of 0 with 0, but where nothing is learned.
+        config = agent.config
+        learned = config.use_automatic_entropy_tuning + config.cql_lagrange
+        assert compared == 10 + 2 * (config.q_n_hidden_layers + 1) + learned
+    clipped = [
+        row[2] != row[3]
+        for r in range(R)
+        for critic in reference_of(agent, batch, noise, r).gaps()
+        for row in critic
+    ]
+    bounds = config.cql_clip_diff_min, config.cql_clip_diff_max
+    # The case is worth something only where some samples are clamped and some are not.
+    assert (0 < sum(clipped) < len(clipped)) == (bounds != (-INF, INF))
+
+
+def test_losses_are_means_over_the_batch():
+    """The losses of a batch are the mean of those of its halves."""
+    agent = tiny_agent(**LAGRANGE)
+    batch, noise = transitions(1, 6), agent.draw(6)
+    whole, _ = agent.losses(batch, noise)
+    halves = [
+        agent.losses(
+            *(type(x)(*(array[:, part] for array in x)) for x in (batch, noise))
+        )
+        for part in (slice(0, 3), slice(3, 6))
+    ]
+    torch.testing.assert_close(whole, (halves[0][0] + halves[1][0]) / 2, **close)
+
+
+# ======================================================================================
+# Which loss trains what
+# ======================================================================================
+
+
+def one_loss(agent, name):
+    """A single loss of the agent, from the functions that the agent adds up."""
+    config, batch, noise = agent.config, transitions(1, 4), agent.draw(4)
+    samples = cql.sample_actions(agent.policy, batch, noise)
+    alpha = agent.log_alpha.detach().exp()
+    if name == "temperature":
+        return cql.temperature_loss(agent.log_alpha, samples.log_pi, -ACT)[0]
+    if name == "actor":
+        return cql.actor_loss(agent.critic, batch, samples, alpha)[0]
+    if name == "cloning":
+        return cql.cloning_loss(samples, alpha)[0]
+    target, _ = cql.td_target(agent.target_critic, batch, samples, alpha, config)
+    args = (batch, samples, target, agent.log_alpha_prime, agent.sweep, config)
+    return cql.critic_loss(agent.critic, *args)[0]
+
+
+@pytest.mark.parametrize(
+    "name, trained",
+    [
+        ("temperature", {"log_alpha"}),
+        ("actor", {"policy"}),
+        ("cloning", {"policy"}),
+        ("critic", {"critic", "log_alpha_prime"}),
+    ],
+)
+def test_each_loss_reaches_its_own_parameters_only(name, trained):
+    """The actor's leaves the critics alone, the critics' leaves the policy alone, none
+    but its own touches alpha, and nothing the targets."""
+    agent = tiny_agent(**LAGRANGE)
+    one_loss(agent, name).sum().backward()
+    for parameter_name, parameter in agent.named_parameters():
+        reached = parameter.grad is not None and bool((parameter.grad != 0).any())
+        assert reached == (parameter_name.split(".")[0] in trained), parameter_name
+
+
+def test_targets_and_proposals_carry_no_graph():
+    """log mu is a constant of the penalty, and the TD target one of the error."""
+    agent = tiny_agent()
+    batch, noise = transitions(1, 4), agent.draw(4)
+    agent.target_critic.requires_grad_(True)  # even so
+    samples = cql.sample_actions(agent.policy, batch, noise)
+    alpha = agent.log_alpha.exp()
+    target, _ = cql.td_target(agent.target_critic, batch, samples, alpha, agent.config)
+    constants = samples.proposals, samples.log_mu, samples.target_log_pi, target
+    assert not any(tensor.requires_grad for tensor in constants)
+    assert samples.actions.requires_grad and samples.log_pi.requires_grad
+
+
+def test_critics_train_again_after_the_actor_loss():
+    """The actor freezes the critics for itself only, and even if it fails."""
+    agent = tiny_agent()
+    one_loss(agent, "actor")
+    assert all(parameter.requires_grad for parameter in agent.critic.parameters())
+    with pytest.raises(AttributeError):
+        cql.actor_loss(agent.critic, None, None, None)
+    assert all(parameter.requires_grad for parameter in agent.critic.parameters())
+
+
+# ======================================================================================
+# The penalty in closed form
+# ======================================================================================
+
+
+def gap_of(q, log_mu, q_data=0.0, temperature=1.0, **flags):
+    """conservative_gap of one run and one state, q a list per critic."""
+    q = torch.as_tensor(q, dtype=torch.float64)[None, :, None, :]
+    if log_mu is not None:
+        log_mu = torch.as_tensor(log_mu, dtype=torch.float64)[None, None, None, :]
+    q_data = torch.full(q.shape[:3], float(q_data))
+    temperature = torch.tensor([temperature])
+    config = cql.TrainConfig(**flags)
+    return cql.conservative_gap(q, log_mu, q_data, temperature, config)[0, :, 0]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("n_actions", [1, 4, 12])
+def test_equal_values_leave_the_logarithm_of_the_count(n_actions, temperature):
+    """Fault 'logsumexp over 3 values instead of 3K': M equal Q's, density 1, are
+    T log M above each of them; the data action makes it M + 1 where it joins."""
+    q = [[0.7] * n_actions] * 2
+    gap = gap_of(q, [0.0] * n_actions, 0.2, temperature)
+    expected = 0.5 + temperature * math.log(n_actions)
+    torch.testing.assert_close(gap, torch.full((2,), expected), **close)
+    gap = gap_of(q, None, 0.7, temperature)
+    expected = temperature * math.log(n_actions + 1)
+    torch.testing.assert_close(gap, torch.full((2,), expected), **close)
+
+
+@pytest.mark.parametrize("temperature", [0.25, 4.0])
+def test_temperature_divides_q_and_not_log_mu(temperature):
+    """Fault 'temperature divides log mu too': one action of density mu has the soft
+    maximum Q - T log mu."""
+    gap = gap_of([[2.0]], [math.log(0.1)], 0.0, temperature)
+    assert gap.item() == pytest.approx(2.0 - temperature * math.log(0.1), abs=1e-12)
+
+
+def test_critics_do_not_mix_in_the_soft_maximum():
+    """Fault 'logsumexp that mixes the critics': each critic's gap is as if alone."""
+    q, log_mu = [[1.0, -2.0, 0.5], [30.0, 4.0, 2.0]], [-1.0, 0.3, -0.2]
+    together = gap_of(q, log_mu)
+    alone = torch.cat([gap_of([row], log_mu) for row in q])
+    torch.testing.assert_close(together, alone, **close)
+
+
+def test_gap_is_clamped_per_sample_before_the_mean():
+    """Of the gaps 4, -2 and 1, bounds of 0 and 2 leave 2, 0 and 1."""
+    q = torch.tensor([4.0, -2.0, 1.0]).reshape(1, 1, 3, 1)
+    config = cql.TrainConfig(cql_clip_diff_min=0.0, cql_clip_diff_max=2.0)
+    zeros = torch.zeros(1, 1, 3, 1)
+    gap = cql.conservative_gap(q, zeros, zeros[..., 0], torch.ones(1), config)
+    assert gap.flatten().tolist() == [2.0, 0.0, 1.0]
+
+
+def test_all_proposals_reach_the_critics_at_the_states_of_the_data(monkeypatch):
+    """Fault 'logsumexp over 3 values': 3K proposals, K uniform, K from pi(.|s) and K
+    from pi(.|s'), are evaluated beside the data's action at s, not s'; each counts."""
+    agent, calls = tiny_agent(cql_n_actions=4), []
+    batch, noise = transitions(1, 5), agent.draw(5)
+    forward = agent.critic.forward
+
+    def recorded(observations, actions):
+        q = forward(observations, actions)
+        calls.append((observations, actions, q))
+        return q
+
+    monkeypatch.setattr(agent.critic, "forward", recorded)
+    losses, _ = agent.losses(batch, noise)
+    states, actions, q = calls[-1]
+    assert torch.equal(states, batch.observations)
+    assert actions.shape == (1, 5, 1 + 12, ACT)
+    assert torch.equal(actions[:, :, 0], batch.actions)
+    assert torch.equal(actions[:, :, 1:5], noise.uniforms)
+    for first, states, normals in (
+        (5, batch.observations, noise.normals[:, :, 1:]),
+        (9, batch.next_observations, noise.next_normals[:, :, 1:]),
+    ):
+        mean, log_std = agent.policy(states)
+        drawn = (mean.unsqueeze(2) + log_std.exp().unsqueeze(2) * normals).tanh()
+        torch.testing.assert_close(actions[:, :, first : first + 4], drawn, **close)
+    (gradient,) = torch.autograd.grad(losses.sum(), q)
+    assert (gradient[..., 1:] > 0).all()  # the penalty pushes every one of them down
+    # ... with softmax weights, which sum to cql_alpha over the batch, critic by critic.
+    total = torch.full((1, 2), agent.config.cql_alpha)
+    torch.testing.assert_close(gradient[..., 1:].sum((-1, -2)), total, **close)
+
+
+def test_terminal_transitions_do_not_bootstrap_and_others_do():
+    """A batch that holds only terminal transitions has its rewards for targets."""
+    agent = tiny_agent(discount=0.9)
+    batch, noise = transitions(1, 6), agent.draw(6)
+    samples = cql.sample_actions(agent.policy, batch, noise)
+    alpha = torch.ones(1)
+    target, metrics = cql.td_target(
+        agent.target_critic, batch, samples, alpha, agent.config
+    )
+    ended = batch.terminations == 1
+    assert 0 < ended.sum() < 6
+    assert torch.equal(target[ended], batch.rewards[ended])
+    q = agent.target_critic(batch.next_observations, samples.target_actions)
+    expected = batch.rewards + 0.9 * q[..., 0].amin(1)
+    torch.testing.assert_close(target[~ended], expected[~ended], **close)
+    assert metrics["average_target_q"].item() == pytest.approx(q.amin(1).mean().item())
+
+
+# ======================================================================================
+# Squashed Gaussians
+# ======================================================================================
+
+
+def tanh_gaussian(mean, log_std):
+    base = Independent(Normal(mean, log_std.exp()), 1)
+    return TransformedDistribution(base, TanhTransform(cache_size=1))
+
+
+def test_squash_and_data_log_prob_agree_with_torch_distributions():
+    """Also the fault 'log_prob ignores a': densities of given actions are theirs."""
+    mean, log_std = torch.randn(2, 5, ACT), 0.5 * torch.randn(2, 5, ACT)
+    normals = torch.randn(2, 5, 7, ACT)
+    actions, log_prob = cql.squash(mean, log_std, normals)
+    assert actions.shape == (2, 5, 7, ACT) and log_prob.shape == (2, 5, 7)
+    distribution = tanh_gaussian(mean.unsqueeze(2), log_std.unsqueeze(2))
+    pre_tanh = mean.unsqueeze(2) + log_std.unsqueeze(2).exp() * normals
+    torch.testing.assert_close(actions, pre_tanh.tanh(), **close)
+    torch.testing.assert_close(
+        log_prob, distribution.log_prob(actions), rtol=1e-6, atol=1e-6
+    )
+    given = torch.rand(2, 5, ACT) * 1.98 - 0.99
+    expected = tanh_gaussian(mean, log_std).log_prob(given)
+    torch.testing.assert_close(
+        cql.data_log_prob(mean, log_std, given), expected, **close
+    )
+    again = cql.data_log_prob(mean, log_std, actions[:, :, 0])
+    torch.testing.assert_close(again, log_prob[:, :, 0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("log_std", [-20.0, 2.0])
+@pytest.mark.parametrize("centre", [-50.0, 0.0, 50.0])
+def test_extreme_gaussians_have_finite_densities_and_gradients(centre, log_std, dtype):
+    """Saturated actions, either clamp of log std, data on the very bounds."""
+    mean = torch.full((1, 3, 1), centre, dtype=dtype, requires_grad=True)
+    log_stds = torch.full((1, 3, 1), log_std, dtype=dtype, requires_grad=True)
+    normals = torch.tensor([-5.0, 0.0, 5.0], dtype=dtype).expand(1, 3, 3).unsqueeze(-1)
+    actions, log_prob = cql.squash(mean, log_stds, normals)
+    data = torch.tensor([-1.0, 0.0, 1.0], dtype=dtype).reshape(1, 3, 1)
+    of_data = cql.data_log_prob(mean, log_stds, data)
+    gradients = torch.autograd.grad((log_prob.sum(), of_data.sum()), (mean, log_stds))
+    for tensor in (actions, log_prob, of_data, *gradients):
+        assert torch.isfinite(tensor).all()
+    # 1 - tanh(50)^2 is 0 in float64; its logarithm is 2 log 2 - 100.
+    u = centre + math.exp(log_std) * normals[0, 0, :, 0].double()
+    exact = (
+        -0.5 * normals[0, 0, :, 0].double() ** 2 - log_std - 0.5 * math.log(2 * math.pi)
+    )
+    exact = exact - (
+        2 * math.log(2) - 2 * u.abs() - 2 * torch.log1p((-2 * u.abs()).exp())
+    )
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-4
+    torch.testing.assert_close(
+        log_prob[0, 0].double(), exact, rtol=tolerance, atol=tolerance
+    )
+
+
+@pytest.mark.parametrize("mean, log_std", [(0.0, -1.0), (0.8, -0.3), (-1.5, 0.2)])
+def test_density_integrates_to_one(mean, log_std):
+    edges = torch.linspace(-1, 1, 200_001)
+    actions = ((edges[1:] + edges[:-1]) / 2).reshape(1, -1, 1)
+    mean, log_std = torch.full_like(actions, mean), torch.full_like(actions, log_std)
+    mass = cql.data_log_prob(mean, log_std, actions).exp().sum() * 1e-5
+    assert mass.item() == pytest.approx(1.0, abs=1e-4)
+
+
+# ======================================================================================
+# Ensembles
+# ======================================================================================
+
+
+@pytest.mark.parametrize("lead", [(1,), (3,), (2, 3)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("layout", ["plain", "expanded", "split"])
+def test_member_product_passes_gradcheck(lead, bias, layout):
+    """Also for inputs that all members share and weights that are part of a tensor, as
+    the critics' first layer has them."""
+    x = torch.randn(*lead[:-1], *(lead[-1:] if layout == "plain" else (1,)), 4, 3)
+    w = torch.randn(*lead, 5 if layout == "split" else 3, 2)
+    b = torch.randn(*lead, 1, 2)
+
+    def product(x, w, b=None):
+        x, w = x.expand(*lead, 4, 3), w[..., -3:, :]
+        return cql.MemberwiseProduct.apply(x, w, b)
+
+    inputs = [x, w, b] if bias else [x, w]
+    y = product(*inputs)
+    expected = x @ w[..., -3:, :] + (b if bias else 0.0)
+    torch.testing.assert_close(y, expected, **close)
+    for used in ([True] * 3, [False, True, True], [True, False, False]):
+        checked = [x.detach().requires_grad_(u) for x, u in zip(inputs, used)]
+        assert torch.autograd.gradcheck(product, checked)
+
+
+@pytest.mark.parametrize("lead", [(2,), (2, 3)])
+def test_ensemble_linear_equals_one_batched_product(lead):
+    """Values and gradients of the loop over members, and of torch.matmul."""
+    layer = cql.EnsembleLinear(lead, 3, 4)
+    with torch.no_grad():
+        layer.weight.normal_()
+        layer.bias.normal_()
+    x = torch.randn(*lead, 6, 3, requires_grad=True)
+    batched = torch.matmul(x, layer.weight) + layer.bias
+    looped = layer(x)
+    torch.testing.assert_close(looped, batched, **close)
+    inputs, weights = (x, layer.weight, layer.bias), torch.randn_like(batched)
+    for actual, expected in zip(
+        torch.autograd.grad((looped * weights).sum(), inputs),
+        torch.autograd.grad((batched * weights).sum(), inputs),
+    ):
+        torch.testing.assert_close(actual, expected, **close)
+
+
+@pytest.mark.parametrize("lead", [(1,), (3,)])
+def test_inputs_for_other_members_are_refused(lead):
+    """Two layers have no answer to one input or to three, least of all old memory."""
+    with pytest.raises(ValueError):
+        cql.EnsembleLinear((2,), 3, 4)(torch.randn(*lead, 6, 3))
+
+
+@pytest.mark.parametrize("q_n_hidden_layers", [1, 2, 5])
+@pytest.mark.parametrize("n_critics", [1, 2, 4])
+def test_all_critics_have_the_layers_asked_for(n_critics, q_n_hidden_layers):
+    """Fault 'the second critic ignores q_n_hidden_layers'. The critics, whose first
+    layer is split, equal plain networks on [s, a], each with its own weights."""
+    depth = dict(q_n_hidden_layers=q_n_hidden_layers, hidden_dim=16)
+    agent = tiny_agent(n_critics=n_critics, seed=[0, 1], **depth)
+    assert len(agent.critic.layers) == q_n_hidden_layers + 1
+    states, actions = torch.randn(2, 5, OBS), torch.randn(2, 5, 3, ACT)
+    q = agent.critic(states, actions)
+    assert q.shape == (2, n_critics, 5, 3)
+    x = torch.cat([states.unsqueeze(2).expand(2, 5, 3, OBS), actions], -1)
+    for r in range(2):
+        for j in range(n_critics):
+            y = x[r]
+            for layer in agent.critic.layers:
+                y = y.relu() if layer is not agent.critic.layers[0] else y
+                y = y @ layer.weight[r, j] + layer.bias[r, j]
+            torch.testing.assert_close(q[r, j], y.squeeze(-1), **close)
+    q.sum().backward()
+    for parameter in agent.critic.parameters():
+        per_member = parameter.grad.flatten(2).abs().sum(-1)
+        assert (per_member > 0).all()  # every layer of every critic is used
