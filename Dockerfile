@@ -2,18 +2,19 @@
 #
 #     docker build -t cql .
 #     docker run --rm cql                                     # the quickstart
-#     docker run --rm --gpus all -v cql-data:/home/cql/.minari -v cql-runs:/app/runs cql \
-#         python cql.py --config_path configs/hopper.yaml
+#     docker run --rm --gpus all -v cql-data:/home/cql/.minari -v cql-runs:/app/runs \
+#         cql python cql.py --config_path configs/hopper.yaml
 #
 # A slim Python base, because torch's wheels for Linux on PyPI bring their own CUDA (13.0
 # for torch 2.13, some 3 GB): a CUDA or PyTorch base would hold a second one, and tie the
-# torch version to an image tag instead of requirements.txt. The host needs an NVIDIA driver
-# for CUDA 13 and the NVIDIA container toolkit. A small image without CUDA:
+# torch version to an image tag instead of requirements.txt. The host needs an NVIDIA
+# driver for CUDA 13 and the NVIDIA container toolkit. A smaller image, without CUDA:
 #
-#     docker build --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu .
+#     docker build -t cql \
+#         --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu .
 FROM python:3.11-slim-bookworm
 
-# Off-screen rendering for MuJoCo: EGL on the GPU or in software; MUJOCO_GL=osmesa works too.
+# Off-screen rendering for MuJoCo: EGL, on the GPU or in software, or MUJOCO_GL=osmesa.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends libegl1 libgl1 libosmesa6 \

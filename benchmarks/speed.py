@@ -166,7 +166,7 @@ def work(peer: str, case: dict, device: str, threads: int) -> None:
 
 
 def ask(worker: subprocess.Popen, *words):
-    """Send words and wait for the answer; then stop the worker: idle threads may spin."""
+    """Send words, wait for the answer, stop the worker: its idle threads might spin."""
     worker.send_signal(signal.SIGCONT)
     print(*words, file=worker.stdin, flush=True, end="\n" if words else "")
     answer = worker.stdout.readline()

@@ -265,13 +265,16 @@ def test_environment_units_are_undone_at_the_boundary(double):
 
 
 def test_actions_stay_within_bounds_when_saturated():
-    """In float32 center + half a range may round past the bound; act clamps."""
-    low, high = np.float32([-0.3, 0.1]), np.float32([0.7, 1.1])
+    """In float32 center + half the range passes these bounds by rounding; act clamps."""
+    low, high = np.float32([-2.3, -1.0]), np.float32([0.1, 0.1])
+    center = (high + low) / 2
+    assert (center + (high - center) > high).all()
     agent = cql.ContinuousCQL(tiny(), OBS, ACT, "cpu", low, high)
     for sign, bound in ((1, high), (-1, low)):
         agent.policy.layers[-1].bias.data.fill_(sign * 100.0)
         for deterministic in (True, False):
             actions = agent.act(np.zeros((50, OBS)), deterministic)
+            assert actions.dtype == np.float32
             assert (actions >= low).all() and (actions <= high).all()
             np.testing.assert_allclose(actions, np.broadcast_to(bound, (50, ACT)), 1e-6)
 

@@ -24,13 +24,17 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # the optimizer would; here, so that no forked process has to
 import yaml
 from make_data import Toy, minari_dataset, random_episodes, toy_dataset
 
 import cql
 
 SCRIPT = Path(cql.__file__)
-BOUNDS = {"low": [-2.0, 0.0], "high": [1.0, 4.0]}  # lopsided, so that ignoring them shows
+BOUNDS = {
+    "low": [-2.0, 0.0],
+    "high": [1.0, 4.0],
+}  # lopsided, so that ignoring them shows
 REFERENCE = {"ref_min_score": -5.0, "ref_max_score": 15.0}
 BASE = dict(
     device="cpu", hidden_dim=8, q_n_hidden_layers=2, batch_size=8, cql_n_actions=2,
@@ -257,7 +261,9 @@ def test_resume_in_another_process_is_bit_exact(toy, tmp_path, whole, half):
     reference = whole(**FULL)
     assert differences(reference, tmp_path) == []
     names = " ".join(state(reference))
-    for part in "policy target_critic exp_avg_sq log_alpha_prime generators sums".split():
+    for (
+        part
+    ) in "policy target_critic exp_avg_sq log_alpha_prime generators sums".split():
         assert part in names
     assert len(rows(tmp_path, "metrics.csv")) == 4 * 4
     assert len(rows(tmp_path, "evaluations.csv")) == 4 * 3
@@ -279,7 +285,13 @@ def test_killed_at_random_moments(toy, tmp_path, whole):
 
 
 def test_killed_at_every_file_operation(toy, tmp_path, whole):
-    changes = {**FULL, "max_timesteps": 5, "eval_freq": 2, "log_freq": 2, "n_episodes": 1}
+    changes = {
+        **FULL,
+        "max_timesteps": 5,
+        "eval_freq": 2,
+        "log_freq": 2,
+        "n_episodes": 1,
+    }
     reference, wrong = whole(**changes), {}
     for call in range(1, 1000):
         directory = tmp_path / str(call)
@@ -389,7 +401,10 @@ def other_value(field):
     if isinstance(used, bool):
         return not used
     if isinstance(used, (int, float)):
-        return 0.5 if used in (-1, np.inf, -np.inf) else used / 2 if "float" in kind else used + 1
+        whole = "float" not in kind
+        return (
+            used + 1 if whole else 0.5 if used in (-1, 0, np.inf, -np.inf) else used / 2
+        )
     return 7 if "int" in kind else 0.5 if "float" in kind else "other"
 
 
@@ -509,11 +524,15 @@ def test_stacked_equals_solo(train):
             np.testing.assert_allclose(
                 numbers(mine, run), numbers(own, 0), rtol=1e-4, atol=1e-5
             )
-    heads = [(r["seed"], float(r["cql_alpha"])) for r in rows(stacked, "evaluations.csv")]
+    heads = [
+        (r["seed"], float(r["cql_alpha"])) for r in rows(stacked, "evaluations.csv")
+    ]
     assert heads == [(str(seed), alpha) for seed, alpha in pairs] * 3
     # The penalty weight and the seed both matter, or equality would prove nothing.
     spread = [numbers(rows(stacked, "metrics.csv"), run)[-1] for run in range(4)]
-    assert not any(np.allclose(spread[a], spread[b]) for a, b in [(0, 1), (0, 2), (1, 3)])
+    assert not any(
+        np.allclose(spread[a], spread[b]) for a, b in [(0, 1), (0, 2), (1, 3)]
+    )
 
 
 def test_episodes_of_an_evaluation(train, hooked):
@@ -553,7 +572,10 @@ def test_score_equals_a_loop_over_load_policy(train, hooked):
     resets = hooked()
     changes = {"eval_env": "CqlHooked-v0", "n_episodes": 5, "max_timesteps": 30}
     directory = train("run", seed=[0, 1], **changes)[1]
-    last, env = [seed for seed in resets if seed is not None][-5:], gym.make("CqlToy-v0", **BOUNDS)
+    last, env = (
+        [seed for seed in resets if seed is not None][-5:],
+        gym.make("CqlToy-v0", **BOUNDS),
+    )
     for run, row in enumerate(rows(directory, "evaluations.csv")[-2:]):
         policy = cql.load_policy(directory / "checkpoint.pt", run=run)
         returns = returns_of(policy, env, last)
@@ -683,7 +705,9 @@ def full_for(pattern, function):
     """function, failing where its first argument is a file whose name matches."""
 
     def wrapped(target, *arguments, **options):
-        path = os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else target
+        path = (
+            os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else target
+        )
         if re.search(pattern, str(path)):
             disk_full()
         return function(target, *arguments, **options)
@@ -797,7 +821,7 @@ def test_nothing_is_written_without_checkpoints_path(toy, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     assert cql.main(flags(env=toy, checkpoints_path="null", **BASE)) == 0
     out = capsys.readouterr().out
-    assert "checkpoints_path is null" in out and "none were written" in out
+    assert re.search(r"nothing .*written", out) and "files: none" in out
     assert len(re.findall(r"^update .* return ", out, re.M)) == 3
     assert list(tmp_path.iterdir()) == []
 
@@ -864,7 +888,7 @@ def test_one_of_several_runs_diverges(train, whole, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert code == 3
     assert len(re.findall(r"^run 1 diverged.*$", out, re.M)) == 1
-    assert "diverged at 6" in out  # the closing table
+    assert re.search(r"^ +1 +1 .*diverged\D*6$", out, re.M)  # the closing table
     assert "run 0 diverged" not in out
     healthy, early = whole(**changes), train("early", max_timesteps=4, **changes)[1]
     for run in (0, 2, 3, 4):
@@ -873,14 +897,18 @@ def test_one_of_several_runs_diverges(train, whole, monkeypatch, capsys):
             assert mine == [r for r in rows(healthy, name) if r["run"] == str(run)]
         parts = [agent_of_run(d, run, 5) for d in (directory, healthy)]
         assert equal_parts(*parts)
-    assert {r["step"] for r in rows(directory, "metrics.csv") if r["run"] == "1"} == {"3"}
+    assert {r["step"] for r in rows(directory, "metrics.csv") if r["run"] == "1"} == {
+        "3"
+    }
     evaluated = [r for r in rows(directory, "evaluations.csv") if r["run"] == "1"]
     assert [row["step"] for row in evaluated] == ["4"]
     assert equal_parts(agent_of_run(directory, 1, 5), agent_of_run(early, 1, 5))
     assert not equal_parts(agent_of_run(healthy, 1, 5), agent_of_run(early, 1, 5))
     # Resumed, it stays stopped, and the status says so again.
     assert train("run", **{**changes, "max_timesteps": 16})[0] == 3
-    assert {r["step"] for r in rows(directory, "metrics.csv") if r["run"] == "1"} == {"3"}
+    assert {r["step"] for r in rows(directory, "metrics.csv") if r["run"] == "1"} == {
+        "3"
+    }
     assert equal_parts(agent_of_run(directory, 1, 5), agent_of_run(early, 1, 5))
     longer = whole(**{**changes, "max_timesteps": 16})
     mine, own = (numbers(rows(d, "metrics.csv"), 0) for d in (directory, longer))
@@ -944,7 +972,9 @@ def test_runaway_is_said_once(train, monkeypatch, capsys):
     after_update(monkeypatch, inflate)
     train("run", seed=[0, 1, 2], max_timesteps=8)
     assert train("run", seed=[0, 1, 2])[0] == 0  # resumed: not said again
-    said = re.findall(r"^run (\d): Q runs away.*cql_alpha.*$", capsys.readouterr().out, re.M)
+    said = re.findall(
+        r"^run (\d): Q runs away.*cql_alpha.*$", capsys.readouterr().out, re.M
+    )
     assert said == ["1"]
 
 
@@ -969,12 +999,14 @@ def test_environment_that_raises(train, whole, hooked, capsys):
 
 
 def test_dataset_without_environment(tmp_path, capsys):
-    data = minari_dataset(tmp_path / "data", "plain/random-v0", random_episodes([30] * 3))
+    data = minari_dataset(
+        tmp_path / "data", "plain/random-v0", random_episodes([30] * 3)
+    )
     directory = tmp_path / "run"
     assert cql.main(command(data, directory, seed=[0, 1])) == 0
     assert rows(directory, "evaluations.csv") == []
     assert len(rows(directory, "metrics.csv")) == 2 * 4
-    assert "no evaluation" in capsys.readouterr().out
+    assert re.search("no evaluation|without evaluation", capsys.readouterr().out)
     assert cql.load_policy(directory / "checkpoint.pt", 1)(np.zeros(3)).shape == (2,)
     half = tmp_path / "half"
     for steps in (5, 12):
@@ -1038,10 +1070,14 @@ def test_bar_on_a_terminal(toy, tmp_path, whole):
     assert finish(process) == 0
     text = output.decode()
     bars = re.findall(r"\d+%\|[^|\r\n]*\| \d+/300 \[[^]\r\n]*\]", text)
-    left = [bar for bar in bars if re.search(r"\d\d:\d\d<\d\d:\d\d, +[\d.]+update/s", bar)]
+    left = [
+        bar for bar in bars if re.search(r"\d\d:\d\d<\d\d:\d\d, +[\d.]+update/s", bar)
+    ]
     assert len(left) >= 3, bars
     lines = [line for line in on_screen(text) if line.startswith("update ")]
-    returns = [float(row["return_mean"]) for row in rows(tmp_path / "run", "evaluations.csv")]
+    returns = [
+        float(row["return_mean"]) for row in rows(tmp_path / "run", "evaluations.csv")
+    ]
     assert len(lines) == len(returns) == 6
     for line, value in zip(lines, returns):
         pattern = r"update +\d+ +return (-?\d+) \+- \d+ +score -?[\d.]+"
@@ -1052,7 +1088,9 @@ def test_bar_on_a_terminal(toy, tmp_path, whole):
 
 # --- 10. metrics ----------------------------------------------------------------------
 
-ONCE = "log_pi policy_loss alpha_loss alpha average_target_q alpha_prime_loss alpha_prime"
+ONCE = (
+    "log_pi policy_loss alpha_loss alpha average_target_q alpha_prime_loss alpha_prime"
+)
 PER_CRITIC = (
     "qf{}_loss average_qf{} cql_std_q{} cql_q{}_rand cql_q{}_current_actions "
     "cql_q{}_next_actions cql_min_qf{}_loss cql_qf{}_diff"
@@ -1062,13 +1100,23 @@ PER_CRITIC = (
 def test_columns_of_the_tables(train):
     directory = train("run", n_critics=3)[1]
     names = list(rows(directory, "metrics.csv")[0])
-    expected = ONCE.split() + [n.format(j) for n in PER_CRITIC.split() for j in (1, 2, 3)]
+    expected = ONCE.split() + [
+        n.format(j) for n in PER_CRITIC.split() for j in (1, 2, 3)
+    ]
     assert names[:2] == ["step", "run"] and sorted(names[2:]) == sorted(expected)
-    assert list(rows(directory, "evaluations.csv")[0]) == (
-        "step run seed cql_alpha cql_temp cql_target_action_gap episodes return_mean "
-        "return_std length_mean d4rl_normalized_score"
-    ).split()
-    assert [row["step"] for row in rows(directory, "metrics.csv")] == ["3", "6", "9", "12"]
+    assert (
+        list(rows(directory, "evaluations.csv")[0])
+        == (
+            "step run seed cql_alpha cql_temp cql_target_action_gap episodes return_mean "
+            "return_std length_mean d4rl_normalized_score"
+        ).split()
+    )
+    assert [row["step"] for row in rows(directory, "metrics.csv")] == [
+        "3",
+        "6",
+        "9",
+        "12",
+    ]
     assert "step" in rows(directory, "timing.csv")[0]
 
 

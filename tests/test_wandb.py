@@ -40,7 +40,9 @@ def offline_runs(directory):
                 run = record.run
             elif record.WhichOneof("record_type") == "history":
                 items = record.history.item
-                row = {i.key or "/".join(i.nested_key): float(i.value_json) for i in items}
+                row = {
+                    i.key or "/".join(i.nested_key): float(i.value_json) for i in items
+                }
                 history[int(row["_step"])] = {k: row[k] for k in row if k[0] != "_"}
         found.setdefault(run.run_id, []).append((run, history))
     return found
@@ -53,7 +55,9 @@ def expected_history(directory, run):
         for row in rows(directory, name):
             if row["run"] == str(run):
                 heads = "step run seed cql_alpha cql_temp cql_target_action_gap episodes"
-                values = {k: float(v) for k, v in row.items() if v and k not in heads.split()}
+                values = {
+                    k: float(v) for k, v in row.items() if v and k not in heads.split()
+                }
                 history.setdefault(int(row["step"]), {}).update(values)
     return history
 
@@ -196,7 +200,9 @@ def test_no_score_without_reference_returns(toy, tmp_path, trackers, monkeypatch
     if sweep:
         monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
         monkeypatch.setenv("WANDB_RUN_ID", "trial1")
-    data = minari_dataset(tmp_path / "data", "plain/random-v0", random_episodes([30] * 3))
+    data = minari_dataset(
+        tmp_path / "data", "plain/random-v0", random_episodes([30] * 3)
+    )
     argv = command(data, tmp_path / "run", eval_env="CqlWide-v0", **STACKED)
     assert cql.main(argv) == 0
     assert len(rows(tmp_path / "run", "evaluations.csv")) == 8
