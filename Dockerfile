@@ -6,7 +6,7 @@
 #         cql python cql.py --config_path configs/hopper.yaml
 #
 # A slim Python base, because torch's wheels for Linux on PyPI bring their own CUDA (13.0
-# for torch 2.13, some 3 GB): a CUDA or PyTorch base would hold a second one, and tie the
+# for torch 2.13): a CUDA or PyTorch base would hold a second one, and tie the
 # torch version to an image tag instead of requirements.txt. The host needs an NVIDIA
 # driver for CUDA 13 and the NVIDIA container toolkit. A smaller image, without CUDA:
 #

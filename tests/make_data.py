@@ -192,11 +192,12 @@ def minari_dataset(root, id, episodes, env=None, **kw):
                 shape = np.shape(episodes[0][f"{key}s"])[1:]
                 kw[f"{key}_space"] = gym.spaces.Box(-bound, bound, shape, np.float32)
     buffers = [EpisodeBuffer(infos={}, **episode) for episode in episodes]
-    Path(root).mkdir(parents=True, exist_ok=True)
+    root = Path(root).resolve()  # Minari mistakes relative paths
+    root.mkdir(parents=True, exist_ok=True)
     with datasets_path(root), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         minari.create_dataset_from_buffers(id, buffers, env=env, **kw)
-    return Path(root) / id
+    return root / id
 
 
 def toy_dataset(root, id="toy/random-v0", episodes=8, seed=0, env_kwargs=None, **kw):
@@ -217,8 +218,8 @@ def hopper_dataset(root, id="mujoco/hopper/medium-v0", episodes=16, seed=0, **kw
 def d4rl_file(path, episodes=None, **replaced):
     """Write episodes (default: `toy_episodes()`) as D4RL's flat .hdf5; returns the path.
 
-    `replaced` arrays go into the file instead of the episodes' or beside them; those that
-    are None are left out: `d4rl_file(path, next_observations=None, timeouts=None)`."""
+    `replaced` arrays go into the file for the episodes' or beside them; None leaves
+    an array out: `d4rl_file(path, next_observations=None, timeouts=None)`."""
     episodes = toy_episodes() if episodes is None else episodes
     arrays = {
         "observations": np.concatenate([e["observations"][:-1] for e in episodes]),

@@ -274,7 +274,8 @@ OBS, ACT = 3, 2
 
 
 def in_float64():
-    """Body of a fixture: everything is created in float64 until the test is over."""
+    """Body of a fixture: a seed, and all floats in float64 until the test is over."""
+    torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)

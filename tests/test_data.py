@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import sys
+import warnings
 
 import gymnasium as gym
 import h5py
@@ -289,7 +290,9 @@ def test_evaluation_flattens_as_the_data(layout, in_tmp):
     assert run(env=path, resume="out")[0] == 0
     policy = cql.load_policy(in_tmp / "out" / "checkpoint.pt")
     raw = reference.reset(seed=3)[0]
-    np.testing.assert_array_equal(policy(raw), policy(expected))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(policy(raw), policy(expected))
     assert float(evaluations(in_tmp / "out")[-1]["length_mean"]) >= 1
 
 

@@ -334,8 +334,8 @@ def tanh_gaussian(mean, log_std):
 
 def test_squash_and_data_log_prob_agree_with_torch_distributions():
     """Also the fault 'log_prob ignores a': densities of given actions are theirs."""
-    mean, log_std = torch.randn(2, 5, ACT), 0.5 * torch.randn(2, 5, ACT)
-    normals = torch.randn(2, 5, 7, ACT)
+    mean, log_std = 0.3 * torch.randn(2, 2, 5, ACT)
+    normals = torch.randn(2, 5, 7, ACT).clamp(-2, 2)  # atanh finds its way back to them
     actions, log_prob = cql.squash(mean, log_std, normals)
     assert actions.shape == (2, 5, 7, ACT) and log_prob.shape == (2, 5, 7)
     distribution = tanh_gaussian(mean.unsqueeze(2), log_std.unsqueeze(2))
