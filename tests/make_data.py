@@ -224,7 +224,7 @@ def d4rl_file(path, episodes=None, **replaced):
     arrays = {
         "observations": np.concatenate([e["observations"][:-1] for e in episodes]),
         "actions": np.concatenate([e["actions"] for e in episodes]),
-        "rewards": np.concatenate([e["rewards"] for e in episodes]).astype(np.float32),
+        "rewards": np.concatenate([e["rewards"] for e in episodes]),
         "terminals": np.concatenate([e["terminations"] for e in episodes]),
         "next_observations": np.concatenate([e["observations"][1:] for e in episodes]),
         "timeouts": np.concatenate([e["truncations"] for e in episodes]),

@@ -88,11 +88,11 @@ class Reference:
             clamp(multiplier * x + offset, -20.0, 2.0) for x in outputs[A:]
         ]
 
-    def log_prob(self, state, pre_tanh):
+    def log_prob(self, state, pre_tanh, normals):
         """Of tanh(pre_tanh): a Gaussian's log density minus log(1 - tanh^2)."""
+        _, log_stds = self.gaussian(state)
         total = 0.0
-        for u, mu, log_std in zip(pre_tanh, *self.gaussian(state)):
-            z = (u - mu) / cmath.exp(log_std)
+        for u, log_std, z in zip(pre_tanh, log_stds, normals):
             total += -z * z / 2 - log_std - math.log(2 * math.pi) / 2
             total += 2 * cmath.log(cmath.cosh(u))  # 1 - tanh^2 = 1 / cosh^2
         return total
@@ -101,7 +101,14 @@ class Reference:
         """An action and its log density."""
         means, log_stds = self.gaussian(state)
         pre_tanh = [m + cmath.exp(s) * n for m, s, n in zip(means, log_stds, normals)]
-        return [cmath.tanh(u) for u in pre_tanh], self.log_prob(state, pre_tanh)
+        return [cmath.tanh(u) for u in pre_tanh], self.log_prob(state, pre_tanh, normals)
+
+    def log_prob_of_data(self, state, action):
+        """Actions are pulled off the bounds, where atanh is infinite."""
+        pre_tanh = [math.atanh(clamp(x, -1 + 1e-5, 1 - 1e-5)) for x in action]
+        means, log_stds = self.gaussian(state)
+        z = [(u - m) / cmath.exp(s) for u, m, s in zip(pre_tanh, means, log_stds)]
+        return self.log_prob(state, pre_tanh, z)
 
     def critics(self, network, state, action):
         """Q of every critic."""
@@ -135,8 +142,7 @@ class Reference:
         for b, (state, data_action) in enumerate(zip(*self.batch[:2])):
             action, log_pi = self.act(state, self.noise[0][b][0])
             if self.cloning:
-                inside = [clamp(x, -1 + 1e-5, 1 - 1e-5) for x in data_action]
-                worth = self.log_prob(state, [math.atanh(x) for x in inside])
+                worth = self.log_prob_of_data(state, data_action)
             else:
                 worth = least(self.critics("critic", state, action))
             losses.append(self.alpha * log_pi - worth)

@@ -590,7 +590,7 @@ def test_score_equals_a_loop_over_load_policy(train, hooked):
         )
         assert float(row["d4rl_normalized_score"]) == pytest.approx(score, rel=1e-6)
         assert (int(row["run"]), int(row["episodes"])) == (run, 5)
-    with pytest.raises(cql.UserError, match="run 2"):
+    with pytest.raises(cql.UserError, match=r"\b2\b"):
         cql.load_policy(directory / "checkpoint.pt", run=2)
 
 
