@@ -18,6 +18,7 @@ where data comes in and where `act` goes out.
 """
 
 import csv
+import ctypes
 import dataclasses
 import difflib
 import fcntl
@@ -319,6 +320,14 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def keep_freed_memory() -> None:
+    """Stop glibc from handing freed tensors back to the system, which faults them in
+    again, page by page, at the next update: a quarter of its time with four runs."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
+        ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
+
+
 def say(text: str) -> None:
     """Print a line without breaking the progress bar."""
     tqdm.write(text, file=sys.stdout)
@@ -411,14 +420,26 @@ def check_spaces(observation_space, action_space) -> None:
         raise UserError(f"actions in {actions} are not supported, only a bounded Box")
 
 
-def flat(space, value) -> np.ndarray:
+def read_array(group: h5py.Group, key: str) -> np.ndarray:
+    """group[key][()] in half of h5py's time, which counts with many short episodes."""
+    node = h5py.h5d.open(group.id, key.encode())
+    array = np.empty(node.shape, node.dtype)
+    node.read(h5py.h5s.ALL, h5py.h5s.ALL, array)
+    return array
+
+
+def flat(space, group: h5py.Group, key: str) -> np.ndarray:
     """Observations of one episode as [T + 1, O], in the order of gym.spaces.flatten."""
+    parts = ()
     if isinstance(space, gym.spaces.Dict):
-        return np.concatenate([flat(s, value[k]) for k, s in space.spaces.items()], 1)
-    if isinstance(space, gym.spaces.Tuple):  # Minari's names of its parts
-        parts = (flat(s, value[f"_index_{i}"]) for i, s in enumerate(space.spaces))
-        return np.concatenate(list(parts), 1)
-    return np.reshape(value[()], (len(value), math.prod(space.shape)))
+        parts = [flat(part, group[key], k) for k, part in space.spaces.items()]
+    elif isinstance(space, gym.spaces.Tuple):  # Minari's names of its parts
+        names = (f"_index_{i}" for i in range(len(space.spaces)))
+        parts = [flat(part, group[key], k) for k, part in zip(names, space.spaces)]
+    if parts:
+        return np.concatenate(parts, 1)
+    array = read_array(group, key)
+    return array.reshape(len(array), math.prod(space.shape))
 
 
 def read_task(directory: Path) -> Tuple[Task, int]:
@@ -462,9 +483,10 @@ def minari_episodes(directory: Path, task: Task, n_episodes: int):
         for i in range(n_episodes):
             raw = file[f"episode_{i}"]
             keys = ("actions", "rewards", "terminations", "truncations")
-            actions, rewards, terminations, truncations = (raw[key][()] for key in keys)
+            arrays = (read_array(raw, key) for key in keys)
+            actions, rewards, terminations, truncations = arrays
             whole = bool(len(rewards) and (terminations[-1] or truncations[-1]))
-            observations = flat(space, raw["observations"])
+            observations = flat(space, raw, "observations")
             yield Episode(observations, actions, rewards, terminations, whole)
 
 
@@ -654,43 +676,54 @@ def reward_factor(returns, task: Task, config: TrainConfig) -> float:
 # ======================================================================================
 
 
-class MemberwiseProduct(torch.autograd.Function):
-    """x @ w + b, one plain matrix product per member, written into one tensor.
+class MemberwiseLayer(torch.autograd.Function):
+    """x @ w + b and, if wanted, ReLU, one member after the other.
 
-    On a CPU this beats a batched product and, unlike stacking, copies nothing."""
+    On a CPU this beats a batched product; a member's rows stay in the cache from its
+    product to its ReLU and back."""
 
     @staticmethod
-    def forward(ctx, x, w, b):
-        ctx.save_for_backward(x, w)
+    def forward(ctx, x, w, b, relu):
         y = x.new_empty(*x.shape[:-1], w.shape[-1])
         for i in itertools.product(*map(range, w.shape[:-2])):
-            if b is None:
-                torch.mm(x[i], w[i], out=y[i])
-            else:
-                torch.addmm(b[i], x[i], w[i], out=y[i])
+            y[i].unflatten(0, (b.shape[-2], -1)).copy_(b[i].unsqueeze(1))
+            y[i].addmm_(x[i], w[i])
+            if relu:
+                y[i].relu_()
+        ctx.save_for_backward(x, w, b, y)
+        ctx.relu = relu
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x, w = ctx.saved_tensors
-        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        grad_w = torch.empty_like(w) if ctx.needs_input_grad[1] else None
+        x, w, b, y = ctx.saved_tensors
+        needed = zip((x, w, b), ctx.needs_input_grad)
+        grad_x, grad_w, grad_b = (torch.empty_like(t) if n else None for t, n in needed)
         for i in itertools.product(*map(range, w.shape[:-2])):
+            g = grad[i]
+            if ctx.relu:
+                g = torch.ops.aten.threshold_backward(g, y[i], 0)
             if grad_x is not None:
-                torch.mm(grad[i], w[i].mT, out=grad_x[i])
+                torch.mm(g, w[i].mT, out=grad_x[i])
             if grad_w is not None:
-                torch.mm(x[i].mT, grad[i], out=grad_w[i])
-        grad_b = grad.sum(-2, keepdim=True) if ctx.needs_input_grad[2] else None
-        return grad_x, grad_w, grad_b
+                torch.mm(x[i].mT, g, out=grad_w[i])
+            if grad_b is not None:
+                torch.sum(g.unflatten(0, (b.shape[-2], -1)), 1, out=grad_b[i])
+        return grad_x, grad_w, grad_b, None
 
 
-def member_product(x: Tensor, w: Tensor, b: Optional[Tensor] = None) -> Tensor:
-    """x [*lead, n, in] @ w [*lead, in, out] + b [*lead, 1, out] -> [*lead, n, out]."""
+def member_layer(x: Tensor, w: Tensor, b: Tensor, relu: bool) -> Tensor:
+    """x [*lead, n, in] @ w [*lead, in, out] + b [*lead, m, out] -> [*lead, n, out].
+
+    Each row of b serves n / m rows of x: all of them (m = 1) or one state's actions."""
+    if x.shape[:-2] != w.shape[:-2]:
+        raise ValueError(f"input of members {x.shape[:-2]} for {w.shape[:-2]}")
     if not x.is_cuda:
-        return MemberwiseProduct.apply(x, w, b)
-    y = torch.matmul(x, w)  # one batched launch
-    return y if b is None else y + b
+        return MemberwiseLayer.apply(x, w, b, relu)
+    y = torch.matmul(x, w).unflatten(-2, (b.shape[-2], -1))  # one batched launch
+    y = (y + b.unsqueeze(-2)).flatten(-3, -2)
+    return F.relu(y, inplace=True) if relu else y
 
 
 class EnsembleLinear(nn.Module):
@@ -701,8 +734,8 @@ class EnsembleLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(*lead, n_in, n_out))
         self.bias = nn.Parameter(torch.zeros(*lead, 1, n_out))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return member_product(x, self.weight, self.bias)
+    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
+        return member_layer(x, self.weight, self.bias, relu)
 
 
 class EnsembleMLP(nn.Module):
@@ -715,7 +748,7 @@ class EnsembleMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
-            x = F.relu(layer(x), inplace=True)
+            x = layer(x, relu=True)
         return self.layers[-1](x)
 
     @torch.no_grad()
@@ -744,7 +777,7 @@ class Policy(EnsembleMLP):
     def __init__(self, config: TrainConfig, n_runs: int, obs_dim: int, action_dim: int):
         hidden = [config.hidden_dim] * 3
         super().__init__((n_runs,), [obs_dim, *hidden, 2 * action_dim])
-        multiplier = torch.full((n_runs, 1, 1), config.policy_log_std_multiplier)
+        multiplier = torch.full((n_runs, 1, 1), float(config.policy_log_std_multiplier))
         self.log_std_multiplier = nn.Parameter(multiplier)
         self.log_std_offset = nn.Parameter(torch.full((n_runs, 1, 1), -1.0))  # as CORL
 
@@ -791,14 +824,13 @@ class Critic(EnsembleMLP):
         by_observation, by_action = first.weight.split(self.split, dim=-2)
         n_actions = actions.shape[2]
         shared = (-1, self.n_critics, -1, -1)  # all critics see the same inputs
-        # The observation's share of the first layer, once per state: [R, N, B, 1, H].
+        # The observation's share of the first layer, once per state: [R, N, B, H].
         s = observations.unsqueeze(1).expand(shared)
-        s = member_product(s, by_observation, first.bias).unsqueeze(-2)
-        a = actions.flatten(1, 2).unsqueeze(1).expand(shared)  # [R, N, B * M, A]
-        x = member_product(a, by_action).unflatten(2, (-1, n_actions))
-        x = F.relu(x + s, inplace=True).flatten(2, 3)  # [R, N, B * M, H]
+        s = member_layer(s, by_observation, first.bias, relu=False)
+        x = actions.flatten(1, 2).unsqueeze(1).expand(shared)  # [R, N, B * M, A]
+        x = member_layer(x, by_action, s, relu=True)  # [R, N, B * M, H]
         for layer in rest[:-1]:
-            x = F.relu(layer(x), inplace=True)
+            x = layer(x, relu=True)
         return rest[-1](x).squeeze(-1).unflatten(2, (-1, n_actions))
 
 
@@ -985,7 +1017,8 @@ class ContinuousCQL(nn.Module):
         observation_std=1.0,
     ):
         super().__init__()
-        self.config, self.device, self.action_dim = config, device, action_dim
+        self.config, self.device = config, device
+        self.observation_dim, self.action_dim = observation_dim, action_dim
         self.runs = product_of_runs(config)
         dims = config, len(self.runs), observation_dim, action_dim
         self.policy, self.critic = Policy(*dims), Critic(*dims)
@@ -1047,11 +1080,17 @@ class ContinuousCQL(nn.Module):
         return torch.stack(draws)
 
     def prepare(self, batch: Batch) -> Batch:
-        """With the R dimension, standardized observations, actions in [-1, 1]."""
+        """With the R dimension, standardized observations, actions in [-1, 1]. Raises
+        ValueError for other shapes, which might broadcast into a wrong answer."""
         kind = {"dtype": self.observation_mean.dtype, "device": self.device}
         batch = Batch(*(torch.as_tensor(array, **kind) for array in batch))
         if batch.rewards.ndim == 1:
             batch = Batch(*(x.unsqueeze(0) for x in batch))
+        lead = len(self.runs), batch.rewards.shape[-1]
+        states, actions = (*lead, self.observation_dim), (*lead, self.action_dim)
+        shapes = [states, actions, lead, states, lead]
+        if [x.shape for x in batch] != shapes:
+            raise ValueError(f"batch of {[tuple(x.shape) for x in batch]}, not {shapes}")
         mean, std = self.observation_mean, self.observation_std
         center = (self.action_high + self.action_low) / 2
         return batch._replace(
@@ -1106,8 +1145,10 @@ class ContinuousCQL(nn.Module):
         leading dimensions (R = 1), actions without them."""
         dtype = self.observation_mean.dtype
         x = torch.as_tensor(np.asarray(observations), dtype=dtype).to(self.device)
-        shape = x.shape[:-1]
-        x = x.reshape(len(self.runs), -1, x.shape[-1])
+        shape, n_runs = x.shape[:-1], len(self.runs)
+        if (x.shape[0] if x.ndim == 3 else 1) != n_runs:
+            raise ValueError(f"observations {tuple(x.shape)} for {n_runs} runs")
+        x = x.reshape(n_runs, -1, x.shape[-1])
         x, log_std = self.policy((x - self.observation_mean) / self.observation_std)
         if not deterministic:
             shape_, on = x.shape[1:], {"device": x.device}
@@ -1679,6 +1720,7 @@ def describe(config, task: Task, data: Optional[Dataset], evaluator) -> None:
 
 def train(config: TrainConfig, checkpoint: Optional[dict] = None) -> int:
     """Train every run of the config from the checkpoint on; returns the exit status."""
+    keep_freed_memory()
     device = pick_device(config.device)
     total = config.offline_iterations
     total = config.max_timesteps if total is None else total

@@ -83,9 +83,9 @@ def test_cloning_ends_after_bc_steps():
     agent = tiny_agent(bc_steps=2)
     batch, noise, cloned = transitions(1, 4), agent.draw(4), []
     for _ in range(4):
-        prepared = batch, cql.sample_actions(agent.policy, batch, noise)
+        samples = cql.sample_actions(agent.policy, batch, noise)
         alpha = agent.log_alpha.detach().exp()
-        wanted = cql.cloning_loss(prepared[1], alpha)[0].item()
+        wanted = cql.cloning_loss(batch, samples, alpha)[0].item()
         loss = agent.update(batch, noise)["policy_loss"].item()
         cloned.append(loss == pytest.approx(wanted, rel=1e-5))
     assert cloned == [True, True, False, False]

@@ -437,13 +437,13 @@ def test_without_an_environment_there_is_no_evaluation(form, in_tmp):
 
 
 def test_the_evaluation_environment_comes_first(in_tmp):
-    """Recorded beside that of the recording: there nothing moves, so nothing ends."""
-    still = gym.make("CqlToy-v0", push=0.0)
+    """Recorded beside that of the recording: there nothing moves, and 9 steps are all."""
+    still = gym.make("CqlToy-v0", push=0.0, max_episode_steps=9)
     path = toy_dataset(in_tmp, eval_env=still)
     assert run(env=path, resume="out", n_episodes=3)[0] == 0
-    assert float(evaluations(in_tmp / "out")[0]["length_mean"]) == 20
+    assert float(evaluations(in_tmp / "out")[0]["length_mean"]) == 9
     metadata = json.loads((path / "data" / "metadata.json").read_text())
-    assert json.loads(metadata["env_spec"])["kwargs"] == {}  # the other one does move
+    assert json.loads(metadata["env_spec"])["max_episode_steps"] == 20
     gym.register("CqlShort-v0", "make_data:Toy", max_episode_steps=7, kwargs={"push": 0})
     try:
         flags = {"resume": "other", "eval_env": "CqlShort-v0"}

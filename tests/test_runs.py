@@ -26,7 +26,7 @@ import pytest
 import torch
 import torch._dynamo  # the optimizer would; here, so that no forked process has to
 import yaml
-from make_data import Toy, minari_dataset, random_episodes, toy_dataset
+from make_data import Toy, hopper_dataset, minari_dataset, random_episodes, toy_dataset
 
 import cql
 
@@ -194,6 +194,12 @@ def start(argv, output=os.devnull, prepare=None, *arguments):
     return process
 
 
+def real(argv, cwd):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    argv = [sys.executable, *map(str, argv)]
+    return subprocess.Popen(argv, cwd=cwd, text=True, **pipes)
+
+
 def finish(process, seconds=60):
     process.join(seconds)
     if process.exitcode is None:
@@ -202,16 +208,15 @@ def finish(process, seconds=60):
     return process.exitcode
 
 
-def wait_for(directory, name, count, process, seconds=60):
+def wait_for(directory, name, count, process, seconds=100):
     """Until a table has that many lines, or the process has ended."""
-    deadline = time.monotonic() + seconds
-    while process.is_alive() and time.monotonic() < deadline:
-        if (directory / name).exists() and (directory / name).read_text().count(
-            "\n"
-        ) >= count:
+    table, deadline = directory / name, time.monotonic() + seconds
+    while not table.exists() or table.read_text().count("\n") < count:
+        ended = process.poll() if hasattr(process, "poll") else process.exitcode
+        if ended is not None:
             return
+        assert time.monotonic() < deadline, f"{name} does not grow"
         time.sleep(0.002)
-    assert time.monotonic() < deadline, f"{name} does not grow"
 
 
 def die_at(call):
@@ -313,20 +318,49 @@ def test_killed_at_every_file_operation(toy, tmp_path, whole):
     assert wrong == {}, f"of {call - 1} moments"
 
 
+@pytest.mark.parametrize("torn", ["step,run,al", "whole\n3,0,0.99", "whole\n3"])
+def test_torn_table(train, whole, monkeypatch, torn):
+    """The machine stopped within the first row of metrics.csv, after a checkpoint."""
+
+    def interrupt(number, agent, metrics):
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        after_update(patch, interrupt)
+        code, directory = train("run")
+    assert code == 143
+    header = (whole() / "metrics.csv").read_text().splitlines()[0]
+    (directory / "metrics.csv").write_text(torn.replace("whole", header))
+    assert train("run")[0] == 0
+    assert differences(whole(), directory) == []
+
+
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signal_to_a_process(toy, tmp_path, whole, number, status):
-    changes = {**FULL, "max_timesteps": 90, "eval_freq": 6, "n_episodes": 1}
-    argv = command(toy, tmp_path / "run", **changes)
-    process = start(argv, tmp_path / "output")
+def test_signal_to_a_command(toy, tmp_path, whole, number, status):
+    """A real command, interrupted; then again, in a process that leaves all else out."""
+    changes = {**FULL, "max_timesteps": 200, "eval_freq": 50, "n_episodes": 1}
+    argv = command(toy, "run", eval_env="test_runs:CqlHooked-v0", **changes)
+    process = real([SCRIPT, *argv], tmp_path)
     wait_for(tmp_path / "run", "metrics.csv", 13, process)
-    os.kill(process.pid, number)
-    assert finish(process) == status
+    process.send_signal(number)
+    out, error = process.communicate(timeout=300)
+    assert (process.returncode, error) == (status, "")
     step = checkpoint(tmp_path / "run")["step"]
-    assert 0 < step < 90
-    output = (tmp_path / "output").read_text()
-    assert f"interrupted at update {step}" in output and "Traceback" not in output
-    assert finish(start(argv)) == 0
+    assert 9 <= step < 200 and f"interrupted at update {step}" in out
+    assert finish(start(flags(resume=tmp_path / "run"))) == 0
     assert differences(whole(**changes), tmp_path / "run") == []
+
+
+def test_resume_in_a_simulator(tmp_path):
+    """MuJoCo starts anew at a reset: no evaluation leaves a trace in the next."""
+    data = hopper_dataset(tmp_path / "data", episodes=4)
+    for name, stops in (("whole", [8]), ("halves", [4, 8])):
+        for steps in stops:
+            argv = command(data, tmp_path / name, max_timesteps=steps, seed=[0, 1])
+            assert cql.main(argv) == 0
+    assert differences(tmp_path / "whole", tmp_path / "halves") == []
+    assert len(rows(tmp_path / "halves", "evaluations.csv")) == 4
 
 
 @pytest.mark.parametrize("update", range(1, 13))
@@ -462,13 +496,6 @@ def test_a_preemptible_command_repeats(toy, tmp_path, whole, monkeypatch):
 
 
 # --- 3. a run directory is enough to run it again -------------------------------------
-
-
-def real(argv, cwd, **options):
-    return subprocess.Popen(
-        [sys.executable, *map(str, argv)],
-        cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
-    )  # fmt: skip
 
 
 def test_run_directory_runs_again(toy, tmp_path, whole):
