@@ -17,6 +17,7 @@ Actions inside the algorithm live in [-1, 1]; the environment's own bounds are a
 where data comes in and where `act` goes out.
 """
 
+import argparse
 import csv
 import ctypes
 import dataclasses
@@ -44,7 +45,7 @@ from typing import Callable, Dict, List, NamedTuple, Optional, Tuple, Union, get
 
 import gymnasium as gym
 import h5py
-import huggingface_hub
+import huggingface_hub.constants
 import minari
 import numpy as np
 import pyrallis
@@ -119,7 +120,6 @@ class TrainConfig:
     cql_alpha_online: Optional[float] = None  # Penalty weight of the online phase
     mixing_ratio: float = -1.0  # Offline share of an online batch; -1: one buffer
     is_sparse_reward: bool = False  # Cal-QL: return-to-go of a failed episode
-    # Ours, not CORL's:
     log_freq: int = 1000  # Updates between rows of metrics.csv
     eval_env: Optional[str] = None  # Environment to evaluate in; null: the dataset's
     resume: Optional[str] = None  # Run directory to continue, or to start in if empty
@@ -214,26 +214,29 @@ def read_config_file(path: Union[str, Path]) -> dict:
     return {key: decoded(key, v, f"{path}: {key}") for key, v in values.items()}
 
 
-class Parser(ArgumentParser):
-    """pyrallis's parser, with raw values out and one-line errors."""
-
-    def _postprocessing(self, namespace):
-        return namespace
-
-    def error(self, message):
-        raise UserError(message.replace("argument --", "--", 1))
-
-
 def read_command_line(argv: List[str]) -> dict:
     """Field values given on the command line, `--config_path`'s below them."""
-    argv = ["--help" if argument == "-h" else argument for argument in argv]
+    if {"-h", "--help"} & set(argv):  # pyrallis takes a second to find the comments
+        ArgumentParser(TrainConfig, prog="cql.py").parse_args(["--help"])
+    argv = list(argv)
     for i in range(len(argv) - 1, 0, -1):  # argparse takes -.inf for a flag
         if re.match(r"-[.\d]", argv[i]) and re.fullmatch(r"--\w+", argv[i - 1]):
             argv[i - 1 : i + 1] = [f"{argv[i - 1]}={argv[i]}"]
-    parser = Parser(TrainConfig, prog="cql.py", allow_abbrev=False)
-    namespace, unknown = parser.parse_known_args(argv)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False,
+        add_help=False,
+        exit_on_error=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    for name in ("config_path", *FIELDS):
+        parser.add_argument(f"--{name}")
+    try:
+        namespace, unknown = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error).replace("argument --", "--", 1)) from None
     if unknown:
-        decoded(unknown[0].split("=")[0].lstrip("-"), None, unknown[0])
+        if unknown[0].startswith("--"):
+            decoded(unknown[0][2:].split("=")[0], None, unknown[0])
         raise UserError(f"unexpected argument {unknown[0]!r}")
     raw = vars(namespace)
     path = raw.pop("config_path", None)
@@ -252,15 +255,17 @@ def layered_config(given: dict) -> Tuple[TrainConfig, Optional[dict]]:
     base, checkpoint = {}, None
     if given.get("resume"):
         directory = Path(given["resume"])
-        if (directory / "config.yaml").exists():
+        if os.path.exists(directory / "config.yaml"):
             base = read_config_file(directory / "config.yaml")
+        elif os.path.exists(directory / "checkpoint.pt"):
+            base = read_checkpoint(directory / "checkpoint.pt")["config"]
         for name in set(base) & set(given) - RESUMABLE:
             if given[name] != base[name]:
                 raise UserError(
                     f"--{name} {given[name]}: {directory}/config.yaml says "
                     f"{base[name]}, and a resumed run cannot change it"
                 )
-        if (directory / "checkpoint.pt").exists():
+        if os.path.exists(directory / "checkpoint.pt"):
             checkpoint = read_checkpoint(directory / "checkpoint.pt")
     load_model = {**base, **given}.get("load_model")
     if load_model and checkpoint is None:
@@ -290,14 +295,15 @@ def validate(config: TrainConfig, given=()) -> None:
                 raise UserError(f"--{name} {number}: must be finite")
     if config.cql_clip_diff_min > config.cql_clip_diff_max:
         raise UserError("--cql_clip_diff_min is above --cql_clip_diff_max")
-    if "max_timesteps" in given and config.offline_iterations is not None:
+    twice = config.offline_iterations is not None and "max_timesteps" in given
+    if twice and config.max_timesteps != FIELDS["max_timesteps"].default:
         raise UserError(
             "--max_timesteps and --offline_iterations say the same: give one"
         )
     if isinstance(config.cql_target_action_gap, list) and not config.cql_lagrange:
         raise UserError("--cql_target_action_gap: a list needs --cql_lagrange true")
     for path in (config.checkpoints_path, config.resume):
-        if path is not None and (not path or Path(path).is_file()):
+        if path is not None and (not path or os.path.isfile(path)):
             raise UserError(f"{path!r} is not a directory to write runs in")
 
 
@@ -312,7 +318,7 @@ def pick_device(name: str) -> torch.device:
     """The device that `--device` names. Raises UserError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
         raise UserError(f"--device {name}: must be auto, cpu, cuda or cuda:N")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -382,7 +388,7 @@ class Task:
 
     @property
     def observation_dim(self) -> int:
-        return gym.spaces.flatdim(deserialize_space(self.observation_space))
+        return gym.spaces.flatdim(recorded_space(self.observation_space))
 
 
 class Episode(NamedTuple):
@@ -391,6 +397,7 @@ class Episode(NamedTuple):
     rewards: np.ndarray  # [T]
     terminations: np.ndarray  # [T] bool
     whole: bool  # ended by termination or time limit, not by a cut
+    total: float  # return, that of a last step left out included
 
 
 class Batch(NamedTuple):
@@ -415,7 +422,8 @@ def check_spaces(observation_space, action_space) -> None:
                 f"observations in {brief(space)} are not supported, only Box vectors "
                 "(no images) and dictionaries or tuples of them"
             )
-    if not isinstance(action_space, gym.spaces.Box) or not action_space.is_bounded():
+    bounded = isinstance(action_space, gym.spaces.Box) and action_space.is_bounded()
+    if not bounded or (action_space.low >= action_space.high).any():
         actions = brief(action_space)
         raise UserError(f"actions in {actions} are not supported, only a bounded Box")
 
@@ -426,6 +434,18 @@ def read_array(group: h5py.Group, key: str) -> np.ndarray:
     array = np.empty(node.shape, node.dtype)
     node.read(h5py.h5s.ALL, h5py.h5s.ALL, array)
     return array
+
+
+def recorded_space(text) -> gym.Space:
+    """A space from Minari's JSON, keys in the recorded order, which is flatten's own;
+    Minari's reader sorts them."""
+    space = json.loads(text) if isinstance(text, str) else text
+    parts = space.get("subspaces")
+    if space["type"] == "Dict":
+        return gym.spaces.Dict([(key, recorded_space(parts[key])) for key in parts])
+    if space["type"] == "Tuple":
+        return gym.spaces.Tuple([recorded_space(part) for part in parts])
+    return deserialize_space(space)
 
 
 def flat(space, group: h5py.Group, key: str) -> np.ndarray:
@@ -453,13 +473,15 @@ def read_task(directory: Path) -> Tuple[Task, int]:
         if metadata.get("data_format", "hdf5") != "hdf5":
             raise UserError("only Minari's hdf5 format is supported")
         names = ("observation_space", "action_space")
-        spaces = [deserialize_space(metadata[name]) for name in names]
+        spaces = [recorded_space(metadata[name]) for name in names]
         check_spaces(*spaces)
         recorded = (metadata.get("eval_env_spec"), metadata.get("env_spec"), "{}")
         spec = json.loads(next(text for text in recorded if text))
         kwargs = dict(spec.get("kwargs") or {})
         kwargs.pop("render_mode", None)
         reference = [metadata.get(f"ref_{end}_score") for end in ("min", "max")]
+        if None not in reference and not float(reference[0]) < float(reference[1]):
+            raise UserError(f"reference scores {reference}, which are not min and max")
         task = Task(
             metadata["observation_space"],
             *(bound.ravel().tolist() for bound in (spaces[1].low, spaces[1].high)),
@@ -475,19 +497,28 @@ def read_task(directory: Path) -> Tuple[Task, int]:
         raise UserError(f"metadata.json lacks or garbles {brief(error)}") from None
 
 
+def single(array) -> np.ndarray:
+    """As float32, too large numbers as infinity. Raises ValueError for text."""
+    with np.errstate(over="ignore"):
+        return np.asarray(array, np.float32)
+
+
 def minari_episodes(directory: Path, task: Task, n_episodes: int):
     """Iterate over a Minari dataset's episodes. The file is read directly, because
     Minari's reader decodes `infos` too, most of its bytes."""
-    space = deserialize_space(task.observation_space)
+    space = recorded_space(task.observation_space)
     with h5py.File(directory / "main_data.hdf5", "r") as file:
         for i in range(n_episodes):
             raw = file[f"episode_{i}"]
             keys = ("actions", "rewards", "terminations", "truncations")
-            arrays = (read_array(raw, key) for key in keys)
-            actions, rewards, terminations, truncations = arrays
-            whole = bool(len(rewards) and (terminations[-1] or truncations[-1]))
-            observations = flat(space, raw, "observations")
-            yield Episode(observations, actions, rewards, terminations, whole)
+            actions, rewards, ended, cut = (single(read_array(raw, key)) for key in keys)
+            if len(cut) != len(rewards):
+                raise UserError(f"episode {i}: {len(cut)} truncations")
+            whole = bool(len(rewards) and (ended[-1] or cut[-1]))
+            observations = single(flat(space, raw, "observations"))
+            actions = actions.reshape(len(actions), math.prod(actions.shape[1:]))
+            total = float(rewards.sum(dtype=np.float64))
+            yield Episode(observations, actions, rewards, ended, whole, total)
 
 
 def d4rl_episodes(path: Path):
@@ -499,26 +530,28 @@ def d4rl_episodes(path: Path):
     d4rl.qlearning_dataset; a terminal one bootstraps nothing and stays."""
     keys = "observations actions rewards terminals timeouts next_observations".split()
     with h5py.File(path, "r") as file:
-        data = {key: file[key][()] for key in keys if key in file or key in keys[:4]}
+        found = [key for key in keys if key in file or key in keys[:4]]
+        data = {key: single(file[key][()]) for key in found}
     n = len(data["rewards"])
     if any(len(value) != n for value in data.values()):
         raise ValueError(f"lengths differ: { {key: len(data[key]) for key in data} }")
-    observations, terminals = data["observations"], data["terminals"].reshape(n) > 0
+    observations, terminals = data["observations"], data["terminals"].reshape(n)
     following = data.get("next_observations")
-    done = terminals | (data.get("timeouts", terminals).reshape(n) > 0)
+    done = (terminals != 0) | (data.get("timeouts", terminals).reshape(n) != 0)
     ends = done.copy()
     if following is not None:  # a jump is an episode's end, flagged or not
         ends[:-1] |= (following[:-1] != observations[1:]).reshape(n - 1, -1).any(1)
     ends[n - 1 :] = True
+    rewards, actions = data["rewards"].reshape(n), data["actions"]
+    actions = actions.reshape(n, math.prod(actions.shape[1:]))
     first = 0
     for last in np.flatnonzero(ends):
         cut = following is None and not terminals[last]
         kept = slice(first, last + (not cut))
         end = (observations if following is None else following)[last : last + 1]
-        actions = data["actions"][kept].reshape(kept.stop - first, -1)
-        parts = (actions, data["rewards"][kept].ravel(), terminals[kept])
-        stored = np.concatenate([observations[kept], end])
-        yield Episode(stored, *parts, bool(done[last]))
+        total = float(rewards[first : last + 1].sum(dtype=np.float64))
+        parts = actions[kept], rewards[kept], terminals[kept], bool(done[last]), total
+        yield Episode(np.concatenate([observations[kept], end]), *parts)
         first = last + 1
 
 
@@ -526,9 +559,9 @@ def read_episodes(name: str) -> Tuple[List[Episode], Task]:
     """One entry of `env`: a directory, a file or a Minari id. Raises UserError."""
     path = Path(name)
     for directory in (path, path / "data"):
-        if (directory / "metadata.json").is_file():
+        if os.path.isfile(directory / "metadata.json"):  # False for impossible names
             path = directory
-    if not path.exists():
+    if not os.path.exists(path):
         path = minari_directory(name)
     try:
         if path.is_dir():
@@ -536,7 +569,7 @@ def read_episodes(name: str) -> Tuple[List[Episode], Task]:
             episodes = list(minari_episodes(path, task, n_episodes))
         else:
             episodes = list(d4rl_episodes(path))
-            dims = [np.shape(array)[1] for array in (episodes or [()])[0][:2]] or [1, 1]
+            dims = [array.shape[1] for array in (episodes or [()])[0][:2]] or [1, 1]
             space = gym.spaces.Box(-np.inf, np.inf, dims[:1], np.float32)
             env = D4RL_ENVIRONMENTS.get(re.split("[-_]", path.stem)[0], (None, {}))
             bounds = [-1.0] * dims[1], [1.0] * dims[1]
@@ -545,8 +578,9 @@ def read_episodes(name: str) -> Tuple[List[Episode], Task]:
         raise UserError(f"--env {name}: {error}") from None
     except Exception as error:
         raise UserError(f"--env {name}: damaged or foreign: {brief(error)}") from None
-    episodes = [episode for episode in episodes if len(episode.rewards)]
-    if not episodes:
+    if 0 in (task.observation_dim, len(task.action_low)):
+        raise UserError(f"--env {name}: no observations or no actions in it")
+    if not any(len(episode.rewards) for episode in episodes):
         raise UserError(f"--env {name}: no episodes")
     return episodes, task
 
@@ -587,14 +621,13 @@ def check_episodes(name: str, episodes: List[Episode], task: Task) -> None:
     for i, episode in enumerate(episodes):
         T, where = len(episode.rewards), f"--env {name}: episode {i}"
         shapes = [(T + 1, task.observation_dim), (T, len(low)), (T,), (T,)]
-        actions = np.reshape(episode.actions, (len(episode.actions), -1))
-        arrays = (episode.observations, actions, episode.rewards, episode.terminations)
-        if [np.shape(array) for array in arrays] != shapes:
-            found = [np.shape(array) for array in arrays]
+        found = [np.shape(array) for array in episode[:4]]
+        if found != shapes:
             raise UserError(f"{where}: arrays of shapes {found}; expected {shapes}")
-        for field, array in zip(Episode._fields[:3], arrays):
+        for field, array in zip(Episode._fields, episode[:4]):
             if not np.isfinite(array).all():
                 raise UserError(f"{where}: {field} hold NaN or infinity")
+        actions = episode.actions
         if (actions < low - rounding).any() or (actions > high + rounding).any():
             raise UserError(f"{where}: actions outside {[low.tolist(), high.tolist()]}")
 
@@ -609,21 +642,32 @@ class Dataset:
         self.task = next((task for task in tasks if task.env_id), tasks[0])
         if config.eval_env and self.task.env_id is None:  # then its bounds count
             space = make_env(self.task, config.eval_env).action_space
-            check_spaces(gym.spaces.Box(0, 1), space)
+            try:
+                check_spaces(gym.spaces.Box(0, 1), space)
+            except UserError as error:
+                raise UserError(f"--eval_env {config.eval_env}: {error}") from None
             bounds = space.low.ravel().tolist(), space.high.ravel().tolist()
+            if len(bounds[0]) != len(self.task.action_low):
+                n = len(self.task.action_low)
+                raise UserError(f"--eval_env {config.eval_env}: {space} for {n} actions")
             self.task = dataclasses.replace(
                 self.task, action_low=bounds[0], action_high=bounds[1]
             )
         for name, part, task in zip(names, parts, tasks):
             if task.env_id not in (None, self.task.env_id):
                 raise UserError(f"--env {name}: {task.env_id} is not {self.task.env_id}")
+            bounds = (task.action_low, task.action_high)
+            if task.env_id and bounds != (self.task.action_low, self.task.action_high):
+                raise UserError(f"--env {name}: actions in {bounds}, unlike the first's")
             check_episodes(name, part, self.task)
-        episodes = [episode for part in parts for episode in part]
+        episodes = [
+            episode for part in parts for episode in part if len(episode.rewards)
+        ]
         self.lengths = np.array([len(e.rewards) for e in episodes], int)
         if self.lengths.sum() < config.batch_size:
             n = f"{self.lengths.sum()} transitions in {len(episodes)} episodes"
             raise UserError(f"--env {names}: {n} are no batch of {config.batch_size}")
-        self.returns = np.array([e.rewards.sum(dtype=np.float64) for e in episodes])
+        self.returns = np.array([e.total for e in episodes])
         whole = np.array([e.whole for e in episodes])
         self.returns = self.returns[whole] if whole.any() else self.returns
         scale = reward_factor(self.returns if whole.any() else [], self.task, config)
@@ -633,7 +677,7 @@ class Dataset:
             return torch.as_tensor(array, device=device)
 
         self.observations = joined(e.observations for e in episodes)
-        self.actions = joined(e.actions.reshape(len(e.rewards), -1) for e in episodes)
+        self.actions = joined(e.actions for e in episodes)
         rewards = joined(e.rewards for e in episodes)
         self.rewards = rewards * scale * config.reward_scale + config.reward_bias
         self.terminations = joined(e.terminations for e in episodes)
@@ -1213,7 +1257,8 @@ def make_env(task: Task, eval_env: Optional[str] = None) -> gym.Env:
             if not isinstance(env.observation_space, gym.spaces.Box):
                 env = gym.wrappers.FlattenObservation(env)
     except Exception as error:
-        raise UserError(f"environment {name} cannot be made: {brief(error)}") from None
+        where = f"--eval_env {name}" if eval_env else f"environment {name} (--eval_env)"
+        raise UserError(f"{where} cannot be made: {brief(error)}") from None
     return env
 
 
@@ -1223,7 +1268,10 @@ class Evaluator:
     def __init__(self, task: Task, config: TrainConfig, n_runs: int, longest: int):
         self.task, self.config, self.name = task, config, config.eval_env or task.env_id
         env = make_env(task, config.eval_env)
-        check_spaces(env.observation_space, env.action_space)
+        if not isinstance(env.action_space, gym.spaces.Box):
+            raise UserError(
+                f"--eval_env {self.name}: actions in {env.action_space}, no Box"
+            )
         low, high = env.action_space.low.ravel(), env.action_space.high.ravel()
         self.action_shape = env.action_space.shape
         dims = math.prod(env.observation_space.shape), len(low)
@@ -1231,7 +1279,7 @@ class Evaluator:
             [low, high], [task.action_low, task.action_high]
         ):
             raise UserError(
-                f"environment {self.name}: {env.observation_space}, {env.action_space}"
+                f"--eval_env {self.name}: {env.observation_space}, {env.action_space}"
                 f" do not match the data's {task.observation_dim} observations and "
                 f"actions in {[task.action_low, task.action_high]}"
             )
@@ -1328,21 +1376,24 @@ def read_checkpoint(path: Union[str, Path]) -> dict:
         raise UserError(f"checkpoint {path}: cannot be read: {brief(error)}") from None
     if not isinstance(payload, dict) or payload.get("format") != "cql.py":
         raise UserError(f"checkpoint {path}: not one of cql.py's")
-    if payload["version"] != VERSION:
-        version = payload["version"]
+    version = payload.get("version")
+    if version != VERSION:
         raise UserError(f"checkpoint {path}: of version {version}, not {VERSION}")
-    return payload
+    missing = {"kind", "config", "task", "agent"} - payload.keys()
+    if missing:
+        raise UserError(f"checkpoint {path}: lacks {', '.join(sorted(missing))}")
+    return {**payload, "path": str(path)}
 
 
 def load_agent(agent: nn.Module, checkpoint: dict) -> None:
     """Copy a checkpoint's state into the agent. Raises UserError."""
-    kind = type(agent).__name__
+    kind, where = type(agent).__name__, f"checkpoint {checkpoint['path']}"
     if checkpoint["kind"] != kind:
-        raise UserError(f"the checkpoint holds a {checkpoint['kind']}, not a {kind}")
+        raise UserError(f"{where}: holds a {checkpoint['kind']}, not a {kind}")
     try:
         agent.load_state_dict(checkpoint["agent"])
     except (RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"the checkpoint is of another shape: {brief(error)}") from None
+        raise UserError(f"{where}: of another shape: {brief(error)}") from None
 
 
 def load_policy(path: Union[str, Path], run: int = 0, device: str = "cpu"):
@@ -1353,14 +1404,14 @@ def load_policy(path: Union[str, Path], run: int = 0, device: str = "cpu"):
     config, task = TrainConfig(**checkpoint["config"]), Task(**checkpoint["task"])
     agent = ContinuousCQL(config, task.observation_dim, len(task.action_low), device)
     load_agent(agent, checkpoint)
-    space, n_runs = deserialize_space(task.observation_space), len(agent.runs)
+    space, n_runs = recorded_space(task.observation_space), len(agent.runs)
     if not 0 <= run < n_runs:
         raise UserError(f"checkpoint {path}: runs 0 to {n_runs - 1}, no {run}")
 
     def policy(observation, deterministic: bool = True) -> np.ndarray:
         if isinstance(observation, (dict, tuple)):
             observation = gym.spaces.flatten(space, observation)
-        everywhere = np.broadcast_to(observation, (n_runs, *np.shape(observation)))
+        everywhere = np.stack([observation] * n_runs)
         return agent.act(everywhere, deterministic)[run]
 
     return policy
@@ -1377,6 +1428,8 @@ class Table:
         if self.path is None or not self.path.exists():
             return []
         header, *lines = self.path.read_text().splitlines(keepends=True) or [""]
+        if not header.startswith("step,"):
+            raise UserError(f"{self.path}: not a table of cql.py's")
         rows = list(csv.DictReader([header, *lines]))
         whole = [None not in row.values() and int(row["step"]) <= last for row in rows]
         temporary = self.path.with_suffix(".tmp")
@@ -1714,6 +1767,8 @@ def describe(config, task: Task, data: Optional[Dataset], evaluator) -> None:
             "cql_target_action_gap < 0 with cql_lagrange is a real target, not 'off': it"
         )
         say("  pushes Q of the data above the soft maximum")
+    if config.buffer_size != FIELDS["buffer_size"].default:
+        say("buffer_size has no effect offline: the dataset is loaded whole")
     if config.checkpoints_path is None and not config.resume:
         say("checkpoints_path is null: nothing will be written")
 
@@ -1724,7 +1779,9 @@ def train(config: TrainConfig, checkpoint: Optional[dict] = None) -> int:
     device = pick_device(config.device)
     total = config.offline_iterations
     total = config.max_timesteps if total is None else total
-    resumed = config.resume and (Path(config.resume) / "checkpoint.pt").exists()
+    resumed = config.resume and os.path.exists(f"{config.resume}/checkpoint.pt")
+    if resumed and checkpoint["step"] > total:
+        raise UserError(f"--max_timesteps {total}: the run is at {checkpoint['step']}")
     data = None if checkpoint and total == 0 else Dataset(config, device)
     task = data.task if data else Task(**checkpoint["task"])
     evaluator, n_runs = None, len(product_of_runs(config))
@@ -1794,7 +1851,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         validate(config, given)
         return train(config, checkpoint)
     except UserError as error:
-        print(f"cql.py: error: {error}", file=sys.stderr)
+        print("cql.py: error:", str(error).replace("\n", " "), file=sys.stderr)
         return 2
     except MachineError as error:
         print(f"cql.py: failed: {error}", file=sys.stderr)

@@ -17,6 +17,7 @@ path itself can be asked for always. An episode is a dict of arrays: observation
 import io
 import json
 import os
+import signal
 import warnings
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -100,6 +101,22 @@ class Toy(gym.Env):
 for _id, _limit in (("CqlToy-v0", 20), ("CqlEndless-v0", None)):
     if _id not in gym.registry:
         gym.register(_id, entry_point=f"{__name__}:Toy", max_episode_steps=_limit)
+
+
+@contextmanager
+def deadline(seconds):
+    """TimeoutError inside, if what stands there does not end."""
+
+    def stop(*_):
+        raise TimeoutError(f"still running after {seconds} s")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def stacked(values):

@@ -466,7 +466,8 @@ def test_an_environment_without_a_time_limit_ends(in_tmp):
     env = gym.make("CqlEndless-v0", push=0.0)
     assert env.spec.max_episode_steps is None
     path = minari_dataset(in_tmp, "toy/endless-v0", random_episodes([4, 13, 5]), env=env)
-    assert run(env=path, resume="out")[0] == 0
+    with make_data.deadline(20):
+        assert run(env=path, resume="out")[0] == 0
     assert float(evaluations(in_tmp / "out")[0]["length_mean"]) == 13
 
 
