@@ -155,7 +155,10 @@ RESUMABLE = set(
 )
 # What load_model takes from the checkpoint when the command leaves it out: the data,
 # and all that decides the shape of a tensor.
-INHERITED = ("env", "eval_env", "hidden_dim", "q_n_hidden_layers", "n_critics")
+INHERITED = (
+    "env eval_env hidden_dim q_n_hidden_layers n_critics cql_lagrange "
+    "use_automatic_entropy_tuning"
+).split()
 
 
 class UserError(Exception):
@@ -1411,8 +1414,9 @@ def load_policy(path: Union[str, Path], run: int = 0, device: str = "cpu"):
     def policy(observation, deterministic: bool = True) -> np.ndarray:
         if isinstance(observation, (dict, tuple)):
             observation = gym.spaces.flatten(space, observation)
-        everywhere = np.stack([observation] * n_runs)
-        return agent.act(everywhere, deterministic)[run]
+        everywhere = np.stack([np.atleast_2d(observation)] * n_runs)  # [R, n, O]
+        actions = agent.act(everywhere, deterministic)[run]
+        return actions if np.ndim(observation) > 1 else actions[0]
 
     return policy
 
@@ -1433,7 +1437,8 @@ class Table:
         rows = list(csv.DictReader([header, *lines]))
         whole = [None not in row.values() and int(row["step"]) <= last for row in rows]
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join([header, *itertools.compress(lines, whole)]))
+        lines = list(itertools.compress(lines, whole))
+        temporary.write_text("".join([header, *lines] if lines else []))
         os.replace(temporary, self.path)
         return list(itertools.compress(rows, whole))
 
@@ -1485,11 +1490,15 @@ class WandbLogger:
 
     def __init__(self, config: TrainConfig, directory, runs: List[dict], ids: List[str]):
         self.trackers, self.ids, self.sweep = [], ids, "WANDB_SWEEP_ID" in os.environ
-        mode = os.environ.get("WANDB_MODE", "online")
-        if directory is None or mode in ("disabled", "dryrun"):
+        mode = os.environ.get("WANDB_MODE", "online").replace("dryrun", "offline")
+        if directory is None or mode == "disabled":
             return
-        with quiet():
-            known = self.sweep or mode == "offline" or wandb.login(prompt=False)
+        try:
+            with quiet():
+                known = self.sweep or mode == "offline" or wandb.login(prompt=False)
+        except wandb.errors.Error as error:  # a malformed key, or no network
+            say(f"wandb: {brief(error)}")
+            known, mode = True, "offline"
         if not known:
             return say("wandb: no account here (`wandb login`), not logging to it")
         runs = [{}] if self.sweep else runs
@@ -1606,12 +1615,18 @@ class Run:
             # A last row between two regular ones goes when the run is made longer.
             extra = total > self.step and self.step % every[freq] > 0
             self.tables[name] = Table(self.directory, f"{name}.csv")
-            kept[name] = self.tables[name].keep(self.step - extra if checkpoint else -1)
+            # So does one whose evaluation the checkpoint does not know to be done.
+            again = self.evaluated < self.step and (
+                name == "evaluations" or self.metrics.count > 0
+            )
+            last = self.step - (extra or again) if checkpoint else -1
+            kept[name] = self.tables[name].keep(last)
         self.evaluations = kept["evaluations"]
         if self.directory is not None:
             config = {**dataclasses.asdict(self.config), "resume": None}
             text = yaml.safe_dump(config, sort_keys=False)
-            (self.directory / "config.yaml").write_text(text)
+            (self.directory / "config.tmp").write_text(text)
+            os.replace(self.directory / "config.tmp", self.directory / "config.yaml")
             if not (self.directory / "cql.py").exists():
                 shutil.copyfile(__file__, self.directory / "cql.py")
         self.wandb = WandbLogger(self.config, self.directory, self.agent.runs, ids)
@@ -1625,6 +1640,8 @@ class Run:
         rows = {r: row for r, row in enumerate(self.metrics.means()) if self.alive()[r]}
         for r, row in list(rows.items()):
             broken = [name for name, value in row.items() if not math.isfinite(value)]
+            if not all(w[r].isfinite().all() for w in self.agent.parameters()):
+                broken.append("a weight")
             if broken:
                 del rows[r]
                 self.diverged[r] = self.step
@@ -1684,6 +1701,8 @@ class Run:
             table.append({**keys, "episodes": len(returns), **rows[r]})
         self.tables["evaluations"].append(table)
         self.evaluations += table
+        if self.task.reference is None:
+            rows = {r: {k: row[k] for k in list(row)[:-1]} for r, row in rows.items()}
         self.wandb.log(self.step, rows)
         returns = [f"{e['return_mean']:.0f} +- {e['return_std']:.0f}" for e in table]
         scores = [e["d4rl_normalized_score"] for e in table]
@@ -1853,7 +1872,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     except UserError as error:
         print("cql.py: error:", str(error).replace("\n", " "), file=sys.stderr)
         return 2
-    except MachineError as error:
+    except (MachineError, OSError) as error:
         print(f"cql.py: failed: {error}", file=sys.stderr)
         return 1
 

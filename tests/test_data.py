@@ -437,7 +437,7 @@ def test_without_an_environment_there_is_no_evaluation(form, in_tmp):
 
 
 def test_the_evaluation_environment_comes_first(in_tmp):
-    """Recorded beside that of the recording: there nothing moves, and 9 steps are all."""
+    """Recorded beside that of the recording: there nothing moves, 9 steps are all."""
     still = gym.make("CqlToy-v0", push=0.0, max_episode_steps=9)
     path = toy_dataset(in_tmp, eval_env=still)
     assert run(env=path, resume="out", n_episodes=3)[0] == 0
