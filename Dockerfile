@@ -8,10 +8,7 @@
 # A slim Python base, because torch's wheels for Linux on PyPI bring their own CUDA (13.0
 # for torch 2.13): a CUDA or PyTorch base would hold a second one, and tie the
 # torch version to an image tag instead of requirements.txt. The host needs an NVIDIA
-# driver for CUDA 13 and the NVIDIA container toolkit. A smaller image, without CUDA:
-#
-#     docker build -t cql \
-#         --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu .
+# driver for CUDA 13 and the NVIDIA container toolkit.
 FROM python:3.11-slim-bookworm
 
 # Off-screen rendering for MuJoCo: EGL, on the GPU or in software, or MUJOCO_GL=osmesa.
@@ -26,7 +23,6 @@ ENV MUJOCO_GL=egl \
 RUN useradd --create-home --uid 1000 cql \
     && install -d -o cql -g cql /app /app/runs /home/cql/.minari
 WORKDIR /app
-ARG PIP_EXTRA_INDEX_URL
 COPY requirements.txt ./
 RUN pip install --no-cache-dir --disable-pip-version-check -r requirements.txt
 

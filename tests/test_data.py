@@ -276,24 +276,50 @@ def test_observations_are_flattened_as_gymnasium_does(kind, tmp_path):
     assert dataset.task.observation_dim == gym.spaces.flatdim(space)
 
 
-@pytest.mark.parametrize("layout", ["dict", "tuple"])
+class Spy(make_data.Toy):
+    """Keeps what it showed and what was done."""
+
+    seen = []
+
+    def reset(self, **kw):
+        self.shown, info = super().reset(**kw)
+        return self.shown, info
+
+    def step(self, action):
+        Spy.seen.append((self.shown, action))
+        self.shown, *rest = super().step(action)
+        return self.shown, *rest
+
+
+@pytest.mark.parametrize("layout", ["box", "dict", "tuple", "dict recorded backwards"])
 def test_evaluation_flattens_as_the_data(layout, in_tmp):
-    """The same episodes give the policy the same numbers whatever their layout."""
-    path = toy_dataset(in_tmp, env_kwargs={"layout": layout})
-    dataset = load(path)
-    env, reference = cql.make_env(dataset.task), gym.make("CqlToy-v0", layout=layout)
-    observation = env.reset(seed=3)[0]
-    expected = gym.spaces.flatten(
-        reference.observation_space, reference.reset(seed=3)[0]
-    )
-    np.testing.assert_array_equal(np.ravel(observation), expected)
-    assert run(env=path, resume="out")[0] == 0
-    policy = cql.load_policy(in_tmp / "out" / "checkpoint.pt")
-    raw = reference.reset(seed=3)[0]
+    """What the policy does in evaluation is what load_policy's does with the raw
+    observation, dictionary or not, and with the vector in the data's order."""
+    gym.register("CqlSpy-v0", Spy, max_episode_steps=5)
+    try:
+        path = toy_dataset(in_tmp, env_kwargs={"layout": layout.split()[0]})
+        file = path / "data" / "metadata.json"
+        metadata = json.loads(file.read_text())
+        metadata["env_spec"] = metadata["env_spec"].replace("CqlToy-v0", "CqlSpy-v0")
+        if "backwards" in layout:
+            space = json.loads(metadata["observation_space"])
+            space["subspaces"] = dict(reversed(space["subspaces"].items()))
+            metadata["observation_space"] = json.dumps(space)
+        file.write_text(json.dumps(metadata))
+        Spy.seen.clear()
+        flags = {"max_timesteps": 60, "policy_lr": 1e-2}  # far from acting like zero
+        assert run(env=path, resume="out", n_episodes=2, **flags)[0] == 0
+    finally:
+        del gym.registry["CqlSpy-v0"]
+    policy = cql.load_policy("out/checkpoint.pt")
+    assert len(Spy.seen) >= 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        np.testing.assert_array_equal(policy(raw), policy(expected))
-    assert float(evaluations(in_tmp / "out")[-1]["length_mean"]) >= 1
+        for shown, action in Spy.seen:
+            np.testing.assert_allclose(policy(shown), action, rtol=1e-4, atol=1e-6)
+    env = gym.make("CqlToy-v0", layout=layout.split()[0])
+    first, vector = env.reset(seed=0)[0], everything(load(path)).observations[0]
+    np.testing.assert_allclose(policy(first), policy(vector), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

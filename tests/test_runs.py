@@ -856,21 +856,25 @@ def test_nothing_is_written_without_checkpoints_path(toy, tmp_path, monkeypatch,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_directory_of_a_live_run_is_refused(toy, tmp_path, capsys):
-    argv = command(toy, tmp_path, max_timesteps=10**6)
+def test_directory_of_a_live_run_is_refused(toy, tmp_path):
+    argv, output = (
+        command(toy, tmp_path / "run", max_timesteps=10**6),
+        tmp_path / "output",
+    )
     process = start(argv)
-    wait_for(tmp_path, "evaluations.csv", 3, process)
-    assert cql.main(argv) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and str(tmp_path) in error and "in use" in error
+    wait_for(tmp_path / "run", "evaluations.csv", 3, process)
+    assert finish(start(argv, output)) == 2
+    error = output.read_text()
+    assert error.startswith("cql.py: error: ") and error.count("\n") == 1
+    assert str(tmp_path / "run") in error and "in use" in error
     assert process.is_alive()
     process.terminate()
     assert finish(process) == 143
-    descriptor = os.open(tmp_path, os.O_RDONLY)
+    descriptor = os.open(tmp_path / "run", os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # free again
     os.close(descriptor)
-    step = checkpoint(tmp_path)["step"]
-    assert cql.main(flags(resume=tmp_path, max_timesteps=step + 1)) == 0
+    step = checkpoint(tmp_path / "run")["step"]
+    assert cql.main(flags(resume=tmp_path / "run", max_timesteps=step + 1)) == 0
 
 
 # --- 7. divergence --------------------------------------------------------------------
