@@ -92,6 +92,7 @@ def cql_py(case: Case, device: str):
         cql_n_actions=case.n_actions, n_critics=case.n_critics, policy_lr=POLICY_LR,
         qf_lr=CRITIC_LR, **case.flags,
     )  # fmt: skip
+    cql.keep_freed_memory()  # as `train` does
     agent = cql.ContinuousCQL(config, case.observation_dim, case.action_dim, device)
     size = sum(p.numel() for g in agent.optimizer.param_groups for p in g["params"])
     if not case.loading:
