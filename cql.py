@@ -209,8 +209,8 @@ def decoded(name: str, value, where: str, parse: bool = False):
 def read_config_file(path: Union[str, Path]) -> dict:
     """Field values from a YAML file of flags. Raises UserError."""
     try:
-        values = yaml.safe_load(Path(path).read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        values = yaml.safe_load(Path(path).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"--config_path {path}: {brief(error)}") from None
     if not isinstance(values, dict):
         raise UserError(f"--config_path {path}: empty, or not a mapping of flags")
@@ -223,7 +223,7 @@ def read_command_line(argv: List[str]) -> dict:
         ArgumentParser(TrainConfig, prog="cql.py").parse_args(["--help"])
     argv = list(argv)
     for i in range(len(argv) - 1, 0, -1):  # argparse takes -.inf for a flag
-        if re.match(r"-[.\d]", argv[i]) and re.fullmatch(r"--\w+", argv[i - 1]):
+        if re.match(r"-[.\d]|-inf\b", argv[i]) and re.fullmatch(r"--\w+", argv[i - 1]):
             argv[i - 1 : i + 1] = [f"{argv[i - 1]}={argv[i]}"]
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
@@ -266,10 +266,12 @@ def layered_config(given: dict) -> Tuple[TrainConfig, Optional[dict]]:
             if given[name] != base[name]:
                 raise UserError(
                     f"--{name} {given[name]}: {directory}/config.yaml says "
-                    f"{base[name]}, and a resumed run cannot change it"
+                    f"{base[name]!r}, and a resumed run cannot change it"
                 )
         if os.path.exists(directory / "checkpoint.pt"):
             checkpoint = read_checkpoint(directory / "checkpoint.pt")
+    if base and {"max_timesteps", "offline_iterations"} & given.keys():
+        base.update(max_timesteps=TrainConfig.max_timesteps, offline_iterations=None)
     load_model = {**base, **given}.get("load_model")
     if load_model and checkpoint is None:
         checkpoint = read_checkpoint(load_model)
@@ -1258,7 +1260,14 @@ def make_env(task: Task, eval_env: Optional[str] = None) -> gym.Env:
                 gym.register_envs(gymnasium_robotics)
             env = gym.make(name, disable_env_checker=True, **kwargs)
             if not isinstance(env.observation_space, gym.spaces.Box):
-                env = gym.wrappers.FlattenObservation(env)
+                space = recorded_space(task.observation_space)  # parts by their names
+                space = env.observation_space if space.shape else space
+                gym.spaces.flatten(space, env.observation_space.sample())
+                env = gym.wrappers.TransformObservation(
+                    env,
+                    partial(gym.spaces.flatten, space),
+                    gym.spaces.flatten_space(space),
+                )
     except Exception as error:
         where = f"--eval_env {name}" if eval_env else f"environment {name} (--eval_env)"
         raise UserError(f"{where} cannot be made: {brief(error)}") from None
@@ -1872,8 +1881,12 @@ def main(argv: Optional[List[str]] = None) -> int:
     except UserError as error:
         print("cql.py: error:", str(error).replace("\n", " "), file=sys.stderr)
         return 2
-    except (MachineError, OSError) as error:
-        print(f"cql.py: failed: {error}", file=sys.stderr)
+    except KeyboardInterrupt:  # before training takes the signal
+        return 130
+    except (MachineError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        print(f"cql.py: failed: {brief(error)}", file=sys.stderr)
         return 1
 
 

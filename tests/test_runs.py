@@ -64,6 +64,7 @@ class Hooked(Toy):
 
 
 gym.register("CqlHooked-v0", Hooked, max_episode_steps=20, kwargs=BOUNDS)
+gym.register("CqlHopper-v0", gym.spec("Hopper-v5").entry_point, max_episode_steps=100)
 
 
 @pytest.fixture
@@ -720,6 +721,16 @@ def test_temperature_and_multiplier_still_move(toy, whole, tmp_path):
         assert len(set(column[-4:])) == 4
 
 
+def test_load_model_with_other_action_bounds(whole, tmp_path, capsys):
+    """The policy's actions would be another environment's."""
+    other = toy_dataset(tmp_path / "other", env_kwargs={"low": -1.0, "high": 1.0})
+    source = whole() / "checkpoint.pt"
+    assert cql.main(command(other, tmp_path / "run", load_model=source)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("cql.py: error: ") and error.count("\n") == 1
+    assert "bounds" in error
+
+
 # --- 6. checkpoints -------------------------------------------------------------------
 
 
@@ -875,6 +886,15 @@ def test_directory_of_a_live_run_is_refused(toy, tmp_path):
     os.close(descriptor)
     step = checkpoint(tmp_path / "run")["step"]
     assert cql.main(flags(resume=tmp_path / "run", max_timesteps=step + 1)) == 0
+
+
+def test_interrupted_without_a_directory(toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    after_update(monkeypatch, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert cql.main(flags(env=toy, checkpoints_path="null", **BASE)) == 143
+    out = capsys.readouterr().out
+    assert "interrupted at update 1" in out and "None" not in out
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- 7. divergence --------------------------------------------------------------------
@@ -1050,6 +1070,20 @@ def test_dataset_without_environment(tmp_path, capsys):
     assert [k for k in mine if mine[k] != own[k]] == ["/config/resume"]
     names = [d / "metrics.csv" for d in (directory, half)]
     assert names[0].read_bytes() == names[1].read_bytes()
+
+
+def test_reference_returns_that_come_with_another_environment(tmp_path, capsys):
+    """The first evaluations have no score, the later ones have: the table shows them."""
+    data, run = hopper_dataset(tmp_path / "data", episodes=4), tmp_path / "run"
+    first = {"max_timesteps": 4, "eval_freq": 2, "eval_env": "CqlHopper-v0"}
+    assert cql.main(command(data, run, **first)) == 0
+    capsys.readouterr()
+    assert cql.main(flags(resume=run, max_timesteps=8, eval_env="Hopper-v5")) == 0
+    table = closing_table(capsys.readouterr().out)
+    scores = [row["d4rl_normalized_score"] for row in rows(run, "evaluations.csv")]
+    assert scores[:2] == ["", ""] and len(scores) == 4
+    known = [float(score) for score in scores[2:]]
+    assert table["0"][2:] == [f"{known[-1]:.2f}", f"{max(known):.2f}"]
 
 
 # --- 9. the terminal ------------------------------------------------------------------

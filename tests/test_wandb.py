@@ -4,6 +4,7 @@ import json
 import os
 import re
 import struct
+import time
 
 import pytest
 import wandb
@@ -31,8 +32,10 @@ def records(path):
             record = b""
 
 
-def offline_runs(directory):
-    """{id: (run record, {step: {metric: value}})} of all offline runs in a directory."""
+def offline_runs(directory, patience=20.0):
+    """{id: (run record, {step: {metric: value}})} of all offline runs in a directory.
+
+    wandb's own process writes the files, and on a busy machine may outlive ours."""
     found = {}
     for path in sorted(directory.glob("wandb/offline-run-*/run-*.wandb")):
         run, history = None, {}
@@ -45,6 +48,9 @@ def offline_runs(directory):
                     i.key or "/".join(i.nested_key): float(i.value_json) for i in items
                 }
                 history[int(row["_step"])] = {k: row[k] for k in row if k[0] != "_"}
+        if run is None and patience > 0:
+            time.sleep(0.5)
+            return offline_runs(directory, patience - 0.5)
         found.setdefault(run.run_id, []).append((run, history))
     return found
 
