@@ -1753,7 +1753,8 @@ class Run:
         column = "d4rl_normalized_score" if scored else "return_mean"
         say(f"{'run':>4} {'seed':>6} {'cql_alpha':>9} {'last':>9} {'best':>9}  {column}")
         for r, run in enumerate(self.agent.runs):
-            values = [float(e[column]) for e in self.evaluations if int(e["run"]) == r]
+            mine = [e[column] for e in self.evaluations if int(e["run"]) == r]
+            values = [float(value) for value in mine if value != ""]
             last, best = (values[-1], max(values)) if values else (math.nan, math.nan)
             note = f"  diverged by {self.diverged[r]}" if self.diverged[r] >= 0 else ""
             keys = f"{r:>4} {run['seed']:>6} {run['cql_alpha']:>9g}"
@@ -1821,6 +1822,9 @@ def train(config: TrainConfig, checkpoint: Optional[dict] = None) -> int:
     bounds = task.action_low, task.action_high
     agent = ContinuousCQL(config, *dims, device, *bounds, *statistics)
     if checkpoint:
+        old = checkpoint["task"]["action_low"], checkpoint["task"]["action_high"]
+        if old != bounds:
+            raise UserError(f"--load_model: action bounds {old}, the data's {bounds}")
         load_agent(agent, checkpoint)
         if not resumed:
             agent.restart()
@@ -1859,7 +1863,8 @@ def train(config: TrainConfig, checkpoint: Optional[dict] = None) -> int:
                     run.checkpoint()
             if interrupted():
                 run.checkpoint()
-                say(f"interrupted at update {run.step:,}; --resume {directory} goes on")
+                more = f"; --resume {directory} goes on" if directory else ""
+                say(f"interrupted at update {run.step:,}{more}")
                 return 128 + interrupted.signal
         bar.close()
         run.summary()

@@ -111,8 +111,9 @@ def whole(toy, tmp_path_factory):
     def run(**changes):
         key = json.dumps(changes, sort_keys=True)
         if key not in made:
-            made[key] = tmp_path_factory.mktemp("whole")
-            assert cql.main(command(toy, made[key], **changes)) == 0
+            directory = tmp_path_factory.mktemp("whole")
+            assert cql.main(command(toy, directory, **changes)) == 0
+            made[key] = directory
         return made[key]
 
     return run
@@ -201,7 +202,7 @@ def real(argv, cwd):
     return subprocess.Popen(argv, cwd=cwd, text=True, **pipes)
 
 
-def finish(process, seconds=60):
+def finish(process, seconds=300):
     process.join(seconds)
     if process.exitcode is None:
         process.kill()
@@ -209,7 +210,7 @@ def finish(process, seconds=60):
     return process.exitcode
 
 
-def wait_for(directory, name, count, process, seconds=100):
+def wait_for(directory, name, count, process, seconds=300):
     """Until a table has that many lines, or the process has ended."""
     table, deadline = directory / name, time.monotonic() + seconds
     while not table.exists() or table.read_text().count("\n") < count:

@@ -303,7 +303,7 @@ def test_no_network_for_real(toy, tmp_path):
     variables = {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
     argv, out = command(toy, tmp_path / "run", seed=[0, 1]), tmp_path / "out"
     process = start(argv, out, account, tmp_path, variables)
-    assert finish(process, 180) == 0
+    assert finish(process) == 0
     text = out.read_text()
     assert "offline" in text and "Traceback" not in text
     assert len(offline_runs(tmp_path / "run")) == 2
