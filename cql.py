@@ -78,9 +78,9 @@ class TrainConfig:
     eval_freq: int = 5000  # Updates between evaluations
     n_episodes: int = 10  # Episodes of one evaluation
     max_timesteps: int = 1_000_000  # Updates in all
-    # Where run directories go; null writes nothing (CORL's default: null)
+    # Where run directories go; null writes nothing, to wandb neither (CORL: null)
     checkpoints_path: Optional[str] = "runs"
-    # Checkpoint to start from: weights, optimizers, observation statistics
+    # Checkpoint or run directory to start from: weights, optimizers, statistics
     load_model: Optional[str] = ""
     buffer_size: int = 2_000_000  # Capacity of the online buffer; data is loaded whole
     batch_size: int = 256  # Transitions per update and run
@@ -287,6 +287,8 @@ def validate(config: TrainConfig, given=()) -> None:
     for name, field in FIELDS.items():
         value = getattr(config, name)
         values = value if isinstance(value, list) else [value]
+        if "\0" in "".join(v for v in values if isinstance(v, str)):
+            raise UserError(f"--{name} {value!r}: holds a NUL character")
         if not values or len(set(values)) < len(values):
             problem = "the same value twice" if values else "an empty list"
             raise UserError(f"--{name} {value}: {problem}")
@@ -341,8 +343,11 @@ def keep_freed_memory() -> None:
 
 def say(text: str) -> None:
     """Print a line without breaking the progress bar."""
-    tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
+    try:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads any longer (`| head`): train on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # ======================================================================================
@@ -1193,7 +1198,7 @@ class ContinuousCQL(nn.Module):
         """Environment actions [R, n, A] for raw observations [R, n, O]; without the
         leading dimensions (R = 1), actions without them."""
         dtype = self.observation_mean.dtype
-        x = torch.as_tensor(np.asarray(observations), dtype=dtype).to(self.device)
+        x = torch.tensor(np.asarray(observations), dtype=dtype).to(self.device)
         shape, n_runs = x.shape[:-1], len(self.runs)
         if (x.shape[0] if x.ndim == 3 else 1) != n_runs:
             raise ValueError(f"observations {tuple(x.shape)} for {n_runs} runs")
@@ -1342,9 +1347,15 @@ class Evaluator:
 
 
 def reference_returns(task: Task, env_name: str) -> Optional[List[float]]:
-    """Returns scored 0 and 100: the dataset's own, else D4RL's by environment."""
+    """Returns scored 0 and 100: the dataset's own, else D4RL's by environment, unless
+    its settings pay other returns than D4RL's."""
     if task.reference is not None:
         return task.reference
+    kwargs = task.env_kwargs if env_name == task.env_id else {}
+    endless = "AntMaze" in env_name and kwargs.get("continuing_task", True)
+    if endless or not kwargs.get("remove_task_when_completed", True):
+        setting = "continuing_task" if endless else "remove_task_when_completed"
+        return say(f"scores: none, as D4RL's do not hold for {env_name}'s {setting}")
     for pattern, reference in REFERENCE_RETURNS.items():
         if re.fullmatch(pattern, env_name):
             say(f"scores: by D4RL's returns for {env_name}; the data records none")
@@ -1381,8 +1392,10 @@ def save_checkpoint(path: Path, payload: dict) -> None:
 
 
 def read_checkpoint(path: Union[str, Path]) -> dict:
-    """A checkpoint as tensors and plain values; no code in it runs. Raises UserError."""
+    """A checkpoint, or a run directory's, as tensors and plain values; no code in it
+    runs. Raises UserError."""
     try:
+        path = Path(path, "checkpoint.pt") if os.path.isdir(path) else path
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"checkpoint {path}: cannot be read: {brief(error)}") from None
@@ -1554,22 +1567,31 @@ def run_directory(config: TrainConfig) -> Optional[Path]:
     if config.resume or config.checkpoints_path is None:
         return config.resume and Path(config.resume)
     names = config.env if isinstance(config.env, list) else [config.env]
-    label = "+".join(name.removesuffix(".hdf5").strip("./") for name in names)
+    parts = (Path(name.removesuffix(".hdf5")).parts[-3:] for name in names)
+    label = "+".join("-".join(part).strip("./") for part in parts)
     safe = re.sub(r"[^\w.+-]+", "-", f"{config.name}-{label}").strip(".-")[:120]
     return Path(config.checkpoints_path) / f"{safe}-{uuid.uuid4().hex[:8]}"
 
 
-def lock_directory(directory: Path) -> int:
-    """Make the directory and hold it until this process ends. Raises UserError."""
+@contextmanager
+def locked(directory: Optional[Path]):
+    """Make the directory and hold it, while this process lives at most. Raises
+    UserError."""
+    descriptor = None
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(directory, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{directory}: in use by another live process") from None
-    except OSError as error:
-        raise UserError(f"{directory}: cannot be written: {brief(error)}") from None
-    return descriptor
+        try:
+            if directory is not None:
+                directory.mkdir(parents=True, exist_ok=True)
+                descriptor = os.open(directory, os.O_RDONLY)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{directory}: in use by another live process") from None
+        except OSError as error:
+            raise UserError(f"{directory}: cannot be written: {brief(error)}") from None
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 class Interrupted:
@@ -1675,21 +1697,23 @@ class Run:
             self.metrics.count = 0
 
     def warn_of_drift(self, r: int, means: Dict[str, float]) -> None:
-        """Say once when Q prefers the policy's actions by more than rewards allow."""
+        """Say once when Q of the policy's actions exceeds what rewards allow."""
         names = ("cql_q{}_current_actions", "average_qf{}")
         js = range(1, self.config.n_critics + 1)
         policy, data = (np.mean([means[name.format(j)] for j in js]) for name in names)
-        drift = policy - data
-        if drift > self.q_range and not self.warned[r]:
+        if max(policy, policy - data) > self.q_range and not self.warned[r]:
             self.warned[r] = True
             say(
-                f"run {r}: Q runs away: the policy's actions stand {drift:.4g} above "
-                f"the data's, and rewards allow {self.q_range:.4g}. Poor returns "
-                "follow; a larger cql_alpha holds Q down"
+                f"run {r}: Q runs away: {policy:.4g} for the policy's actions, "
+                f"{data:.4g} for the data's, and rewards allow {self.q_range:.4g}. "
+                "Poor returns follow; a larger cql_alpha holds Q down"
             )
 
     def evaluate(self, interrupted: Callable[[], bool]) -> None:
         """Rows of evaluations.csv and one line on the terminal."""
+        if self.evaluator is None:
+            self.evaluated = self.step
+            return
         self.check_finite()
         before = time.monotonic()
         state = self.agent, self.step, self.alive()
@@ -1755,10 +1779,11 @@ class Run:
         for r, run in enumerate(self.agent.runs):
             mine = [e[column] for e in self.evaluations if int(e["run"]) == r]
             values = [float(value) for value in mine if value != ""]
-            last, best = (values[-1], max(values)) if values else (math.nan, math.nan)
+            ends = (values[-1], max(values)) if values else ()
+            last, best = [f"{value:.2f}" for value in ends] or "--"
             note = f"  diverged by {self.diverged[r]}" if self.diverged[r] >= 0 else ""
             keys = f"{r:>4} {run['seed']:>6} {run['cql_alpha']:>9g}"
-            say(f"{keys} {last:9.2f} {best:9.2f}{note}")
+            say(f"{keys} {last:>9} {best:>9}{note}")
         say(f"files: {self.directory or 'none'}")
 
 
@@ -1828,28 +1853,27 @@ def train(config: TrainConfig, checkpoint: Optional[dict] = None) -> int:
         load_agent(agent, checkpoint)
         if not resumed:
             agent.restart()
-    directory = run_directory(config)
-    lock = lock_directory(directory) if directory else None
-    describe(config, task, data, evaluator)
-    q_range = data.q_range if data else math.inf
-    run = Run(config, agent, task, evaluator, directory, q_range)
-    run.open(checkpoint if resumed else None, total)
-    plural = f"{n_runs} runs" if n_runs > 1 else "1 run"
-    say(f"training {plural} on {device}, updates {run.step:,} to {total:,}")
+    directory, q_range = run_directory(config), data.q_range if data else math.inf
     hidden = not sys.stderr.isatty()
     look = {"unit": "update", "disable": hidden, "leave": False, "dynamic_ncols": True}
-    bar = tqdm(total=total, initial=run.step, **look)
-    try:
-        with Interrupted() as interrupted:
+    with (
+        locked(directory),
+        Interrupted() as interrupted,
+        tqdm(total=total, **look) as bar,
+    ):
+        describe(config, task, data, evaluator)
+        run = Run(config, agent, task, evaluator, directory, q_range)
+        run.open(checkpoint if resumed else None, total)
+        bar.initial = bar.n = run.step
+        plural = f"{n_runs} runs" if n_runs > 1 else "1 run"
+        say(f"training {plural} on {device}, updates {run.step:,} to {total:,}")
+        try:
             while run.alive().any():
                 regular = run.step and run.step % config.eval_freq == 0
                 if (regular or run.step == total) and run.evaluated != run.step:
                     if run.step == total and run.metrics.count:
                         run.log(reset=False)
-                    if evaluator:
-                        run.evaluate(interrupted)
-                    else:
-                        run.evaluated = run.step
+                    run.evaluate(interrupted)
                     run.checkpoint()
                 if interrupted() or run.step == total:
                     break
@@ -1866,13 +1890,9 @@ def train(config: TrainConfig, checkpoint: Optional[dict] = None) -> int:
                 more = f"; --resume {directory} goes on" if directory else ""
                 say(f"interrupted at update {run.step:,}{more}")
                 return 128 + interrupted.signal
-        bar.close()
-        run.summary()
-    finally:
-        bar.close()
-        run.wandb.finish()
-        if lock is not None:
-            os.close(lock)
+            run.summary()
+        finally:
+            run.wandb.finish()
     return 0 if run.alive().all() else 3
 
 

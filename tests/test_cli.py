@@ -855,7 +855,8 @@ def test_a_checkpoint_that_is_none(finished, toy, refused, tmp_path):
             torch.save(content, path)
         refused(None, path, fragment, env=toy, load_model=path)
     refused(None, "nowhere.pt", env=toy, load_model="nowhere.pt")
-    refused(None, tmp_path, env=toy, load_model=tmp_path)
+    (tmp_path / "empty").mkdir()
+    refused(None, "empty/checkpoint.pt", env=toy, load_model="empty")
 
 
 class Planted:
@@ -979,6 +980,7 @@ def test_places_that_cannot_be_written(refused, toy, tmp_path):
         refused(None, "/proc/nowhere", env=toy, **{flag: "/proc/nowhere/below"})
         refused(None, "directory", env=toy, **{flag: ""})
         refused(None, "x" * 300, env=toy, **{flag: "x" * 300})
+        refused(None, f"--{flag}", "NUL", env=toy, **{flag: "a\0b"})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

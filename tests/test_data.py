@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import re
 import sys
 import warnings
 
@@ -536,12 +537,29 @@ def test_scores_by_the_table(in_tmp):
     ],
 )
 def test_the_table_of_references(env_id, low, high, capsys):
-    task = cql.Task("", [-1.0], [1.0], env_id)
+    protocol = {"continuing_task": False} if "AntMaze" in env_id else {}
+    task = cql.Task("", [-1.0], [1.0], env_id, protocol)
     reference = cql.reference_returns(task, env_id)
     assert list(reference) == [low, high] and "D4RL" in capsys.readouterr().out
     assert cql.normalized_score(np.array([low, high]), reference) == pytest.approx(50)
     own = dataclasses.replace(task, reference=[1.0, 2.0])
     assert list(cql.reference_returns(own, env_id)) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "env_id, kwargs, recorded",
+    [
+        ("AntMaze_UMaze-v4", {"continuing_task": True}, True),
+        ("AntMaze_UMaze-v4", {}, True),  # its own default is true
+        ("AntMaze_UMaze-v4", {"continuing_task": False}, False),  # --eval_env's default
+        ("FrankaKitchen-v1", {"remove_task_when_completed": False}, True),
+    ],
+)
+def test_no_d4rl_score_where_returns_are_others(env_id, kwargs, recorded, capsys):
+    """These settings pay at every step what D4RL pays once."""
+    task = cql.Task("", [-1.0], [1.0], env_id if recorded else "Other-v0", kwargs)
+    assert cql.reference_returns(task, env_id) is None
+    assert re.search(f"scores: none.*{env_id}", capsys.readouterr().out)
 
 
 def test_no_score_without_references(in_tmp):

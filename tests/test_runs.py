@@ -674,7 +674,7 @@ def test_load_model_evaluates_without_the_dataset(toy, tmp_path, changes):
     data = shutil.copytree(toy, tmp_path / "data")
     assert cql.main(command(data, tmp_path / "run", **changes)) == 0
     shutil.rmtree(data)
-    source = tmp_path / "run" / "checkpoint.pt"
+    source = tmp_path / "run"  # its checkpoint.pt
     evaluate = flags(load_model=source, max_timesteps=0, n_episodes=20, device="cpu")
     assert cql.main([*evaluate, *flags(resume=tmp_path / "again")]) == 0
     mine, own = checkpoint(tmp_path / "run"), checkpoint(tmp_path / "again")
@@ -1017,12 +1017,15 @@ def test_weights_that_go_before_the_loss(train, monkeypatch, seed):
     assert arrays and all(np.isfinite(array).all() for array in arrays)
 
 
-def test_runaway_is_said_once(train, monkeypatch, capsys):
-    """From update 5 on, Q on run 1's policy actions exceeds the data's by a million."""
+@pytest.mark.parametrize("both", [False, True], ids=["policy", "policy and data"])
+def test_runaway_is_said_once(train, monkeypatch, capsys, both):
+    """From update 5 on, Q on run 1's policy actions (on the data's too: what happens
+    without a penalty) exceeds what rewards can pay."""
 
     def inflate(number, agent, metrics):
         if agent.step >= 5:
             metrics["cql_q{j}_current_actions"][1] += 1e6
+            metrics["average_qf{j}"][1] += 1e6 * both
 
     after_update(monkeypatch, inflate)
     train("run", seed=[0, 1, 2], max_timesteps=8)
@@ -1051,6 +1054,13 @@ def test_environment_that_raises(train, whole, hooked, capsys):
     hooked()
     assert train("run", eval_env="CqlHooked-v0", **FULL)[0] == 0
     assert differences(whole(**FULL), directory) == []
+
+
+def test_table_without_evaluations(tmp_path, capsys):
+    episodes = random_episodes([30] * 3)
+    data = minari_dataset(tmp_path / "data", "plain/random-v0", episodes)
+    assert cql.main(command(data, tmp_path / "run")) == 0
+    assert closing_table(capsys.readouterr().out) == {"0": ["0", "1", "-", "-"]}
 
 
 def test_dataset_without_environment(tmp_path, capsys):
@@ -1095,6 +1105,19 @@ def closing_table(out):
     table = re.search(r"^ *run +seed +cql_alpha +last +best.*\n((?: .*\n)+)", out, re.M)
     lines = [line.split() for line in table[1].splitlines()]
     return {line[0]: line[1:5] for line in lines}
+
+
+def test_nobody_reads_the_terminal(tmp_path):
+    """`python cql.py ... | head -1`: the run goes on to its end, without a traceback."""
+    episodes, directory = random_episodes([30] * 3), tmp_path / "run"
+    data = minari_dataset(tmp_path / "data", "plain/random-v0", episodes)
+    argv = [sys.executable, str(SCRIPT), *command(data, directory)]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    error = process.stderr.read().decode()
+    assert (process.wait(), error) == (0, "")
+    assert checkpoint(directory)["step"] == 12
 
 
 def test_closing_table_and_plain_output(train, capsys):
