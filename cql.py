@@ -116,34 +116,34 @@ class TrainConfig:
     name: str = "CQL"  # Run name, first part of the run directory's
     eval_seed: int = 0  # Seed of the evaluation episodes, the same for all runs
     offline_iterations: Optional[int] = None  # Another name for max_timesteps
-    online_iterations: int = 0  # Environment steps after the offline phase
-    cql_alpha_online: Optional[float] = None  # Penalty weight of the online phase
-    mixing_ratio: float = -1.0  # Offline share of an online batch; -1: one buffer
-    is_sparse_reward: bool = False  # Cal-QL: return-to-go of a failed episode
+    online_iterations: int = 0  # Not yet: environment steps after offline
+    cql_alpha_online: Optional[float] = None  # Not yet: online penalty weight
+    mixing_ratio: float = -1.0  # Not yet: offline share of a batch; -1: one buffer
+    is_sparse_reward: bool = False  # Not yet: Cal-QL's rule for failed episodes
     log_freq: int = 1000  # Updates between rows of metrics.csv
     eval_env: Optional[str] = None  # Environment to evaluate in; null: the dataset's
     resume: Optional[str] = None  # Run directory to continue, or to start in if empty
     hidden_dim: int = 256  # Width of every hidden layer
     n_critics: int = 2  # Critics; targets take their minimum
-    n_target_critics: Optional[int] = None  # Random critics in the target; null: all
-    penalty: str = "logsumexp"  # Form of the conservative penalty
+    n_target_critics: Optional[int] = None  # Not yet: critics in the target
+    penalty: str = "logsumexp"  # Not yet: other forms of the penalty
     cql_backward_actions: int = 0  # Sampled actions to backpropagate through; 0: all
-    precision: str = "fp32"  # Arithmetic of matrix products
-    cal_ql: bool = False  # Cal-QL: bound Q from below by the return-to-go
-    utd: int = 1  # Updates per environment step in the online phase
-    record_dataset: Optional[str] = None  # Where to write the online episodes
+    precision: str = "fp32"  # Of matrix products: fp32, tf32 (GPU), bf16 (critics)
+    cal_ql: bool = False  # Not yet: Cal-QL, Q bounded below by the return-to-go
+    utd: int = 1  # Not yet: updates per environment step
+    record_dataset: Optional[str] = None  # Not yet: where to write the online episodes
 
 
 SWEPT = ("seed", "cql_alpha", "cql_temp", "cql_target_action_gap")  # may be lists
 NOT_YET = (  # declared by the contract, refused until they do something
     "online_iterations cql_alpha_online mixing_ratio is_sparse_reward n_target_critics "
-    "penalty cql_backward_actions precision cal_ql utd record_dataset"
+    "penalty cal_ql utd record_dataset"
 ).split()
 RANGES = {  # lowest and highest value of the flags that have one
     (1, math.inf): "eval_freq n_episodes buffer_size batch_size target_update_period "
     "cql_n_actions q_n_hidden_layers log_freq hidden_dim n_critics",
     (0, math.inf): "max_timesteps offline_iterations alpha_multiplier policy_lr qf_lr "
-    "cql_alpha bc_steps",
+    "cql_alpha bc_steps cql_backward_actions",
     (0, 1): "discount soft_target_update_rate",
     (0, 2**63 - 1): "seed eval_seed",
     (1e-8, math.inf): "cql_temp",
@@ -153,12 +153,12 @@ RESUMABLE = set(
     "max_timesteps offline_iterations online_iterations device eval_freq n_episodes "
     "eval_seed eval_env log_freq project group name checkpoints_path resume".split()
 )
-# What load_model takes from the checkpoint when the command leaves it out: the data,
-# and all that decides the shape of a tensor.
+# What load_model takes from the checkpoint when the command leaves it out, besides the
+# flags of SWEPT: the data, and all that decides the shape of a tensor.
 INHERITED = (
-    "env eval_env hidden_dim q_n_hidden_layers n_critics cql_lagrange "
-    "use_automatic_entropy_tuning"
-).split()
+    *("env", "eval_env", "hidden_dim", "q_n_hidden_layers", "n_critics"),
+    *("cql_lagrange", "use_automatic_entropy_tuning"),
+)
 
 
 class UserError(Exception):
@@ -202,8 +202,9 @@ def decoded(name: str, value, where: str, parse: bool = False):
     try:
         return pyrallis.decode(kind, yaml.safe_load(value) if parse else value)
     except Exception:
+        lists = " (a list is written '[0, 1]')" if "List" in str(kind) else ""
         kind = re.sub(r"typing\.|<class '|'>", "", str(kind))
-        raise UserError(f"{where}: expected {kind}, got {value!r}") from None
+        raise UserError(f"{where}: expected {kind}{lists}, got {value!r}") from None
 
 
 def read_config_file(path: Union[str, Path]) -> dict:
@@ -214,6 +215,8 @@ def read_config_file(path: Union[str, Path]) -> dict:
         raise UserError(f"--config_path {path}: {brief(error)}") from None
     if not isinstance(values, dict):
         raise UserError(f"--config_path {path}: empty, or not a mapping of flags")
+    if "program" in values:
+        raise UserError(f"--config_path {path}: a wandb sweep; try `wandb sweep {path}`")
     return {key: decoded(key, v, f"{path}: {key}") for key, v in values.items()}
 
 
@@ -240,7 +243,9 @@ def read_command_line(argv: List[str]) -> dict:
     if unknown:
         if unknown[0].startswith("--"):
             decoded(unknown[0][2:].split("=")[0], None, unknown[0])
-        raise UserError(f"unexpected argument {unknown[0]!r}")
+        hint = "; a file of flags needs --config_path" if ".y" in unknown[0] else ""
+        hint = hint or "; a list is written '[0, 1]'"
+        raise UserError(f"unexpected argument {unknown[0]!r}{hint}")
     raw = vars(namespace)
     path = raw.pop("config_path", None)
     values = {} if path is None else read_config_file(path)
@@ -262,11 +267,14 @@ def layered_config(given: dict) -> Tuple[TrainConfig, Optional[dict]]:
             base = read_config_file(directory / "config.yaml")
         elif os.path.exists(directory / "checkpoint.pt"):
             base = read_checkpoint(directory / "checkpoint.pt")["config"]
-        for name in set(base) & set(given) - RESUMABLE:
-            if given[name] != base[name]:
+        elif os.path.isdir(directory) and any(directory.glob("[!w]*/")):
+            raise UserError(f"--resume {directory}: holds other things, and no run")
+        for name in set(given) - RESUMABLE if base else ():
+            was = base.get(name, FIELDS[name].default)  # a fork's flag may be new
+            if given[name] != was:
                 raise UserError(
-                    f"--{name} {given[name]}: {directory}/config.yaml says "
-                    f"{base[name]!r}, and a resumed run cannot change it"
+                    f"--{name} {given[name]}: {directory}/config.yaml says {was!r}, "
+                    "and a resumed run cannot change it"
                 )
         if os.path.exists(directory / "checkpoint.pt"):
             checkpoint = read_checkpoint(directory / "checkpoint.pt")
@@ -276,12 +284,11 @@ def layered_config(given: dict) -> Tuple[TrainConfig, Optional[dict]]:
     if load_model and checkpoint is None:
         checkpoint = read_checkpoint(load_model)
         saved = checkpoint["config"]
-        names = (*INHERITED, *(name for name in SWEPT if isinstance(saved[name], list)))
-        base = {**{name: saved[name] for name in names}, **base}
+        base = {**{name: saved[name] for name in INHERITED + SWEPT}, **base}
     return TrainConfig(**{**base, **given}), checkpoint
 
 
-def validate(config: TrainConfig, given=()) -> None:
+def validate(config: TrainConfig) -> None:
     """Raise UserError for values out of range and for flags that contradict."""
     ranges = {name: ends for ends, names in RANGES.items() for name in names.split()}
     for name, field in FIELDS.items():
@@ -297,18 +304,29 @@ def validate(config: TrainConfig, given=()) -> None:
         low, high = ranges.get(name, (-math.inf, math.inf))
         for number in (v for v in values if isinstance(v, (int, float))):
             if not low <= number <= high:
-                raise UserError(f"--{name} {number}: must lie in [{low}, {high}]")
+                ends = f"lie in [{low}, {high}]" if number == number else "be a number"
+                raise UserError(f"--{name} {number}: must {ends}")
             if math.isinf(number) and "clip" not in name:
                 raise UserError(f"--{name} {number}: must be finite")
+    if config.precision not in ("fp32", "tf32", "bf16"):
+        raise UserError(f"--precision {config.precision}: must be fp32, tf32 or bf16")
+    if config.cql_backward_actions > 3 * config.cql_n_actions:
+        k, most = config.cql_backward_actions, 3 * config.cql_n_actions
+        raise UserError(f"--cql_backward_actions {k}: of {most} proposals; 0 takes all")
     if config.cql_clip_diff_min > config.cql_clip_diff_max:
         raise UserError("--cql_clip_diff_min is above --cql_clip_diff_max")
-    twice = config.offline_iterations is not None and "max_timesteps" in given
+    twice = config.offline_iterations is not None
     if twice and config.max_timesteps != FIELDS["max_timesteps"].default:
         raise UserError(
             "--max_timesteps and --offline_iterations say the same: give one"
         )
     if isinstance(config.cql_target_action_gap, list) and not config.cql_lagrange:
         raise UserError("--cql_target_action_gap: a list needs --cql_lagrange true")
+    if re.search(r"[/\\#?%:]", config.project) or len(config.project) > 128:
+        raise UserError(f"--project {config.project}: no name for wandb: /\\#?%: in it?")
+    mode = os.environ.get("WANDB_MODE", "online")
+    if mode not in ("online", "offline", "disabled", "dryrun", "shared"):
+        raise UserError(f"WANDB_MODE {mode}: must be online, offline or disabled")
     for path in (config.checkpoints_path, config.resume):
         if path is not None and (not path or os.path.isfile(path)):
             raise UserError(f"{path!r} is not a directory to write runs in")
@@ -321,8 +339,8 @@ def product_of_runs(config: TrainConfig) -> List[dict]:
     return [dict(zip(SWEPT, run)) for run in itertools.product(*lists)]
 
 
-def pick_device(name: str) -> torch.device:
-    """The device that `--device` names. Raises UserError."""
+def pick_device(name: str, precision: str = "fp32") -> torch.device:
+    """The device that `--device` names, set to the precision. Raises UserError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
@@ -330,6 +348,9 @@ def pick_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: there is no such GPU; pass --device cpu")
+    if precision == "tf32" and device.type != "cuda":
+        raise UserError("--precision tf32: only GPUs have it; pass fp32 or bf16")
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     return device
 
 
@@ -395,6 +416,8 @@ class Task:
     env_kwargs: dict = dataclasses.field(default_factory=dict)
     max_episode_steps: Optional[int] = None
     reference: Optional[List[float]] = None  # returns scored 0 and 100
+    action_shape: Optional[List[int]] = None  # null: [A]
+    longest: int = 1000  # steps of the data's longest episode
 
     @property
     def observation_dim(self) -> int:
@@ -427,7 +450,11 @@ def check_spaces(observation_space, action_space) -> None:
         space = leaves.pop()
         if isinstance(space, nested):
             leaves += space.values() if isinstance(space, nested[0]) else list(space)
-        elif not isinstance(space, gym.spaces.Box) or is_image_space(space):
+        elif (
+            not isinstance(space, gym.spaces.Box)
+            or len(space.shape) > 2
+            or is_image_space(space)
+        ):
             raise UserError(
                 f"observations in {brief(space)} are not supported, only Box vectors "
                 "(no images) and dictionaries or tuples of them"
@@ -436,14 +463,6 @@ def check_spaces(observation_space, action_space) -> None:
     if not bounded or (action_space.low >= action_space.high).any():
         actions = brief(action_space)
         raise UserError(f"actions in {actions} are not supported, only a bounded Box")
-
-
-def read_array(group: h5py.Group, key: str) -> np.ndarray:
-    """group[key][()] in half of h5py's time, which counts with many short episodes."""
-    node = h5py.h5d.open(group.id, key.encode())
-    array = np.empty(node.shape, node.dtype)
-    node.read(h5py.h5s.ALL, h5py.h5s.ALL, array)
-    return array
 
 
 def recorded_space(text) -> gym.Space:
@@ -468,7 +487,7 @@ def flat(space, group: h5py.Group, key: str) -> np.ndarray:
         parts = [flat(part, group[key], k) for k, part in zip(names, space.spaces)]
     if parts:
         return np.concatenate(parts, 1)
-    array = read_array(group, key)
+    array = group[key][()]
     return array.reshape(len(array), math.prod(space.shape))
 
 
@@ -499,6 +518,7 @@ def read_task(directory: Path) -> Tuple[Task, int]:
             kwargs,
             spec.get("max_episode_steps"),
             None if None in reference else [float(end) for end in reference],
+            list(spaces[1].shape),
         )
         return task, int(metadata["total_episodes"])
     except UserError:
@@ -521,7 +541,7 @@ def minari_episodes(directory: Path, task: Task, n_episodes: int):
         for i in range(n_episodes):
             raw = file[f"episode_{i}"]
             keys = ("actions", "rewards", "terminations", "truncations")
-            actions, rewards, ended, cut = (single(read_array(raw, key)) for key in keys)
+            actions, rewards, ended, cut = (single(raw[key][()]) for key in keys)
             if len(cut) != len(rewards):
                 raise UserError(f"episode {i}: {len(cut)} truncations")
             whole = bool(len(rewards) and (ended[-1] or cut[-1]))
@@ -540,12 +560,20 @@ def d4rl_episodes(path: Path):
     d4rl.qlearning_dataset; a terminal one bootstraps nothing and stays."""
     keys = "observations actions rewards terminals timeouts next_observations".split()
     with h5py.File(path, "r") as file:
-        found = [key for key in keys if key in file or key in keys[:4]]
+        found = [key for key in keys if isinstance(file.get(key), h5py.Dataset)]
+        if set(keys[:4]) - set(found):
+            raise UserError(f"lacks {set(keys[:4]) - set(found)}; holds {list(file)}")
         data = {key: single(file[key][()]) for key in found}
     n = len(data["rewards"])
+    if n == 0:
+        return
+    if not {"timeouts", "next_observations"} & data.keys():
+        say(f"{path.name}: without timeouts, so only terminals end an episode")
     if any(len(value) != n for value in data.values()):
         raise ValueError(f"lengths differ: { {key: len(data[key]) for key in data} }")
     observations, terminals = data["observations"], data["terminals"].reshape(n)
+    if observations.ndim != 2:
+        raise UserError(f"observations of shape {observations.shape}, not [n, O]")
     following = data.get("next_observations")
     done = (terminals != 0) | (data.get("timeouts", terminals).reshape(n) != 0)
     ends = done.copy()
@@ -574,6 +602,8 @@ def read_episodes(name: str) -> Tuple[List[Episode], Task]:
     if not os.path.exists(path):
         path = minari_directory(name)
     try:
+        if not name:
+            raise UserError("empty")
         if path.is_dir():
             task, n_episodes = read_task(path)
             episodes = list(minari_episodes(path, task, n_episodes))
@@ -618,8 +648,8 @@ def minari_directory(name: str) -> Path:
                 minari.download_dataset(name)
         except Exception as error:
             raise UserError(
-                f"--env {name}: not on disk under {get_dataset_path()}, and its "
-                f"download failed ({brief(error)}); pass a directory or .hdf5 file"
+                f"--env {name}: no directory here, not under {get_dataset_path()}, and "
+                f"its download failed ({brief(error)}); pass a directory or .hdf5 file"
             ) from None
     return directory
 
@@ -639,7 +669,10 @@ def check_episodes(name: str, episodes: List[Episode], task: Task) -> None:
                 raise UserError(f"{where}: {field} hold NaN or infinity")
         actions = episode.actions
         if (actions < low - rounding).any() or (actions > high + rounding).any():
-            raise UserError(f"{where}: actions outside {[low.tolist(), high.tolist()]}")
+            raise UserError(
+                f"{where}: actions outside {[low.tolist(), high.tolist()]}; rescale "
+                "them, or name their environment with --eval_env"
+            )
 
 
 class Dataset:
@@ -652,23 +685,21 @@ class Dataset:
         self.task = next((task for task in tasks if task.env_id), tasks[0])
         if config.eval_env and self.task.env_id is None:  # then its bounds count
             space = make_env(self.task, config.eval_env).action_space
-            try:
-                check_spaces(gym.spaces.Box(0, 1), space)
-            except UserError as error:
-                raise UserError(f"--eval_env {config.eval_env}: {error}") from None
-            bounds = space.low.ravel().tolist(), space.high.ravel().tolist()
-            if len(bounds[0]) != len(self.task.action_low):
-                n = len(self.task.action_low)
-                raise UserError(f"--eval_env {config.eval_env}: {space} for {n} actions")
-            self.task = dataclasses.replace(
-                self.task, action_low=bounds[0], action_high=bounds[1]
-            )
+            low, high = space.low.ravel().tolist(), space.high.ravel().tolist()
+            if len(low) == len(self.task.action_low):  # else Evaluator refuses it
+                new = {"action_low": low, "action_high": high}
+                self.task = dataclasses.replace(self.task, **new)
         for name, part, task in zip(names, parts, tasks):
             if task.env_id not in (None, self.task.env_id):
                 raise UserError(f"--env {name}: {task.env_id} is not {self.task.env_id}")
             bounds = (task.action_low, task.action_high)
             if task.env_id and bounds != (self.task.action_low, self.task.action_high):
                 raise UserError(f"--env {name}: actions in {bounds}, unlike the first's")
+            if task.env_id and task.env_kwargs != self.task.env_kwargs:
+                say(
+                    f"{name}: recorded with settings {task.env_kwargs}; evaluation is in"
+                )
+                say(f"  those of the first, {self.task.env_kwargs}")
             check_episodes(name, part, self.task)
         episodes = [
             episode for part in parts for episode in part if len(episode.rewards)
@@ -676,7 +707,11 @@ class Dataset:
         self.lengths = np.array([len(e.rewards) for e in episodes], int)
         if self.lengths.sum() < config.batch_size:
             n = f"{self.lengths.sum()} transitions in {len(episodes)} episodes"
-            raise UserError(f"--env {names}: {n} are no batch of {config.batch_size}")
+            raise UserError(
+                f"--env {names}: {n} are no batch of {config.batch_size}; pass "
+                "a smaller --batch_size"
+            )
+        self.task.longest = int(self.lengths.max())
         self.returns = np.array([e.total for e in episodes])
         whole = np.array([e.whole for e in episodes])
         self.returns = self.returns[whole] if whole.any() else self.returns
@@ -717,7 +752,8 @@ def reward_factor(returns, task: Task, config: TrainConfig) -> float:
     """What normalize_reward multiplies rewards by; returns of whole episodes."""
     if not config.normalize_reward:
         return 1.0
-    if not re.match("Hopper|HalfCheetah|Walker2d", task.env_id or ""):
+    name = config.eval_env or task.env_id or ""
+    if not re.match("Hopper|HalfCheetah|Walker2d", name):
         say("normalize_reward has no effect here: hopper, halfcheetah, walker2d only")
         return 1.0
     if len(returns) == 0 or np.ptp(returns) == 0:
@@ -731,7 +767,7 @@ def reward_factor(returns, task: Task, config: TrainConfig) -> float:
 
 
 class MemberwiseLayer(torch.autograd.Function):
-    """x @ w + b and, if wanted, ReLU, one member after the other.
+    """x @ w + b and, if wanted, ReLU, one member after the other, in the type of x.
 
     On a CPU this beats a batched product; a member's rows stay in the cache from its
     product to its ReLU and back."""
@@ -741,7 +777,7 @@ class MemberwiseLayer(torch.autograd.Function):
         y = x.new_empty(*x.shape[:-1], w.shape[-1])
         for i in itertools.product(*map(range, w.shape[:-2])):
             y[i].unflatten(0, (b.shape[-2], -1)).copy_(b[i].unsqueeze(1))
-            y[i].addmm_(x[i], w[i])
+            y[i].addmm_(x[i], w[i].to(x.dtype))
             if relu:
                 y[i].relu_()
         ctx.save_for_backward(x, w, b, y)
@@ -759,22 +795,26 @@ class MemberwiseLayer(torch.autograd.Function):
             if ctx.relu:
                 g = torch.ops.aten.threshold_backward(g, y[i], 0)
             if grad_x is not None:
-                torch.mm(g, w[i].mT, out=grad_x[i])
+                torch.mm(g, w[i].mT.to(g.dtype), out=grad_x[i])
             if grad_w is not None:
-                torch.mm(x[i].mT, g, out=grad_w[i])
-            if grad_b is not None:
-                torch.sum(g.unflatten(0, (b.shape[-2], -1)), 1, out=grad_b[i])
+                grad_w[i] = x[i].mT @ g
+            if grad_b is not None and len(b[i]) == 1:
+                grad_b[i] = g.new_ones(1, len(g)) @ g  # faster than g.sum(0)
+            elif grad_b is not None:
+                g = g.unflatten(0, (len(b[i]), -1))
+                torch.sum(g, 1, dtype=b.dtype, out=grad_b[i])
         return grad_x, grad_w, grad_b, None
 
 
 def member_layer(x: Tensor, w: Tensor, b: Tensor, relu: bool) -> Tensor:
-    """x [*lead, n, in] @ w [*lead, in, out] + b [*lead, m, out] -> [*lead, n, out].
-
-    Each row of b serves n / m rows of x: all of them (m = 1) or one state's actions."""
+    """x [*lead, n, in] @ w [*lead, in, out] + b [*lead, m, out] -> [*lead, n, out], in
+    the type of x. Each row of b serves n / m rows of x: all of them (m = 1) or one
+    state's actions."""
     if x.shape[:-2] != w.shape[:-2]:
         raise ValueError(f"input of members {x.shape[:-2]} for {w.shape[:-2]}")
     if not x.is_cuda:
         return MemberwiseLayer.apply(x, w, b, relu)
+    w, b = w.to(x.dtype), b.to(x.dtype)
     y = torch.matmul(x, w).unflatten(-2, (b.shape[-2], -1))  # one batched launch
     y = (y + b.unsqueeze(-2)).flatten(-3, -2)
     return F.relu(y, inplace=True) if relu else y
@@ -853,7 +893,7 @@ def squashed_log_prob(normals, log_std, pre_tanh) -> Tensor:
     """Log density of tanh(pre_tanh), pre_tanh = mean + std * normals; sums over A."""
     gaussian = -0.5 * normals.square() - log_std - 0.5 * math.log(2 * math.pi)
     # log(1 - tanh(x)^2) without cancellation (SAC, appendix C)
-    jacobian = 2 * (math.log(2) - pre_tanh - F.softplus(-2 * pre_tanh))
+    jacobian = 2 * (math.log(2) - pre_tanh - F.softplus(-2 * pre_tanh, threshold=40))
     return (gaussian - jacobian).sum(-1)
 
 
@@ -865,7 +905,10 @@ def data_log_prob(mean, log_std, actions) -> Tensor:
 
 
 class Critic(EnsembleMLP):
-    """N critics: observations [R, B, O], actions [R, B, M, A] -> Q [R, N, B, M]."""
+    """N critics: observations [R, B, O], actions [R, B, M, A] -> Q [R, N, B, M].
+
+    Actions [R, N, B, M, A] are each critic's own. dtype is that of the hidden layers
+    after the observation's; the last one keeps the weights' type."""
 
     def __init__(self, config: TrainConfig, n_runs: int, obs_dim: int, action_dim: int):
         hidden = [config.hidden_dim] * config.q_n_hidden_layers
@@ -873,29 +916,20 @@ class Critic(EnsembleMLP):
         self.split = [obs_dim, action_dim]
         self.n_critics = config.n_critics
 
-    def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
-        first, *rest = self.layers
+    def forward(self, observations, actions, dtype: Optional[torch.dtype] = None):
+        first, *hidden, last = self.layers
         by_observation, by_action = first.weight.split(self.split, dim=-2)
-        n_actions = actions.shape[2]
-        shared = (-1, self.n_critics, -1, -1)  # all critics see the same inputs
+        shared = (-1, self.n_critics, -1, -1)  # what all critics see
         # The observation's share of the first layer, once per state: [R, N, B, H].
         s = observations.unsqueeze(1).expand(shared)
         s = member_layer(s, by_observation, first.bias, relu=False)
-        x = actions.flatten(1, 2).unsqueeze(1).expand(shared)  # [R, N, B * M, A]
-        x = member_layer(x, by_action, s, relu=True)  # [R, N, B * M, H]
-        for layer in rest[:-1]:
-            x = layer(x, relu=True)
-        return rest[-1](x).squeeze(-1).unflatten(2, (-1, n_actions))
-
-
-@contextmanager
-def frozen(module: nn.Module):
-    """Gradients pass through the module inside, and reach none of its parameters."""
-    module.requires_grad_(False)
-    try:
-        yield module
-    finally:
-        module.requires_grad_(True)
+        x = actions.flatten(-3, -2)  # [R, B * M, A] or [R, N, B * M, A]
+        x = x.unsqueeze(1).expand(shared) if actions.ndim == 4 else x
+        x = member_layer(x.to(dtype or x.dtype), by_action, s, relu=True)
+        for layer in hidden:
+            x = layer(x, relu=True)  # [R, N, B * M, H]
+        x = last(x.to(last.weight.dtype))
+        return x.squeeze(-1).unflatten(2, actions.shape[-3:-1])
 
 
 # ======================================================================================
@@ -910,6 +944,8 @@ class Noise(NamedTuple):
     normals: Tensor  # [R, B, 1 + K, A] at s: the actor's action, then K proposals
     next_normals: Tensor  # [R, B, T + K, A] at s': target actions, then K proposals
     uniforms: Tensor  # [R, B, K, A] in [-1, 1]
+    offsets: Tensor  # [R, N, B] in [0, 1) of the sampled backward pass, else [R, 0, B]
+    indices: Tensor  # [R, B] rows of the dataset
 
 
 class Samples(NamedTuple):
@@ -922,6 +958,7 @@ class Samples(NamedTuple):
     target_log_pi: Tensor  # [R, B, T]
     proposals: Tensor  # [R, B, 3K, A]: uniform, pi(.|s), pi(.|s')
     log_mu: Tensor  # [R, B, 3K]
+    offsets: Tensor  # [R, N, B], see sampled_backward
 
 
 class Sweep(NamedTuple):
@@ -951,6 +988,7 @@ def sample_actions(policy: Policy, batch: Batch, noise: Noise) -> Samples:
         next_log_pi[:, :, :T],
         torch.cat([noise.uniforms, current, following[:, :, T:]], 2),
         torch.cat([uniform_log_mu, current_log_pi, next_log_pi[:, :, T:]], 2),
+        noise.offsets,
     )
 
 
@@ -962,8 +1000,9 @@ def temperature_loss(log_alpha: Tensor, log_pi: Tensor, target_entropy: float):
 
 def actor_loss(critic: Critic, batch: Batch, samples: Samples, alpha: Tensor):
     """SAC eq. 9: alpha [R] weighs the entropy against the least of the critics."""
-    with frozen(critic):
-        q = critic(batch.observations, samples.actions).amin(1).squeeze(2)  # [R, B]
+    weights = {name: weight.detach() for name, weight in critic.named_parameters()}
+    inputs = batch.observations, samples.actions
+    q = torch.func.functional_call(critic, weights, inputs).amin(1).squeeze(2)  # [R, B]
     loss = (alpha.unsqueeze(1) * samples.log_pi - q).mean(1)
     return loss, {"policy_loss": loss, "log_pi": samples.log_pi.mean(1)}
 
@@ -1004,16 +1043,58 @@ def conservative_gap(q, log_mu, q_data, temperature, config) -> Tensor:
     return gap.clamp(config.cql_clip_diff_min, config.cql_clip_diff_max)
 
 
+def sampled_backward(gap_of, q: Tensor, offsets: Tensor, k: int):
+    """k of M actions per state and critic to differentiate gap_of(q) through.
+
+    The gap's gradient is sum_m slope_m dQ_m, slope_m = d gap / d Q_m. Actions drawn in
+    proportion to |slope_m| by systematic resampling (one offset, k equally spaced
+    points of the cdf) estimate it without bias, whatever form gap_of has: a clamped
+    gap, say, has no slopes. q [R, N, B, 1 + M], the data's action first, whose slope
+    stays exact; offsets [R, N, B]. Returns the gap [R, N, B], indices [R, N, B, k] of
+    the M, and for Q of the data and of those k the slopes [R, N, B, 1 + k]."""
+    with torch.enable_grad():
+        q = q.detach().requires_grad_()
+        gap = gap_of(q)
+        (slopes,) = torch.autograd.grad(gap.sum(), q)
+    slope_of_data, slopes = slopes[..., :1], slopes[..., 1:]
+    cdf = slopes.abs().cumsum(-1)
+    each = cdf[..., -1:] / k
+    points = (torch.arange(k, device=q.device) + offsets.unsqueeze(-1)) * each
+    indices = torch.searchsorted(cdf, points, right=True).clamp(max=cdf.shape[-1] - 1)
+    slopes = slopes.gather(-1, indices).sign() * each
+    return gap.detach(), indices, torch.cat([slope_of_data, slopes], -1)
+
+
+def q_and_gap(critic: Critic, batch, samples, sweep, config):
+    """Q [R, N, B, 1 + 3K] of the data's action and the proposals, Q of the former with
+    a graph and the gap, [R, N, B] each. All actions go through the critics in one call;
+    with cql_backward_actions without a graph, and the few with one in a second call."""
+    k = config.cql_backward_actions
+    dtype = torch.bfloat16 if config.precision == "bf16" else None
+    log_mu = samples.log_mu.unsqueeze(1) if config.cql_importance_sample else None
+    actions = torch.cat([batch.actions.unsqueeze(2), samples.proposals], 2)
+
+    def gap_of(q):
+        return conservative_gap(q[..., 1:], log_mu, q[..., 0], sweep.cql_temp, config)
+
+    with torch.set_grad_enabled(k == 0):
+        q = critic(batch.observations, actions, dtype)  # [R, N, B, 1 + 3K]
+    if k == 0:
+        return q, q[..., 0], gap_of(q)
+    gap, indices, slopes = sampled_backward(gap_of, q, samples.offsets, k)
+    indices = F.pad(indices + 1, (1, 0)).unsqueeze(-1)  # [R, N, B, 1 + k, 1]
+    actions = actions.unsqueeze(1).expand(-1, q.shape[1], -1, -1, -1)
+    q_k = critic(batch.observations, actions.take_along_dim(indices, 3), dtype)
+    linear = (slopes * q_k).sum(-1)  # has the gap's gradient, not its value
+    return q, q_k[..., 0], gap + linear - linear.detach()
+
+
 def critic_loss(critic: Critic, batch, samples, target, log_alpha_prime, sweep, config):
     """TD error and weighted gap: CQL eq. 4 times 2, so cql_alpha is twice its alpha.
     With cql_lagrange (appendix F) also the loss of log alpha', whose alpha' grows while
     the gap exceeds its target. target [R, B], log_alpha_prime [R]."""
-    K = samples.proposals.shape[2] // 3
-    actions = torch.cat([batch.actions.unsqueeze(2), samples.proposals], 2)
-    q = critic(batch.observations, actions)  # [R, N, B, 1 + 3K]
-    q_data, q_proposals = q[..., 0], q[..., 1:]
-    log_mu = samples.log_mu.unsqueeze(1) if config.cql_importance_sample else None
-    gap = conservative_gap(q_proposals, log_mu, q_data, sweep.cql_temp, config).mean(-1)
+    q, q_data, gap = q_and_gap(critic, batch, samples, sweep, config)
+    gap = gap.mean(-1)  # [R, N]
     td = (q_data - target.unsqueeze(1)).square().mean(-1)  # [R, N]
     weight = sweep.cql_alpha.unsqueeze(1)  # [R, 1]
     excess, multiplier = gap, gap.new_zeros(len(gap))
@@ -1024,7 +1105,7 @@ def critic_loss(critic: Critic, batch, samples, target, log_alpha_prime, sweep, 
         multiplier_loss = -(multiplier.unsqueeze(1) * weight * excess.detach()).mean(1)
         weight = weight * multiplier.detach().unsqueeze(1)
     penalty = weight * excess
-    q_mean = q_proposals.mean(2).unflatten(-1, (3, K)).mean(-1)  # [R, N, 3]
+    q_mean = q[..., 1:].mean(2).unflatten(-1, (3, -1)).mean(-1)  # [R, N, 3]
     uniform, current, following = q_mean.unbind(-1)
     metrics = {
         "qf{j}_loss": td,
@@ -1102,7 +1183,8 @@ class ContinuousCQL(nn.Module):
         critic += [self.log_alpha_prime] * config.cql_lagrange
         groups = [(actor, config.policy_lr), (critic, config.qf_lr)]
         groups = [{"params": parameters, "lr": rate} for parameters, rate in groups]
-        self.optimizer = torch.optim.Adam(groups, fused=True)
+        on_gpu = torch.device(device).type == "cuda"
+        self.optimizer = torch.optim.Adam(groups, fused=True, capturable=on_gpu)
         for parameter in actor + critic:  # now, so that loading only ever copies
             self.optimizer.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32, device=device),
@@ -1115,23 +1197,24 @@ class ContinuousCQL(nn.Module):
         self.step = 0
         self.generators = [seeded(run["seed"], 1, self.device) for run in self.runs]
 
-    def draw(self, batch_size: int) -> Noise:
-        """Noise of one update; run r draws from its own generator alone."""
-        K = self.config.cql_n_actions
-        T = K if self.config.cql_max_target_backup else 1
+    def draw(self, batch_size: int, size: int = 1, n: Optional[int] = None) -> Noise:
+        """Noise of an update on `size` transitions, or of n of them in a block [n, R,
+        ...]; run r draws from its own generator alone."""
+        K, A, config = self.config.cql_n_actions, self.action_dim, self.config
+        T, B = K if config.cql_max_target_backup else 1, batch_size
+        N = config.n_critics if config.cql_backward_actions else 0
         draws = []
         for generator in self.generators:
-            options = {"generator": generator, "device": self.device}
-            shapes = [(batch_size, n, self.action_dim) for n in (1 + K, T + K, K)]
-            normals = [torch.randn(shape, **options) for shape in shapes[:2]]
-            draws.append((*normals, torch.rand(shapes[2], **options) * 2 - 1))
-        return Noise(*map(torch.stack, zip(*draws)))
-
-    def sample_indices(self, size: int, batch_size: int) -> Tensor:
-        """Indices [R, B] below size, from each run's own generator."""
-        options = {"size": (batch_size,), "device": self.device}
-        draws = [torch.randint(size, generator=g, **options) for g in self.generators]
-        return torch.stack(draws)
+            on = {"generator": generator, "device": self.device}
+            indices = torch.randint(size, (n or 1, B), **on)
+            normals = torch.randn((n or 1, B, 1 + K + T + K, A), **on)
+            uniforms = torch.rand((n or 1, B, K * A + N), **on)
+            actions = uniforms[..., : K * A].unflatten(-1, (K, A)) * 2 - 1
+            offsets = uniforms[..., K * A :].mT
+            normals = normals.split([1 + K, T + K], 2)
+            draws.append((*normals, actions, offsets, indices))
+        block = Noise(*(torch.stack(draw, 1) for draw in zip(*draws)))
+        return block if n else Noise(*(x[0] for x in block))
 
     def prepare(self, batch: Batch) -> Batch:
         """With the R dimension, standardized observations, actions in [-1, 1]. Raises
@@ -1165,7 +1248,7 @@ class ContinuousCQL(nn.Module):
             alpha = alpha * self.log_alpha.detach().exp()
             log_pi, target_entropy = samples.log_pi, -self.action_dim
             total, metrics = temperature_loss(self.log_alpha, log_pi, target_entropy)
-        if self.step < config.bc_steps:
+        if self.stage()[0]:
             loss, more = cloning_loss(batch, samples, alpha)
         else:
             loss, more = actor_loss(self.critic, batch, samples, alpha)
@@ -1181,12 +1264,23 @@ class ContinuousCQL(nn.Module):
         name holds {j}), on the device and without a sync."""
         batch = self.prepare(batch)
         noise = self.draw(batch.rewards.shape[1]) if noise is None else noise
+        metrics = self.learn(batch, noise)
+        self.step += 1
+        return metrics
+
+    def stage(self) -> Tuple[bool, bool]:
+        """Whether the next update clones, and whether it moves the targets: all that
+        the step decides in `learn`."""
+        period = self.config.target_update_period
+        return self.step < self.config.bc_steps, (self.step + 1) % period == 0
+
+    def learn(self, batch: Batch, noise: Noise) -> Dict[str, Tensor]:
+        """`update` on a prepared batch, but for the counting: a CUDA graph holds it."""
         loss, metrics = self.losses(batch, noise)
         self.optimizer.zero_grad()
         loss.sum().backward()
         self.optimizer.step()
-        self.step += 1
-        if self.step % self.config.target_update_period == 0:
+        if self.stage()[1]:
             targets, critics = self.target_critic.parameters(), self.critic.parameters()
             rate = self.config.soft_target_update_rate
             with torch.no_grad():
@@ -1232,6 +1326,81 @@ class ContinuousCQL(nn.Module):
 
 
 # ======================================================================================
+# Captured update
+# ======================================================================================
+
+
+def capture(function: Callable[[], None]) -> Callable[[], None]:
+    """A CUDA graph of what function launches: one launch for hundreds."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        function()
+    return graph.replay
+
+
+class Updater:
+    """Updates the agent with batches of a dataset. On a GPU the whole of it, from the
+    choice of the batch to the sums of the metrics, is one CUDA graph for each stage."""
+
+    WARM_UP = 3  # eager updates before a capture, as PyTorch asks for
+
+    def __init__(self, agent: "ContinuousCQL", data: Dataset, metrics: "Metrics"):
+        self.agent, self.data, self.metrics = agent, data, metrics
+        on_gpu = torch.device(agent.device).type == "cuda"
+        self.captures, self.block = on_gpu, 32 if on_gpu else 1  # updates drawn at once
+        self.used, self.noise, self.before = self.block, None, None
+        self.cursor = torch.zeros(1, dtype=torch.long, device=agent.device)
+        self.seen, self.graphs = {}, {}
+
+    def refill(self) -> None:
+        """Draw a block's noise, into the same memory each time."""
+        self.before = [generator.get_state() for generator in self.agent.generators]
+        noise = self.agent.draw(self.agent.config.batch_size, len(self.data), self.block)
+        if self.noise is None:
+            self.noise = noise
+        for old, new in zip(self.noise, noise):
+            old.copy_(new)
+        self.used = 0
+        self.cursor.zero_()
+
+    def body(self) -> None:
+        """One update without host state, so that it can be replayed."""
+        noise = Noise(*(x.index_select(0, self.cursor).squeeze(0) for x in self.noise))
+        batch = self.agent.prepare(self.data.gather(noise.indices))
+        self.metrics.add(self.agent.learn(batch, noise))
+        self.cursor += 1
+
+    def __call__(self) -> None:
+        if self.used == self.block:
+            self.refill()
+        stage = self.agent.stage()
+        self.seen[stage] = self.seen.get(stage, 0) + 1
+        if self.captures and self.seen[stage] == self.WARM_UP + 1:
+            try:
+                self.graphs[stage] = capture(self.body)
+            except RuntimeError as error:
+                self.captures = False
+                say(f"no CUDA graph, each kernel is launched by itself: {brief(error)}")
+        self.graphs.get(stage, self.body)()
+        self.used += 1
+        self.agent.step += 1
+        self.metrics.count += 1
+
+    def state(self) -> dict:
+        """The unspent noise, as what draws it again."""
+        before = self.before if self.used < self.block else None
+        return {"used": self.used, "block": self.block, "generators": before}
+
+    def load(self, state: dict) -> None:
+        if state["used"] < state["block"] == self.block:
+            for generator, before in zip(self.agent.generators, state["generators"]):
+                generator.set_state(before)
+            self.refill()
+            self.used = state["used"]
+            self.cursor.fill_(self.used)
+
+
+# ======================================================================================
 # Environments and evaluation
 # ======================================================================================
 
@@ -1259,11 +1428,14 @@ def make_env(task: Task, eval_env: Optional[str] = None) -> gym.Env:
         kwargs["max_episode_steps"] = task.max_episode_steps
     try:
         with quiet():
-            if ":" not in name and name not in gym.registry:
+            if ":" in name:
+                sys.path.append(os.getcwd())  # where the user's module may be
+            elif name not in gym.registry:
                 import gymnasium_robotics  # slow to import, and rarely needed
 
                 gym.register_envs(gymnasium_robotics)
             env = gym.make(name, disable_env_checker=True, **kwargs)
+            check_spaces(env.observation_space, env.action_space)
             if not isinstance(env.observation_space, gym.spaces.Box):
                 space = recorded_space(task.observation_space)  # parts by their names
                 space = env.observation_space if space.shape else space
@@ -1282,13 +1454,9 @@ def make_env(task: Task, eval_env: Optional[str] = None) -> gym.Env:
 class Evaluator:
     """All episodes of all runs, stepped together, with one policy call per step."""
 
-    def __init__(self, task: Task, config: TrainConfig, n_runs: int, longest: int):
+    def __init__(self, task: Task, config: TrainConfig, n_runs: int):
         self.task, self.config, self.name = task, config, config.eval_env or task.env_id
         env = make_env(task, config.eval_env)
-        if not isinstance(env.action_space, gym.spaces.Box):
-            raise UserError(
-                f"--eval_env {self.name}: actions in {env.action_space}, no Box"
-            )
         low, high = env.action_space.low.ravel(), env.action_space.high.ravel()
         self.action_shape = env.action_space.shape
         dims = math.prod(env.observation_space.shape), len(low)
@@ -1302,7 +1470,8 @@ class Evaluator:
             )
         # Without a time limit an episode might never end: the data's longest is one.
         endless = env.spec is None or env.spec.max_episode_steps is None
-        self.limit = longest if endless else None
+        self.limit = task.longest if endless else None
+        self.reference = None  # returns scored 0 and 100
         self.envs = [[None] * config.n_episodes for _ in range(n_runs)]
 
     def reset(self, r: int, i: int, seed: int) -> np.ndarray:
@@ -1313,7 +1482,7 @@ class Evaluator:
             self.envs[r][i] = env
         return self.envs[r][i].reset(seed=seed)[0].ravel()
 
-    def evaluate(self, agent, step: int, alive, interrupted: Callable[[], bool]):
+    def evaluate(self, agent, step: int, alive, noted: List[int]):
         """Undiscounted returns and lengths, [R, n_episodes] each; episode i at step t
         starts alike in every run. None if interrupted. Raises MachineError."""
         n, shape = self.config.n_episodes, (len(self.envs), self.config.n_episodes)
@@ -1328,7 +1497,7 @@ class Evaluator:
             for r, i in np.argwhere(active):
                 observations[r, i] = self.reset(r, i, int(seeds[i]))
             while active.any():
-                if interrupted():
+                if noted:
                     return None
                 actions = agent.act(observations)
                 for r, i in np.argwhere(active):
@@ -1349,9 +1518,10 @@ class Evaluator:
 def reference_returns(task: Task, env_name: str) -> Optional[List[float]]:
     """Returns scored 0 and 100: the dataset's own, else D4RL's by environment, unless
     its settings pay other returns than D4RL's."""
-    if task.reference is not None:
+    recorded = env_name == task.env_id
+    if task.reference is not None and (recorded or task.env_id is None):
         return task.reference
-    kwargs = task.env_kwargs if env_name == task.env_id else {}
+    kwargs = task.env_kwargs if recorded else {}
     endless = "AntMaze" in env_name and kwargs.get("continuing_task", True)
     if endless or not kwargs.get("remove_task_when_completed", True):
         setting = "continuing_task" if endless else "remove_task_when_completed"
@@ -1360,6 +1530,9 @@ def reference_returns(task: Task, env_name: str) -> Optional[List[float]]:
         if re.fullmatch(pattern, env_name):
             say(f"scores: by D4RL's returns for {env_name}; the data records none")
             return list(reference)
+    if task.reference is not None:
+        say(f"scores: by the data's reference returns, which are {task.env_id}'s")
+        return task.reference
     return say(f"scores: none, as no reference returns are known for {env_name}")
 
 
@@ -1396,9 +1569,12 @@ def read_checkpoint(path: Union[str, Path]) -> dict:
     runs. Raises UserError."""
     try:
         path = Path(path, "checkpoint.pt") if os.path.isdir(path) else path
+        written = os.stat(path).st_mtime_ns
         payload = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"checkpoint {path}: cannot be read: {brief(error)}") from None
+    except Exception:  # torch's own words advise to let it run code
+        raise UserError(f"checkpoint {path}: damaged, or not one of cql.py's") from None
     if not isinstance(payload, dict) or payload.get("format") != "cql.py":
         raise UserError(f"checkpoint {path}: not one of cql.py's")
     version = payload.get("version")
@@ -1407,7 +1583,7 @@ def read_checkpoint(path: Union[str, Path]) -> dict:
     missing = {"kind", "config", "task", "agent"} - payload.keys()
     if missing:
         raise UserError(f"checkpoint {path}: lacks {', '.join(sorted(missing))}")
-    return {**payload, "path": str(path)}
+    return {**payload, "path": str(path), "written": written}
 
 
 def load_agent(agent: nn.Module, checkpoint: dict) -> None:
@@ -1418,7 +1594,10 @@ def load_agent(agent: nn.Module, checkpoint: dict) -> None:
     try:
         agent.load_state_dict(checkpoint["agent"])
     except (RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"{where}: of another shape: {brief(error)}") from None
+        saved, now = checkpoint["config"], vars(agent.config)
+        other = [f"{k} {saved[k]}" for k in INHERITED if saved[k] != now[k]]
+        reason = ", ".join(other) or brief(error)
+        raise UserError(f"{where}: of another shape: {reason}") from None
 
 
 def load_policy(path: Union[str, Path], run: int = 0, device: str = "cpu"):
@@ -1430,15 +1609,18 @@ def load_policy(path: Union[str, Path], run: int = 0, device: str = "cpu"):
     agent = ContinuousCQL(config, task.observation_dim, len(task.action_low), device)
     load_agent(agent, checkpoint)
     space, n_runs = recorded_space(task.observation_space), len(agent.runs)
+    shape = task.action_shape or [len(task.action_low)]
     if not 0 <= run < n_runs:
         raise UserError(f"checkpoint {path}: runs 0 to {n_runs - 1}, no {run}")
 
     def policy(observation, deterministic: bool = True) -> np.ndarray:
-        if isinstance(observation, (dict, tuple)):
+        whole = isinstance(observation, (dict, tuple))
+        if whole or np.shape(observation) == space.shape:  # a matrix, maybe
             observation = gym.spaces.flatten(space, observation)
+        one = np.ndim(observation) == 1
         everywhere = np.stack([np.atleast_2d(observation)] * n_runs)  # [R, n, O]
         actions = agent.act(everywhere, deterministic)[run]
-        return actions if np.ndim(observation) > 1 else actions[0]
+        return actions[0].reshape(shape) if one else actions.reshape(-1, *shape)
 
     return policy
 
@@ -1498,7 +1680,6 @@ class Metrics:
                 js = range(1, 1 + column.shape[1])
                 self.names += [name.replace("{j}", str(j)) for j in js]
         self.sums += values
-        self.count += 1
 
     def means(self) -> List[Dict[str, float]]:
         """Interval means, one dict per run."""
@@ -1524,7 +1705,8 @@ class WandbLogger:
         if not known:
             return say("wandb: no account here (`wandb login`), not logging to it")
         runs = [{}] if self.sweep else runs
-        self.ids = ids or [uuid.uuid4().hex[:8] for _ in runs]
+        fresh = ids if len(ids) == len(runs) else [uuid.uuid4().hex[:8] for _ in runs]
+        self.ids = [os.environ["WANDB_RUN_ID"]] if self.sweep else fresh
         for i, run in enumerate(runs):
             options = {
                 "project": config.project,
@@ -1532,10 +1714,12 @@ class WandbLogger:
                 "name": f"{directory.name}-{i}" if len(runs) > 1 else directory.name,
                 "config": {**dataclasses.asdict(config), **run},
                 "dir": str(directory),
-                "id": os.environ.get("WANDB_RUN_ID") if self.sweep else self.ids[i],
+                "id": self.ids[i],
                 "resume": "allow",
                 "reinit": "create_new",
-                "settings": wandb.Settings(silent=True, init_timeout=20),
+                "settings": wandb.Settings(
+                    silent=True, init_timeout=20, finish_timeout=60
+                ),
             }
             try:
                 self.trackers.append(wandb.init(mode=mode, **options))
@@ -1567,8 +1751,8 @@ def run_directory(config: TrainConfig) -> Optional[Path]:
     if config.resume or config.checkpoints_path is None:
         return config.resume and Path(config.resume)
     names = config.env if isinstance(config.env, list) else [config.env]
-    parts = (Path(name.removesuffix(".hdf5")).parts[-3:] for name in names)
-    label = "+".join("-".join(part).strip("./") for part in parts)
+    names = (re.sub(r"\.hdf5$|^[./]+", "", name).split("/") for name in names)
+    label = "+".join("-".join(parts[-3:]) for parts in names)
     safe = re.sub(r"[^\w.+-]+", "-", f"{config.name}-{label}").strip(".-")[:120]
     return Path(config.checkpoints_path) / f"{safe}-{uuid.uuid4().hex[:8]}"
 
@@ -1594,24 +1778,23 @@ def locked(directory: Optional[Path]):
             os.close(descriptor)
 
 
-class Interrupted:
-    """Notes SIGINT and SIGTERM; the loop stops at its next update, and saves."""
+@contextmanager
+def noted_signals():
+    """The SIGINTs and SIGTERMs so far; the loop saves and stops at its next update. A
+    Ctrl-C after the first is not held back."""
+    noted, previous = [], {}
 
-    def __enter__(self):
-        self.signal, self.previous = 0, {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.previous[number] = signal.signal(number, self._note)
-        return self
+    def note(number, _):
+        noted.append(number)
+        signal.signal(signal.SIGINT, previous[signal.SIGINT])
 
-    def _note(self, number, frame):
-        self.signal = number
-
-    def __call__(self) -> bool:
-        return self.signal != 0
-
-    def __exit__(self, *_):
-        for number, handler in self.previous.items():
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, note)
+    try:
+        yield noted
+    finally:
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
@@ -1621,10 +1804,13 @@ class Run:
     CHECKPOINT_SECONDS = 300
     SAVED = ("step", "evaluated", "diverged", "warned")
 
-    def __init__(self, config, agent, task: Task, evaluator, directory, q_range: float):
+    def __init__(self, config, agent, task: Task, data, evaluator, directory):
         self.config, self.agent, self.task = config, agent, task
-        self.evaluator, self.directory, self.q_range = evaluator, directory, q_range
+        self.evaluator, self.directory = evaluator, directory
+        self.q_range = data.q_range if data else math.inf
+        self.transitions = len(data) if data else 0
         self.metrics = Metrics()
+        self.updater = Updater(agent, data, self.metrics)
         self.step, self.evaluated = 0, -1
         self.diverged = [-1] * len(agent.runs)  # update by which a run went non-finite
         self.warned = [False] * len(agent.runs)  # of Q running away
@@ -1640,6 +1826,7 @@ class Run:
             vars(self.metrics).update(checkpoint["metrics"])
             if self.metrics.sums is not None:
                 self.metrics.sums = self.metrics.sums.to(self.agent.device)
+            self.updater.load(checkpoint["updater"])
         self.logged_step, self.tables, kept = self.step, {}, {}
         freqs = {"metrics": "log_freq", "evaluations": "eval_freq", "timing": "log_freq"}
         for name, freq in freqs.items():
@@ -1658,7 +1845,7 @@ class Run:
             text = yaml.safe_dump(config, sort_keys=False)
             (self.directory / "config.tmp").write_text(text)
             os.replace(self.directory / "config.tmp", self.directory / "config.yaml")
-            if not (self.directory / "cql.py").exists():
+            if Path(__file__).resolve() != (self.directory / "cql.py").resolve():
                 shutil.copyfile(__file__, self.directory / "cql.py")
         self.wandb = WandbLogger(self.config, self.directory, self.agent.runs, ids)
 
@@ -1709,15 +1896,15 @@ class Run:
                 "Poor returns follow; a larger cql_alpha holds Q down"
             )
 
-    def evaluate(self, interrupted: Callable[[], bool]) -> None:
+    def evaluate(self, noted: List[int]) -> None:
         """Rows of evaluations.csv and one line on the terminal."""
-        if self.evaluator is None:
+        self.check_finite()
+        if self.evaluator is None or not self.alive().any():
             self.evaluated = self.step
             return
-        self.check_finite()
         before = time.monotonic()
         state = self.agent, self.step, self.alive()
-        results = self.evaluator.evaluate(*state, interrupted)
+        results = self.evaluator.evaluate(*state, noted)
         self.seconds["evaluation_seconds"] += time.monotonic() - before
         if results is None:
             return
@@ -1728,19 +1915,21 @@ class Run:
                 "return_mean": float(returns.mean()),
                 "return_std": float(returns.std()),
                 "length_mean": float(lengths.mean()),
-                "d4rl_normalized_score": normalized_score(returns, self.task.reference),
+                "d4rl_normalized_score": normalized_score(
+                    returns, self.evaluator.reference
+                ),
             }
             keys = {"step": self.step, "run": r, **self.agent.runs[r]}
             table.append({**keys, "episodes": len(returns), **rows[r]})
         self.tables["evaluations"].append(table)
         self.evaluations += table
-        if self.task.reference is None:
+        if self.evaluator.reference is None:
             rows = {r: {k: row[k] for k in list(row)[:-1]} for r, row in rows.items()}
         self.wandb.log(self.step, rows)
         returns = [f"{e['return_mean']:.0f} +- {e['return_std']:.0f}" for e in table]
         scores = [e["d4rl_normalized_score"] for e in table]
         text = f"update {self.step:>9,}  return {' | '.join(returns)}"
-        if self.task.reference is not None:
+        if self.evaluator.reference is not None:
             text += "  score " + " | ".join(f"{score:.1f}" for score in scores)
             text += f" (mean {np.mean(scores):.1f})" if len(scores) > 1 else ""
         say(text)
@@ -1761,6 +1950,8 @@ class Run:
             "agent": self.agent.state_dict(),
             "phase": "offline",
             "metrics": vars(self.metrics),
+            "updater": self.updater.state(),
+            "transitions": self.transitions,
             "wandb_ids": self.wandb.ids,
             **{name: getattr(self, name) for name in self.SAVED},
         }
@@ -1773,17 +1964,22 @@ class Run:
 
     def summary(self) -> None:
         """The closing table: last and best evaluation of each run, and the files."""
-        scored = self.task.reference is not None
+        scored = self.evaluator is not None and self.evaluator.reference is not None
         column = "d4rl_normalized_score" if scored else "return_mean"
-        say(f"{'run':>4} {'seed':>6} {'cql_alpha':>9} {'last':>9} {'best':>9}  {column}")
+        lists = (
+            name for name in SWEPT[2:] if isinstance(getattr(self.config, name), list)
+        )
+        names = [*SWEPT[:2], *lists]
+        head = " ".join(f"{name:>9}" for name in (*names, "last", "best"))
+        say(f" run {head}  {column}")
         for r, run in enumerate(self.agent.runs):
             mine = [e[column] for e in self.evaluations if int(e["run"]) == r]
             values = [float(value) for value in mine if value != ""]
             ends = (values[-1], max(values)) if values else ()
             last, best = [f"{value:.2f}" for value in ends] or "--"
             note = f"  diverged by {self.diverged[r]}" if self.diverged[r] >= 0 else ""
-            keys = f"{r:>4} {run['seed']:>6} {run['cql_alpha']:>9g}"
-            say(f"{keys} {last:>9} {best:>9}{note}")
+            keys = " ".join(f"{run[name]:>{max(9, len(name))}g}" for name in names)
+            say(f"{r:>4} {keys} {last:>9} {best:>9}{note}")
         say(f"files: {self.directory or 'none'}")
 
 
@@ -1809,9 +2005,10 @@ def describe(config, task: Task, data: Optional[Dataset], evaluator) -> None:
         say("no environment recorded, no --eval_env: training without evaluation, Q on")
         say("  the data's, the policy's and uniform actions is in metrics.csv")
     else:
-        task.reference = reference_returns(task, evaluator.name)
+        evaluator.reference = reference_returns(task, evaluator.name)
     if data is not None:
-        score = normalized_score(data.returns, task.reference)
+        reference = evaluator.reference if evaluator else task.reference
+        score = normalized_score(data.returns, reference)
         score = "" if math.isnan(score) else f" (score {score:.1f})"
         size = f"{len(data):,} transitions, {len(data.lengths):,} episodes"
         say(f"data: {size}, mean return {data.returns.mean():.1f}{score}")
@@ -1821,6 +2018,8 @@ def describe(config, task: Task, data: Optional[Dataset], evaluator) -> None:
             "cql_target_action_gap < 0 with cql_lagrange is a real target, not 'off': it"
         )
         say("  pushes Q of the data above the soft maximum")
+    elif config.cql_target_action_gap != FIELDS["cql_target_action_gap"].default:
+        say("cql_target_action_gap has no effect without cql_lagrange")
     if config.buffer_size != FIELDS["buffer_size"].default:
         say("buffer_size has no effect offline: the dataset is loaded whole")
     if config.checkpoints_path is None and not config.resume:
@@ -1830,18 +2029,24 @@ def describe(config, task: Task, data: Optional[Dataset], evaluator) -> None:
 def train(config: TrainConfig, checkpoint: Optional[dict] = None) -> int:
     """Train every run of the config from the checkpoint on; returns the exit status."""
     keep_freed_memory()
-    device = pick_device(config.device)
+    device = pick_device(config.device, config.precision)
     total = config.offline_iterations
     total = config.max_timesteps if total is None else total
-    resumed = config.resume and os.path.exists(f"{config.resume}/checkpoint.pt")
+    latest = Path(config.resume or "", "checkpoint.pt")
+    resumed = bool(checkpoint and config.resume and Path(checkpoint["path"]) == latest)
     if resumed and checkpoint["step"] > total:
         raise UserError(f"--max_timesteps {total}: the run is at {checkpoint['step']}")
-    data = None if checkpoint and total == 0 else Dataset(config, device)
+    same = checkpoint and checkpoint["config"]["env"] == config.env
+    data = None if same and total == 0 else Dataset(config, device)
+    if resumed and data and checkpoint["transitions"] != len(data):
+        was = checkpoint["transitions"]
+        raise UserError(
+            f"--env {config.env}: {len(data)} transitions; the run had {was}"
+        )
     task = data.task if data else Task(**checkpoint["task"])
     evaluator, n_runs = None, len(product_of_runs(config))
     if task.env_id or config.eval_env:
-        longest = int(data.lengths.max()) if data else 1000
-        evaluator = Evaluator(task, config, n_runs, longest)
+        evaluator = Evaluator(task, config, n_runs)
     statistics = data.statistics() if data and config.normalize else (0.0, 1.0)
     dims = task.observation_dim, len(task.action_low)
     bounds = task.action_low, task.action_high
@@ -1853,16 +2058,19 @@ def train(config: TrainConfig, checkpoint: Optional[dict] = None) -> int:
         load_agent(agent, checkpoint)
         if not resumed:
             agent.restart()
-    directory, q_range = run_directory(config), data.q_range if data else math.inf
+    directory = run_directory(config)
     hidden = not sys.stderr.isatty()
     look = {"unit": "update", "disable": hidden, "leave": False, "dynamic_ncols": True}
-    with (
-        locked(directory),
-        Interrupted() as interrupted,
-        tqdm(total=total, **look) as bar,
-    ):
+    with locked(directory), noted_signals() as noted, tqdm(total=total, **look) as bar:
+        if config.resume and latest.exists():  # by another process, while this one read?
+            if not resumed or latest.stat().st_mtime_ns != checkpoint["written"]:
+                raise UserError(f"{directory}: changed meanwhile; try once more")
         describe(config, task, data, evaluator)
-        run = Run(config, agent, task, evaluator, directory, q_range)
+        if checkpoint and not resumed:
+            say(f"model: {checkpoint['path']}, update {checkpoint['step']:,}")
+        elif config.resume and not resumed:
+            say(f"no checkpoint in {directory} yet: starting there")
+        run = Run(config, agent, task, data, evaluator, directory)
         run.open(checkpoint if resumed else None, total)
         bar.initial = bar.n = run.step
         plural = f"{n_runs} runs" if n_runs > 1 else "1 run"
@@ -1873,23 +2081,23 @@ def train(config: TrainConfig, checkpoint: Optional[dict] = None) -> int:
                 if (regular or run.step == total) and run.evaluated != run.step:
                     if run.step == total and run.metrics.count:
                         run.log(reset=False)
-                    run.evaluate(interrupted)
+                    run.evaluate(noted)
                     run.checkpoint()
-                if interrupted() or run.step == total:
+                if noted or run.step == total:
                     break
-                batch = data.gather(agent.sample_indices(len(data), config.batch_size))
-                run.metrics.add(agent.update(batch))
+                run.updater()
                 run.step += 1
                 bar.update()
                 if run.step % config.log_freq == 0:
                     run.log()
                 if time.monotonic() - run.saved_at > run.CHECKPOINT_SECONDS:
                     run.checkpoint()
-            if interrupted():
+            bar.close()
+            if noted:
                 run.checkpoint()
                 more = f"; --resume {directory} goes on" if directory else ""
                 say(f"interrupted at update {run.step:,}{more}")
-                return 128 + interrupted.signal
+                return 128 + noted[0]
             run.summary()
         finally:
             run.wandb.finish()
@@ -1901,7 +2109,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         given = read_command_line(sys.argv[1:] if argv is None else argv)
         config, checkpoint = layered_config(given)
-        validate(config, given)
+        validate(config)
         return train(config, checkpoint)
     except UserError as error:
         print("cql.py: error:", str(error).replace("\n", " "), file=sys.stderr)

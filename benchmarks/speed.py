@@ -61,6 +61,11 @@ CASES = {
     "hopper-4-runs": Case(n_runs=4),
     "hopper-K4": Case(n_actions=4),
     "ant": Case(observation_dim=111, action_dim=8),
+    "humanoid": Case(observation_dim=348, action_dim=17),
+    # Fewer digits, or a sampled gradient, against the peer's exact float32:
+    "hopper-bf16": Case(flags={"precision": "bf16"}),
+    "hopper-k1": Case(flags={"cql_backward_actions": 1}),
+    "hopper-bf16-k1": Case(flags={"precision": "bf16", "cql_backward_actions": 1}),
 }
 
 
@@ -105,9 +110,7 @@ def cql_py(case: Case, device: str):
         with h5py.File(config.env, "w") as file:
             file.update(random_data(case, STORED))
         data = cql.Dataset(config, device)
-    draw = (len(data), case.batch_size)
-    step = lambda: agent.update(data.gather(agent.sample_indices(*draw)))  # noqa: E731
-    return torch.__version__, size, step
+    return torch.__version__, size, cql.Updater(agent, data, cql.Metrics())
 
 
 def d3rlpy(case: Case, device: str):

@@ -329,11 +329,10 @@ def rows(data: cql.Batch, indices) -> cql.Batch:
 
 
 def train(agent, data: cql.Batch, n_updates: int, batch_size: int = 8):
-    """Updates as the script makes them: indices, then noise, from each generator."""
+    """Updates as the script makes them: indices and noise from each generator."""
     for _ in range(n_updates):
-        metrics = agent.update(
-            rows(data, agent.sample_indices(len(data[2]), batch_size))
-        )
+        noise = agent.draw(batch_size, len(data[2]))
+        metrics = agent.update(rows(data, noise.indices), noise)
     return metrics
 
 

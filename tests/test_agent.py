@@ -157,14 +157,15 @@ WEIGHTS = dict(cql_alpha=[0.5, 5.0], cql_temp=[0.5, 2.0])
 PRODUCT = dict(seed=[0, 1], cql_target_action_gap=[1.0, 6.0], **WEIGHTS)
 
 
+@pytest.mark.parametrize("k", [0, 2])
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-4), ("float64", 1e-9)])
-def test_stacked_runs_equal_solo_runs(dtype, tolerance, request):
+def test_stacked_runs_equal_solo_runs(dtype, tolerance, k, request):
     """Sixteen runs at once, and each alone: the same data, noise and parameters after
     100 updates. Nothing of a run reaches another, not even through an optimizer."""
     if dtype == "float64":
         request.getfixturevalue("double")
     flags = dict(cql_lagrange=True, policy_lr=1e-3, qf_lr=1e-3, q_n_hidden_layers=2)
-    data = transitions(64)
+    flags, data = dict(flags, cql_backward_actions=k), transitions(64)
     stacked = cql.ContinuousCQL(tiny(**flags, **PRODUCT), OBS, ACT)
     train(stacked, data, 100)
     for r in (0, 5, 10, 15):  # both values of every list
@@ -182,14 +183,16 @@ def test_stacked_runs_equal_solo_runs(dtype, tolerance, request):
 def test_noise_and_initialization_depend_on_the_seed_alone():
     """Whoever shares the device, in whatever order, with whatever penalty."""
     agents = [
-        cql.ContinuousCQL(tiny(seed=seeds, cql_alpha=alphas), OBS, ACT)
+        cql.ContinuousCQL(
+            tiny(seed=seeds, cql_alpha=alphas, cql_backward_actions=1), OBS, ACT
+        )
         for seeds, alphas in (([7, 8], 1.0), ([8, 3, 7], 9.0), (7, [1.0, 5.0]))
     ]
     initial = [[p[r].detach().clone() for p in agents[0].parameters()] for r in (0, 1)]
     drawn = []
     for agent in agents:
         observations = np.ones((len(agent.log_alpha), 2, OBS))
-        draws = [agent.sample_indices(1000, 5), *agent.draw(5)]
+        draws = [*agent.draw(5, 1000)]
         draws.append(agent.act(observations, False))
         drawn.append([np.asarray(draw) for draw in draws])
     for a, r, seed in ((0, 0, 7), (1, 2, 7), (2, 0, 7), (2, 1, 7), (0, 1, 8), (1, 0, 8)):
@@ -221,7 +224,7 @@ def test_uniform_actions_fill_the_box():
 
 def test_indices_are_uniform_over_the_data():
     """First and last transition included, nothing beyond."""
-    counts = tiny_agent(seed=[0, 1]).sample_indices(7, 7000)
+    counts = tiny_agent(seed=[0, 1]).draw(7000, 7).indices
     assert counts.shape == (2, 7000)
     for run in counts:
         assert ((run.bincount() - 1000).abs() < 150).all() and len(run.bincount()) == 7
@@ -355,11 +358,10 @@ def test_state_holds_generators_optimizer_step_and_statistics():
     agent = tiny_agent(seed=[0, 1])
     train(agent, transitions(64), 2)
     state = saved(agent)
-    first = agent.draw(3), agent.sample_indices(100, 9)
+    first = agent.draw(3, 100)
     agent.draw(3)
     agent.load_state_dict(state)
-    again = agent.draw(3), agent.sample_indices(100, 9)
-    assert all(map(torch.equal, (*first[0], first[1]), (*again[0], again[1])))
+    assert all(map(torch.equal, first, agent.draw(3, 100)))
     statistics = {"observation_mean", "observation_std", "action_low", "action_high"}
     assert statistics <= set(state) and agent.step == 2
 
@@ -496,8 +498,9 @@ def no_way_to_the_host(monkeypatch):
         dict(LAGRANGE, cql_clip_diff_max=5.0),
         dict(bc_steps=1, cql_max_target_backup=True, backup_entropy=True),
         dict(use_automatic_entropy_tuning=False, cql_importance_sample=False),
+        dict(cql_backward_actions=2, precision="bf16"),
     ],
-    ids=["lagrange", "cloning_max_backup", "fixed_alpha"],
+    ids=["lagrange", "cloning_max_backup", "fixed_alpha", "sampled"],
 )
 def test_update_never_waits_for_the_device(flags, monkeypatch):
     agent, data = tiny_agent(seed=[0, 1], **flags), transitions(64)
@@ -511,14 +514,17 @@ def test_update_never_waits_for_the_device(flags, monkeypatch):
         agent.log_alpha.tolist()
 
 
+SAMPLED = dict(cql_backward_actions=2)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("flags", [LAGRANGE, dict(bc_steps=1)], ids=["usual", "cloning"])
+@pytest.mark.parametrize("flags", [LAGRANGE, dict(bc_steps=1), SAMPLED], ids=str)
 def test_update_on_a_gpu_never_waits_and_equals_the_cpu(flags):
     """CUDA's own watch for synchronization; batched products against the loop."""
     config, data = tiny(seed=[0, 1], **flags), transitions(64)
     agents = [cql.ContinuousCQL(config, OBS, ACT, device) for device in ("cpu", "cuda")]
-    indices, noise = agents[0].sample_indices(64, 8), agents[0].draw(8)
-    batch = rows(data, indices)
+    noise = agents[0].draw(8, 64)
+    batch = rows(data, noise.indices)
     agents[1].load_state_dict(saved(agents[0]))
     for agent in agents:
         there = [[array.to(agent.device) for array in x] for x in (batch, noise)]

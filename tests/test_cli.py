@@ -86,7 +86,7 @@ FLAGS = {
     "n_target_critics": (None, "target"),
     "penalty": ("logsumexp", "penalty"),
     "cql_backward_actions": (0, "backprop"),
-    "precision": ("fp32", "rithmetic"),
+    "precision": ("fp32", "products"),
     "cal_ql": (False, "Cal-QL"),
     "utd": (1, "per environment step"),
     "record_dataset": (None, "online episodes"),
@@ -166,7 +166,7 @@ def test_a_flag_that_does_nothing_yet_is_refused(flag, refused):
     if flag == "none":
         assert not NOT_YET
         return
-    values = {"penalty": "mean", "precision": "bf16", "cql_alpha_online": 5}
+    values = {"penalty": "mean", "cql_alpha_online": 5}
     default = FLAGS[flag][0]
     value = values.get(flag, not default if isinstance(default, bool) else 2)
     refused(None, f"--{flag}", "not yet", **{flag: value})
@@ -279,6 +279,8 @@ def test_values_are_read_as_written(argv, flag, expected):
         ("--n_target_critics 3", "--n_target_critics 3"),
         ("--penalty logsumexpp", "--penalty logsumexpp"),
         ("--precision fp8", "--precision fp8"),
+        ("--precision tf32 --device cpu", "--precision tf32"),
+        ("--cql_backward_actions 31", "--cql_backward_actions 31"),
         ("--reward_scale .nan", "--reward_scale nan"),
         ("--reward_bias .inf", "--reward_bias inf"),
         ("--policy_log_std_multiplier .inf", "--policy_log_std_multiplier inf"),
@@ -295,6 +297,12 @@ def test_values_are_read_as_written(argv, flag, expected):
         ("--max-timesteps 5", "--max-timesteps max_timesteps"),
         ("--cql_alhpa=5", "--cql_alhpa cql_alpha"),
         ("--zzz 5", "--zzz"),
+        ("--project a/b", "--project a/b"),
+        (f"--project {'x' * 129}", "--project"),
+        ("--seed 0 1 2", "'1' '[0, 1]'"),
+        ("--seed 0,1", "--seed '[0, 1]'"),
+        ("configs/hopper.yaml", "configs/hopper.yaml --config_path"),
+        ("--policy_log_std_multiplier .nan", "number"),
         ("-s 5", "-s"),
         ("surplus", "surplus"),
         ("seed", "seed argument"),
@@ -395,7 +403,7 @@ def test_our_configs_are_valid():
     for file in files:
         given = cql.read_command_line(["--config_path", str(file)])
         config, _ = cql.layered_config(given)
-        cql.validate(config, given)
+        cql.validate(config)
 
 
 def test_our_sweeps_generate_commands_that_parse():
@@ -755,6 +763,7 @@ ACTIONS = {
 }
 OBSERVATIONS = {
     "images": Box(0, 255, (32, 32, 3), np.uint8),
+    "images, channels first": Box(0, 1, (3, 16, 16), np.float32),
     "images within": gym.spaces.Dict(
         a=Box(-1, 1, (2,)), b=Box(0, 255, (64, 64), np.uint8)
     ),
@@ -987,3 +996,13 @@ def test_places_that_cannot_be_written(refused, toy, tmp_path):
 @pytest.mark.parametrize("device", ["cuda", "cuda:0"])
 def test_a_device_that_is_not_there(device, refused, toy):
     refused(None, f"--device {device}", "--device cpu", env=toy, device=device)
+
+
+def test_a_mode_that_wandb_does_not_have(refused, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offlien")
+    refused([], "WANDB_MODE offlien")
+
+
+def test_a_sweep_file_is_no_file_of_flags(refused):
+    path = ROOT / "configs" / "sweeps" / "cql_alpha.yaml"
+    refused([f"--config_path={path}"], path, "wandb sweep")

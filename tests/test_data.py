@@ -562,6 +562,21 @@ def test_no_d4rl_score_where_returns_are_others(env_id, kwargs, recorded, capsys
     assert re.search(f"scores: none.*{env_id}", capsys.readouterr().out)
 
 
+def test_whose_references(capsys):
+    """The table's for an environment that it knows, before the data's of another one;
+    the data's where no environment is recorded."""
+    task = cql.Task("", [-1.0], [1.0], "PointMaze_UMaze-v3", reference=[1.0, 2.0])
+    assert cql.reference_returns(task, "PointMaze_UMaze-v3") == [1, 2]
+    assert cql.reference_returns(task, "PointMaze_Medium-v3") == [13.13, 277.39]
+    assert cql.reference_returns(dataclasses.replace(task, env_id=None), "X-v0") == [
+        1,
+        2,
+    ]
+    assert "D4RL" in capsys.readouterr().out
+    assert cql.reference_returns(task, "X-v0") == [1, 2]
+    assert "which are PointMaze_UMaze-v3's" in capsys.readouterr().out
+
+
 def test_no_score_without_references(in_tmp):
     status, out, _ = run(env=toy_dataset(in_tmp), resume="out")
     assert status == 0 and "no reference returns" in out
@@ -675,3 +690,23 @@ def test_other_files_are_left_alone(tmp_path):
     assert [(f.read_bytes(), f.stat().st_mtime_ns) for f in files] == before
     with h5py.File(file, "a"):
         pass  # and it is closed again
+
+
+def test_a_d4rl_file_that_does_not_say_where_episodes_end(tmp_path, in_tmp):
+    episodes = random_episodes([30, 30], ends="timeout")
+    file = d4rl_file(
+        tmp_path / "x.hdf5", episodes, timeouts=None, next_observations=None
+    )
+    _, out, _ = run(env=file, resume="out")
+    assert "without timeouts, so only terminals end an episode" in out
+    assert "59 transitions, 1 episodes" in out
+    _, out, _ = run(
+        env=d4rl_file(tmp_path / "y.hdf5", episodes, timeouts=None), resume="b"
+    )
+    assert "without timeouts" not in out and "60 transitions, 2 episodes" in out
+
+
+def test_joined_data_of_other_settings(in_tmp):
+    paths = [toy_dataset(in_tmp / str(p), env_kwargs={"push": p}) for p in (0.3, 0.9)]
+    status, out, _ = run(env=paths, resume="out")
+    assert status == 0 and "0.9" in out and "those of the first" in out

@@ -275,8 +275,8 @@ def test_all_proposals_reach_the_critics_at_the_states_of_the_data(monkeypatch):
     batch, noise = transitions(1, 5), agent.draw(5)
     forward = agent.critic.forward
 
-    def recorded(observations, actions):
-        q = forward(observations, actions)
+    def recorded(observations, actions, dtype=None):
+        q = forward(observations, actions, dtype)
         calls.append((observations, actions, q))
         return q
 
@@ -317,6 +317,130 @@ def test_terminal_transitions_do_not_bootstrap_and_others_do():
     expected = batch.rewards + 0.9 * q[..., 0].amin(1)
     torch.testing.assert_close(target[~ended], expected[~ended], **close)
     assert metrics["average_target_q"].item() == pytest.approx(q.amin(1).mean().item())
+
+
+# ======================================================================================
+# The sampled backward pass, and bf16
+# ======================================================================================
+
+SAMPLED = {
+    "importance": {},
+    "unweighted": dict(cql_importance_sample=False),
+    "temperature": dict(cql_temp=0.5),
+    "lagrange": LAGRANGE,
+    "clip": dict(LAGRANGE, cql_clip_diff_min=2.7, cql_clip_diff_max=3.5),
+    "four": dict(cql_backward_actions=4, cql_clip_diff_max=3.5),
+}
+
+
+def gradients(agent, batch, noise):
+    """Losses and metrics, and the critics' gradients flattened to [R, parameters]."""
+    agent.zero_grad()
+    losses, metrics = agent.losses(batch, noise)
+    losses.sum().backward()
+    grads = [p.grad.flatten(1) for p in agent.critic.parameters()]
+    return losses.detach(), metrics, torch.cat(grads, 1)
+
+
+def repeated(n, batch, noise):
+    """The batch n times over, its noise with it, but with new offsets."""
+    tiled = (
+        type(x)(*(array.repeat_interleave(n, 1) for array in x)) for x in (batch, noise)
+    )
+    batch, noise = tiled
+    R, N, B = *noise.offsets.shape[:1], 2, batch.rewards.shape[1]
+    return batch, noise._replace(offsets=torch.rand(R, N, B))
+
+
+@pytest.mark.parametrize("flags", SAMPLED.values(), ids=SAMPLED)
+def test_the_sampled_gradient_is_unbiased(flags):
+    """With k of the actions in the graph, the mean of 12,000 gradients is the exact one
+    within its standard error, parameter by parameter."""
+    torch.manual_seed(0)
+    flags = {"cql_backward_actions": 1, "seed": [0, 1], **flags}
+    agent = tiny_agent(**flags)
+    exact = tiny_agent(**{**flags, "cql_backward_actions": 0})
+    batch, noise = transitions(2, 4), agent.draw(4)
+    wanted = gradients(exact, batch, noise)[2]
+    draws = [gradients(agent, *repeated(300, batch, noise))[2] for _ in range(40)]
+    draws = torch.stack(draws)  # [40, R, parameters], each a mean of 300
+    error = draws.std(0) / math.sqrt(len(draws))
+    random = error > 1e-11 * wanted.abs().max()
+    assert random.float().mean() > 0.1  # others: dead units, data alone, all clamped
+    z = (draws.mean(0) - wanted)[random] / error[random]
+    assert z.abs().max() < 5  # some hundred, correlated
+    rare = 1e-4 * wanted.abs().max()  # actions too improbable to be among 12,000
+    assert (draws.mean(0) - wanted)[~random].abs().max() < rare
+    assert error.norm() < 0.02 * wanted.norm()
+
+
+@pytest.mark.parametrize("flags", SAMPLED.values(), ids=SAMPLED)
+def test_the_sampled_backward_logs_what_the_exact_one_does(flags):
+    flags = {"cql_backward_actions": 1, **flags}
+    agent, exact = (
+        tiny_agent(**flags),
+        tiny_agent(**{**flags, "cql_backward_actions": 0}),
+    )
+    batch, noise = transitions(1, 6), agent.draw(6)
+    losses, metrics, _ = gradients(agent, batch, noise)
+    wanted, others, _ = gradients(exact, batch, noise)
+    torch.testing.assert_close(losses, wanted, **close)
+    torch.testing.assert_close(metrics, others, **close)
+
+
+def test_systematic_resampling():
+    """Counts of k equally spaced points differ from k p by less than one, over all
+    offsets they average to k p, and what has no weight is never drawn."""
+    torch.manual_seed(0)
+    weights, k, n = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.27, 0.03, 0.0]), 4, 1000
+    q = torch.randn(8).expand(1, 1, n, 8)
+    offsets = (torch.arange(n) / n).expand(1, 1, n)  # with 0, where a tie could err
+
+    def gap_of(q):
+        return (q[..., 1:] * weights).sum(-1) - 0.7 * q[..., 0]
+
+    gap, indices, slopes = cql.sampled_backward(gap_of, q, offsets, k)
+    assert torch.equal(gap, gap_of(q)) and indices.shape == (1, 1, n, k)
+    counts = torch.nn.functional.one_hot(indices, 7).sum(-2)[0, 0]
+    assert ((counts - k * weights).abs() < 1).all()
+    mean = counts.double().mean(0)
+    torch.testing.assert_close(mean, k * weights, rtol=0, atol=2 / n)
+    assert (counts[:, weights == 0] == 0).all()
+    torch.testing.assert_close(slopes[0, 0, 0], torch.tensor([-0.7] + [0.25] * 4))
+
+
+def test_a_falling_slope_keeps_its_sign():
+    """A penalty that rewards some actions: their Q is pushed up, not down."""
+    weights, n = torch.tensor([0.6, -0.3, 0.1]), 1000
+    offsets = ((torch.arange(n) + 0.5) / n).expand(1, 1, n)
+    q = torch.zeros(1, 1, n, 4)
+    _, indices, slopes = cql.sampled_backward(
+        lambda q: (q[..., 1:] * weights).sum(-1), q, offsets, 2
+    )
+    mean = torch.zeros(1, 1, n, 3).scatter_add_(-1, indices, slopes[..., 1:]).mean(2)
+    torch.testing.assert_close(mean.flatten(), weights, rtol=0, atol=2 / n)
+
+
+@pytest.mark.parametrize("k", [0, 2])
+def test_bf16_rounds_the_critics_and_nothing_else(k):
+    """float32 weights, gradients, targets and log densities; Q and the critics'
+    gradients within bf16's rounding, which must show."""
+    torch.set_default_dtype(torch.float32)
+    flags = dict(cql_backward_actions=k, hidden_dim=64, **LAGRANGE)
+    agents = [tiny_agent(precision=name, **flags) for name in ("fp32", "bf16")]
+    batch, noise = transitions(1, 64), agents[0].draw(64)
+    results = [gradients(agent, batch, noise) for agent in agents]
+    (_, exact, slopes), (_, rounded, others) = results
+    assert others.dtype == torch.float32
+    rounding = {"qf{j}_loss", "average_qf{j}", "cql_std_q{j}", "alpha_prime_loss"}
+    for name, value in exact.items():
+        assert rounded[name].dtype == torch.float32
+        same = torch.equal(rounded[name], value)
+        assert same != (name in rounding or name.startswith("cql_")), name
+        torch.testing.assert_close(rounded[name], value, rtol=0.03, atol=0.01)
+    assert 1e-4 < (others - slopes).norm() / slopes.norm() < 0.03
+    policies = [[p.grad for p in agent.policy.parameters()] for agent in agents]
+    torch.testing.assert_close(*policies, rtol=0, atol=0)
 
 
 # ======================================================================================

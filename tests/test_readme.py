@@ -44,7 +44,7 @@ def test_commands_parse(line, monkeypatch):
     given.pop("load_model", None)
     given.pop("resume", None)
     config, checkpoint = cql.layered_config(given)
-    cql.validate(config, given)
+    cql.validate(config)
     assert checkpoint is None
 
 
@@ -75,5 +75,7 @@ def test_fork_recipe(tmp_path):
     forked = train(*margin, "--resume", "forked")
     train(*margin, "--max_timesteps", "5", "--eval_freq", "5", "--resume", "half")
     assert train(*margin, "--resume", "half") == forked  # resumed equals uninterrupted
+    sampled = train(*margin, "--cql_backward_actions", "1", "--resume", "sampled")
+    assert sampled[0][1] == pytest.approx(forked[0][1], abs=0.3)
     assert [step for step, _ in forked] == ["5", "5", "10", "10"]
     assert forked[0][1] == pytest.approx(plain[0][1] - 1.5, abs=0.3)  # the margin bites

@@ -251,14 +251,14 @@ def limit_file_size(size):
 
 def after_update(monkeypatch, function):
     """function(number, agent, metrics) after each update, numbered from 1."""
-    update, count = cql.ContinuousCQL.update, iter(range(1, 10**9))
+    update, count = cql.ContinuousCQL.learn, iter(range(1, 10**9))
 
     def wrapped(self, *arguments, **options):
         metrics = update(self, *arguments, **options)
         function(next(count), self, metrics)
         return metrics
 
-    monkeypatch.setattr(cql.ContinuousCQL, "update", wrapped)
+    monkeypatch.setattr(cql.ContinuousCQL, "learn", wrapped)
 
 
 # --- 1. resume ------------------------------------------------------------------------
@@ -1023,7 +1023,7 @@ def test_runaway_is_said_once(train, monkeypatch, capsys, both):
     without a penalty) exceeds what rewards can pay."""
 
     def inflate(number, agent, metrics):
-        if agent.step >= 5:
+        if agent.step >= 4:
             metrics["cql_q{j}_current_actions"][1] += 1e6
             metrics["average_qf{j}"][1] += 1e6 * both
 
@@ -1215,8 +1215,8 @@ def test_rows_are_interval_means(toy, train):
     agent = cql.ContinuousCQL(config, 3, 2, "cpu", *bounds, *data.statistics())
     values = []
     for _ in range(10):
-        batch = data.gather(agent.sample_indices(len(data), config.batch_size))
-        metrics = agent.update(batch)
+        noise = agent.draw(config.batch_size, len(data))
+        metrics = agent.update(data.gather(noise.indices), noise)
         values.append({k: v.double().numpy().copy() for k, v in metrics.items()})
     table = rows(directory, "metrics.csv")
     assert [(r["step"], r["run"]) for r in table] == [
@@ -1230,3 +1230,127 @@ def test_rows_are_interval_means(toy, train):
             keys = [name.format(j=j) for j in range(1, mean.size + 1)]
             shown = [float(row[key]) for key in dict.fromkeys(keys)]
             np.testing.assert_allclose(shown, np.atleast_1d(mean), rtol=1e-6, atol=1e-9)
+
+
+# --- 11. what others have done meanwhile ----------------------------------------------
+
+
+def test_a_run_that_ends_while_another_reads_the_data(
+    toy, tmp_path, capsys, monkeypatch
+):
+    """Two of one command: the later one must not begin again what the first one did."""
+    argv, read = command(toy, tmp_path / "run"), cql.read_episodes
+
+    def read_slowly(name):
+        monkeypatch.setattr(cql, "read_episodes", read)
+        assert cql.main(argv) == 0
+        return read(name)
+
+    for earlier in (False, True):  # the directory's first checkpoint, or a later one
+        if earlier:
+            argv = command(toy, tmp_path / "run", max_timesteps=16)
+        monkeypatch.setattr(cql, "read_episodes", read_slowly)
+        assert cql.main(argv) == 2
+        assert "meanwhile" in capsys.readouterr().err
+        assert checkpoint(tmp_path / "run")["step"] == (16 if earlier else 12)
+
+
+def test_other_data_under_the_same_name(tmp_path, capsys):
+    data = toy_dataset(tmp_path / "data")
+    assert cql.main(command(data, tmp_path / "run")) == 0
+    shutil.rmtree(tmp_path / "data")
+    toy_dataset(tmp_path / "data", episodes=30)
+    assert cql.main(flags(resume=tmp_path / "run", max_timesteps=16)) == 2
+    assert "transitions; the run had" in capsys.readouterr().err
+
+
+def test_a_directory_of_other_things_is_no_run(toy, tmp_path, capsys):
+    (tmp_path / "runs" / "hopper").mkdir(parents=True)
+    assert cql.main(command(toy, tmp_path / "runs")) == 2
+    assert "holds other things" in capsys.readouterr().err
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "log.txt").write_text("")  # `> job/log.txt`
+    assert cql.main(command(toy, tmp_path / "job")) == 0
+    assert "no checkpoint in" in capsys.readouterr().out
+
+
+def test_a_second_signal_is_not_held_back():
+    with pytest.raises(KeyboardInterrupt), cql.noted_signals() as noted:
+        signal.raise_signal(signal.SIGINT)
+        assert noted == [signal.SIGINT]
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_flag_that_the_run_did_not_have(train, capsys):
+    """A fork's: it counts as at its default until now."""
+    directory = train("run", max_timesteps=4)[1]
+    path = directory / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config.pop("cql_temp")
+    path.write_text(yaml.safe_dump(config))
+    (directory / "cql.py").write_text("# an older one\n")
+    assert cql.main(flags(resume=directory, cql_temp=2, max_timesteps=8)) == 2
+    assert "--cql_temp 2" in capsys.readouterr().err
+    assert cql.main(flags(resume=directory, cql_temp=1, max_timesteps=8)) == 0
+    assert (directory / "cql.py").read_text() == SCRIPT.read_text()
+
+
+# --- 12. a model elsewhere ------------------------------------------------------------
+
+
+def test_load_model_evaluates_what_it_is_told_to(tmp_path, capsys):
+    """Its own flags in the tables, another env only if that exists, and references and
+    episode length of the environment at hand."""
+    toy = toy_dataset(tmp_path / "toy", **REFERENCE)
+    weights = {"cql_alpha": 7, "seed": 3, "cql_temp": 0.5}
+    assert cql.main(command(toy, tmp_path / "run", **weights)) == 0
+    evaluate = flags(load_model=tmp_path / "run", max_timesteps=0, device="cpu")
+    again = tmp_path / "again"
+    assert cql.main([*evaluate, f"--resume={again}"]) == 0
+    (row,) = rows(again, "evaluations.csv")
+    assert (row["cql_alpha"], row["seed"], row["cql_temp"]) == ("7", "3", "0.5")
+    assert row["d4rl_normalized_score"] != ""
+    assert "model: " in capsys.readouterr().out
+    assert cql.main([*evaluate, "--env=no/such/thing"]) == 2
+    assert "no/such/thing" in capsys.readouterr().err
+    other, endless = tmp_path / "other", ["--eval_env=CqlEndless-v0"]
+    assert cql.main([*evaluate, *endless, f"--resume={other}"]) == 0
+    assert "returns, which are CqlToy-v0's" in capsys.readouterr().out
+    (row,) = rows(other, "evaluations.csv")
+    assert (
+        float(row["length_mean"])
+        == cql.Dataset(cql.TrainConfig(env=str(toy), batch_size=1)).task.longest
+    )
+
+
+def test_load_policy_takes_and_gives_matrices(tmp_path):
+    """A box of observations [2, 2], and one of actions [2, 1]."""
+    episodes = random_episodes([30] * 3, obs_dim=4)
+    for episode in episodes:
+        episode["observations"] = episode["observations"].reshape(-1, 2, 2)
+        episode["actions"] = episode["actions"].reshape(-1, 2, 1)
+    data = minari_dataset(tmp_path / "data", "matrix/random-v0", episodes)
+    assert cql.main(command(data, tmp_path / "run")) == 0
+    policy = cql.load_policy(tmp_path / "run")
+    one = policy(np.ones((2, 2)))
+    assert one.shape == (2, 1)
+    several = policy(np.ones((5, 4)))
+    assert several.shape == (5, 2, 1)
+    np.testing.assert_allclose(several[0], one, rtol=1e-5)
+
+
+def test_the_closing_table_tells_runs_apart(train, capsys):
+    code, _ = train("run", cql_lagrange=True, cql_target_action_gap=[1, 5])
+    out = capsys.readouterr().out
+    assert code == 0 and re.search(r"run +seed +cql_alpha +cql_target_action_gap", out)
+    assert re.search(r"^ +1 +0 +1 +5 ", out, re.M)
+
+
+def test_an_evaluation_without_survivors(train, monkeypatch, capsys):
+    after_update(monkeypatch, poison(2, 0))
+    code, directory = train("run")
+    out = capsys.readouterr().out
+    assert (
+        code == 3 and "return  " not in out and rows(directory, "evaluations.csv") == []
+    )

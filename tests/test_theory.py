@@ -117,7 +117,7 @@ class Table(torch.nn.Module):
         super().__init__()
         self.q = torch.nn.Parameter(initial.clone())
 
-    def forward(self, observations, actions):
+    def forward(self, observations, actions, dtype=None):
         run = torch.arange(len(self.q)).reshape(-1, 1, 1)
         return self.q[run, observations.long(), actions.squeeze(-1).long()].unsqueeze(1)
 

@@ -308,3 +308,16 @@ def test_no_network_for_real(toy, tmp_path):
     assert "offline" in text and "Traceback" not in text
     assert len(offline_runs(tmp_path / "run")) == 2
     assert len(rows(tmp_path / "run", "metrics.csv")) == 8
+
+
+def test_a_trial_that_is_resumed_by_hand(toy, tmp_path, trackers, monkeypatch):
+    """One wandb run under the agent, with its id; one for each stacked run after it."""
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
+    monkeypatch.setenv("WANDB_RUN_ID", "trial1")
+    run = tmp_path / "run"
+    assert cql.main(command(toy, run, **{**STACKED, "max_timesteps": 4})) == 0
+    assert [tracker.id for tracker in trackers] == ["trial1"]
+    assert checkpoint(run)["wandb_ids"] == ["trial1"]
+    monkeypatch.delenv("WANDB_SWEEP_ID")
+    assert cql.main([f"--resume={run}", "--max_timesteps=8"]) == 0
+    assert len({tracker.id for tracker in trackers[1:]}) == 4

@@ -1,0 +1,135 @@
+"""The captured update: blocks of noise, stages, resume within a block, and the graph.
+
+A CUDA graph cannot be made without a GPU. Its bookkeeping can: here a stand-in replays
+the captured function, and refuses to in another stage than that of the capture."""
+
+import pytest
+import torch
+from make_data import d4rl_file, random_episodes
+from reference import tiny, trained
+
+import cql
+
+STAGES = dict(bc_steps=5, target_update_period=3)
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    return str(
+        d4rl_file(tmp_path_factory.mktemp("data") / "x.hdf5", random_episodes([30, 20]))
+    )
+
+
+def updater_of(file, block=1, captures=False, device="cpu", **flags):
+    """A fresh agent's updater."""
+    config = tiny(env=file, batch_size=8, seed=[0, 1], **flags)
+    data = cql.Dataset(config, device)
+    dims = data.task.observation_dim, len(data.task.action_low)
+    agent = cql.ContinuousCQL(config, *dims, device)
+    updater = cql.Updater(agent, data, cql.Metrics())
+    updater.block = updater.used = block
+    updater.captures = captures
+    return updater
+
+
+def run(updater, n):
+    for _ in range(n):
+        updater()
+    return updater
+
+
+def assert_same(updater, other, **tolerance):
+    mine, own = ({**trained(u.agent), "sums": u.metrics.sums} for u in (updater, other))
+    torch.testing.assert_close(mine, own, **(tolerance or dict(rtol=0, atol=0)))
+    for name in ("count", "names"):
+        assert getattr(updater.metrics, name) == getattr(other.metrics, name)
+    assert updater.agent.step == other.agent.step
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """Captures and replays, by stage."""
+    seen = {}
+
+    def capture(body):
+        agent = body.__self__.agent
+        stage = agent.stage()
+        assert stage not in seen  # one graph a stage
+        seen[stage] = 0
+
+        def replay():
+            assert agent.stage() == stage
+            seen[stage] += 1
+            body()
+
+        return replay
+
+    monkeypatch.setattr(cql, "capture", capture)
+    return seen
+
+
+def test_replays_are_updates(file, replays):
+    """40 updates in four stages of blocks of 4: each stage is warmed up by three eager
+    updates, then replayed, and all is as without graphs."""
+    plain = run(updater_of(file, block=4, **STAGES), 40)
+    assert replays == {}
+    captured = run(updater_of(file, block=4, captures=True, **STAGES), 40)
+    # Of 5 cloning updates 1 moves targets, of 35 others 12 do.
+    assert replays == {(True, False): 1, (False, False): 20, (False, True): 9}
+    assert_same(captured, plain)
+    assert captured.agent.step == captured.metrics.count == 40
+
+
+def test_an_update_is_update(file):
+    """The updater does what `update` does with the same noise, block by block."""
+    updater, other = (updater_of(file, block=b, **STAGES) for b in (4, 4))
+    agent, data = other.agent, other.data
+    for _ in range(3):
+        block = agent.draw(8, len(data), 4)
+        for i in range(4):
+            noise = cql.Noise(*(x[i] for x in block))
+            agent.update(data.gather(noise.indices), noise)
+    run(updater, 12)
+    torch.testing.assert_close(trained(updater.agent), trained(agent), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("block", [1, 4])
+@pytest.mark.parametrize("n", [0, 4, 6])
+def test_resume_within_a_block(file, block, n):
+    whole, first = (updater_of(file, block=block, **STAGES) for _ in range(2))
+    run(whole, 12), run(first, n)
+    second = updater_of(file, block=block, **STAGES)
+    second.agent.load_state_dict(first.agent.state_dict())
+    second.load(first.state())
+    vars(second.metrics).update(vars(first.metrics))
+    assert_same(run(second, 12 - n), whole)
+
+
+def test_without_a_graph_updates_go_on(file, monkeypatch, capsys):
+    def capture(body):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    plain = run(updater_of(file), 8)
+    monkeypatch.setattr(cql, "capture", capture)
+    assert_same(run(updater_of(file, captures=True), 8), plain)
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "no CUDA graph" in out and "not permitted" in out
+
+
+@NEEDS_GPU
+@pytest.mark.parametrize(
+    "flags", [{}, STAGES, dict(cql_backward_actions=1), dict(precision="bf16")], ids=str
+)
+def test_a_graph_equals_eager_updates(file, flags):
+    eager, captured = (
+        updater_of(file, 32, captures, "cuda", **flags) for captures in (False, True)
+    )
+    run(eager, 100), run(captured, 100)
+    assert captured.graphs and not eager.graphs
+    assert_same(captured, eager, rtol=1e-5, atol=1e-5)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(captured, 40)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
