@@ -621,3 +621,16 @@ def test_a_column_of_rewards_is_refused():
     ):
         with pytest.raises(ValueError):
             agent.update(batch._replace(**columns))
+
+
+def test_the_policy_on_the_host_acts_alike():
+    """NumPy's forward pass, which evaluation uses: statistics, bounds and runs."""
+    agent = cql.ContinuousCQL(
+        tiny(seed=[0, 1]), OBS, ACT, "cpu", [-2.0, 0.0], [1.0, 4.0], 0.5, 2.0
+    )
+    agent.policy.layers[-1].weight.data *= 300
+    observations = 3 * np.random.default_rng(0).normal(size=(2, 50, OBS))
+    expected = agent.act(observations)
+    actions = cql.on_host(agent)(observations)
+    np.testing.assert_allclose(actions, expected, rtol=1e-5, atol=1e-6)
+    assert np.ptp(actions, axis=1).min() > 0.5

@@ -1,0 +1,70 @@
+"""Time of an evaluation beside that of stepping its environments alone.
+
+    python benchmarks/evaluation.py [ENVIRONMENT] [ROUNDS]
+
+Ten episodes of HalfCheetah-v5, which never ends early, so 1,000 steps each: once as
+cql.py evaluates (networks of the default size, untrained), once with the same actions
+ready-made, in alternating rounds on one thread. Prints each round, then the median of
+the ratios."""
+
+import csv
+import sys
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import cql  # noqa: E402
+
+
+def main(name: str = "HalfCheetah-v5", rounds: str = "10") -> None:
+    torch.set_num_threads(1)
+    env = gym.make(name)
+    low, high = (
+        bound.tolist() for bound in (env.action_space.low, env.action_space.high)
+    )
+    space = cql.serialize_space(env.observation_space)
+    task = cql.Task(space, low, high, name, {}, env.spec.max_episode_steps)
+    config = cql.TrainConfig(n_episodes=10)
+    dims = task.observation_dim, len(low)
+    agent = cql.ContinuousCQL(config, *dims, "cpu", low, high)
+    evaluator = cql.Evaluator(task, config, 1)
+    on_host, actions, rows = cql.on_host, [], []
+
+    def recording(agent):
+        act = on_host(agent)
+        return lambda observations: actions.append(act(observations)[0]) or actions[-1]
+
+    cql.on_host = recording
+    evaluator.evaluate(agent, 0, [True], [])  # makes the environments
+    cql.on_host = on_host
+    seeds = [np.random.SeedSequence([0, 0, i]).generate_state(1)[0] for i in range(10)]
+    for i in range(int(rounds)):
+        start = time.perf_counter()
+        lengths = evaluator.evaluate(agent, 0, [True], [])[1]
+        middle = time.perf_counter()
+        envs = evaluator.envs[0]
+        for seed, each in zip(seeds, envs):
+            each.reset(seed=int(seed))
+        for t in range(int(lengths.max())):
+            for each, action in zip(envs, actions[t]):
+                each.step(action)
+        end = time.perf_counter()
+        seconds = middle - start, end - middle
+        rows.append({"round": i, "evaluation": seconds[0], "environments": seconds[1]})
+        print(f"round {i}: {seconds[0]:.2f} s, {seconds[1]:.2f} s", flush=True)
+    ratios = [row["evaluation"] / row["environments"] for row in rows]
+    spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
+    print(f"{name}: median ratio {np.median(ratios):.3f} ({spread})")
+    with open(ROOT / "benchmarks/results/evaluation.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
