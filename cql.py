@@ -267,7 +267,9 @@ def layered_config(given: dict) -> Tuple[TrainConfig, Optional[dict]]:
             base = read_config_file(directory / "config.yaml")
         elif os.path.exists(directory / "checkpoint.pt"):
             base = read_checkpoint(directory / "checkpoint.pt")["config"]
-        elif os.path.isdir(directory) and any(directory.glob("[!w]*/")):
+        elif os.path.isdir(directory) and any(  # a log beside it may be; wandb's too
+            path.is_dir() and path.name != "wandb" for path in directory.iterdir()
+        ):
             raise UserError(f"--resume {directory}: holds other things, and no run")
         for name in set(given) - RESUMABLE if base else ():
             was = base.get(name, FIELDS[name].default)  # a fork's flag may be new
@@ -1344,7 +1346,7 @@ class Updater:
 
     WARM_UP = 3  # eager updates before a capture, as PyTorch asks for
 
-    def __init__(self, agent: "ContinuousCQL", data: Dataset, metrics: "Metrics"):
+    def __init__(self, agent: ContinuousCQL, data: Dataset, metrics: "Metrics"):
         self.agent, self.data, self.metrics = agent, data, metrics
         on_gpu = torch.device(agent.device).type == "cuda"
         self.captures, self.block = on_gpu, 32 if on_gpu else 1  # updates drawn at once
@@ -1570,7 +1572,7 @@ def normalized_score(returns, reference) -> float:
 # Logging and checkpoints
 # ======================================================================================
 
-VERSION = 1  # of the checkpoint's layout
+VERSION = 2  # of the checkpoint's layout
 
 
 def save_checkpoint(path: Path, payload: dict) -> None:

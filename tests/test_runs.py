@@ -1265,7 +1265,7 @@ def test_other_data_under_the_same_name(tmp_path, capsys):
 
 
 def test_a_directory_of_other_things_is_no_run(toy, tmp_path, capsys):
-    (tmp_path / "runs" / "hopper").mkdir(parents=True)
+    (tmp_path / "runs" / "walker").mkdir(parents=True)
     assert cql.main(command(toy, tmp_path / "runs")) == 2
     assert "holds other things" in capsys.readouterr().err
     (tmp_path / "job").mkdir()
