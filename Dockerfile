@@ -26,6 +26,6 @@ WORKDIR /app
 COPY requirements.txt ./
 RUN pip install --no-cache-dir --disable-pip-version-check -r requirements.txt
 
-USER cql
+USER 1000
 COPY --chown=cql:cql . .
 CMD ["python", "cql.py", "--config_path", "configs/quickstart.yaml"]
