@@ -27,6 +27,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -37,6 +38,7 @@ import time
 import urllib.request
 import uuid
 import warnings
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
@@ -132,6 +134,8 @@ class TrainConfig:
     cal_ql: bool = False  # Not yet: Cal-QL, Q bounded below by the return-to-go
     utd: int = 1  # Not yet: updates per environment step
     record_dataset: Optional[str] = None  # Not yet: where to write the online episodes
+    # Processes that evaluate beside the training; null: on a GPU all cores but one
+    eval_workers: Optional[int] = None
 
 
 SWEPT = ("seed", "cql_alpha", "cql_temp", "cql_target_action_gap")  # may be lists
@@ -143,7 +147,7 @@ RANGES = {  # lowest and highest value of the flags that have one
     (1, math.inf): "eval_freq n_episodes buffer_size batch_size target_update_period "
     "cql_n_actions q_n_hidden_layers log_freq hidden_dim n_critics",
     (0, math.inf): "max_timesteps offline_iterations alpha_multiplier policy_lr qf_lr "
-    "cql_alpha bc_steps cql_backward_actions",
+    "cql_alpha bc_steps cql_backward_actions eval_workers",
     (0, 1): "discount soft_target_update_rate",
     (0, 2**63 - 1): "seed eval_seed",
     (1e-8, math.inf): "cql_temp",
@@ -151,7 +155,8 @@ RANGES = {  # lowest and highest value of the flags that have one
 # What a resumed run may change; the last three do not touch what it computes.
 RESUMABLE = set(
     "max_timesteps offline_iterations online_iterations device eval_freq n_episodes "
-    "eval_seed eval_env log_freq project group name checkpoints_path resume".split()
+    "eval_seed eval_env eval_workers log_freq project group name checkpoints_path "
+    "resume".split()
 )
 # What load_model takes from the checkpoint when the command leaves it out, besides the
 # flags of SWEPT: the data, and all that decides the shape of a tensor.
@@ -1454,35 +1459,97 @@ def make_env(task: Task, eval_env: Optional[str] = None) -> gym.Env:
 
 
 def on_host(agent: ContinuousCQL) -> Callable[[np.ndarray], np.ndarray]:
-    """The agent's `act`, deterministic, in NumPy: for a few rows at a time, torch takes
-    longer than the environments. Takes [R, n, O], returns [R, n, A]."""
+    """The agent's `act` as it is now, deterministic, in NumPy: for a few rows at a time,
+    torch takes longer than the environments. Takes [R, n, O], returns [R, n, A]."""
     tensors = (p for layer in agent.policy.layers for p in (layer.weight, layer.bias))
-    *hidden, w, b = (tensor.detach().cpu().numpy() for tensor in tensors)
-    w, b = w[..., : agent.action_dim], b[..., : agent.action_dim]  # the mean's part
+    *hidden, w, b = (tensor.detach().cpu().numpy().copy() for tensor in tensors)
+    last = w[..., : agent.action_dim], b[..., : agent.action_dim]  # the mean's part
     names = "observation_mean observation_std action_low action_high".split()
-    mean, std, low, high = (getattr(agent, name).cpu().numpy() for name in names)
-    center = (high + low) / 2
+    return partial(
+        host_act,
+        [*zip(hidden[::2], hidden[1::2]), last],
+        *(getattr(agent, name).cpu().numpy() for name in names),
+    )
 
-    def act(observations: np.ndarray) -> np.ndarray:
-        x = (observations.astype(mean.dtype) - mean) / std
-        for weight, bias in zip(hidden[::2], hidden[1::2]):
-            x = np.matmul(x, weight)
-            x += bias
-            np.maximum(x, 0, out=x)
-        actions = center + (high - center) * np.tanh(np.matmul(x, w) + b)
-        return np.minimum(np.maximum(actions, low), high)  # np.clip takes three times it
 
-    return act
+def host_act(layers, mean, std, low, high, observations: np.ndarray) -> np.ndarray:
+    """`on_host`'s function; another process can take it."""
+    x, center = (observations.astype(mean.dtype) - mean) / std, (high + low) / 2
+    for weight, bias in layers[:-1]:
+        x = np.matmul(x, weight)
+        x += bias
+        np.maximum(x, 0, out=x)
+    actions = np.tanh(np.matmul(x, layers[-1][0]) + layers[-1][1])
+    actions = center + (high - center) * actions
+    return np.minimum(np.maximum(actions, low), high)  # np.clip takes three times it
+
+
+class Simulator:
+    """Evaluation environments of this process, made on first use, stepped together with
+    one policy call per step."""
+
+    def __init__(self, task: Task, config: TrainConfig, limit: Optional[int]):
+        self.task, self.config, self.limit, self.envs = task, config, limit, {}
+
+    def reset(self, r: int, i: int, seed: int) -> np.ndarray:
+        """First observation of run r's i-th episode here."""
+        if (r, i) not in self.envs:
+            env = make_env(self.task, self.config.eval_env)
+            env = gym.wrappers.TimeLimit(env, self.limit) if self.limit else env
+            self.envs[r, i] = env
+        return self.envs[r, i].reset(seed=seed)[0].ravel()
+
+    def episodes(self, act, alive, seeds: List[int], noted=()):
+        """Undiscounted returns and lengths, [R, n] each, of an episode of each live run
+        from each seed; None if interrupted."""
+        shape, n = (len(alive), len(seeds)), len(seeds)
+        observations = np.zeros((*shape, self.task.observation_dim))
+        rows = [*observations.reshape(len(alive) * n, -1)]  # views
+        running = [r * n + i for r in np.flatnonzero(alive) for i in range(n)]
+        for j in running:
+            rows[j][:] = self.reset(*divmod(j, n), seeds[j % n])
+        steps = {j: self.envs[divmod(j, n)].step for j in running}
+        action_shape = self.task.action_shape or [len(self.task.action_low)]
+        returns, lengths, t = [0.0] * len(rows), [0] * len(rows), 0
+        while running:
+            if noted:
+                return None
+            actions = act(observations).reshape(-1, *action_shape)
+            t += 1
+            for j in running.copy():
+                observation, reward, ended, cut, _ = steps[j](actions[j])
+                rows[j][:] = observation.ravel()
+                returns[j] += float(reward)
+                if ended or cut:
+                    lengths[j] = t
+                    running.remove(j)
+        return np.reshape(returns, shape), np.reshape(lengths, shape)
+
+
+def serve(*arguments) -> None:
+    """Make a process an evaluation worker, which ends with the one that it serves."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # its parent's business
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    watch = lambda: (parent.join(), os._exit(1))  # noqa: E731
+    threading.Thread(target=watch, daemon=True).start()
+    serve.simulator = Simulator(*arguments)
+
+
+def served(*arguments):
+    """`Simulator.episodes` in an evaluation worker."""
+    return serve.simulator.episodes(*arguments)
 
 
 class Evaluator:
-    """All episodes of all runs, stepped together, with one policy call per step."""
+    """Episodes of the policy as it is at a step: at once in this process, or, beside the
+    training, in workers that share the episodes."""
 
-    def __init__(self, task: Task, config: TrainConfig, n_runs: int):
-        self.task, self.config, self.name = task, config, config.eval_env or task.env_id
+    def __init__(self, task: Task, config: TrainConfig, device="cpu"):
+        self.config, self.name = config, config.eval_env or task.env_id
         env = make_env(task, config.eval_env)
         low, high = env.action_space.low.ravel(), env.action_space.high.ravel()
-        self.action_shape = env.action_space.shape
+        task = dataclasses.replace(task, action_shape=list(env.action_space.shape))
         dims = math.prod(env.observation_space.shape), len(low)
         if dims != (task.observation_dim, len(task.action_low)) or not np.allclose(
             [low, high], [task.action_low, task.action_high]
@@ -1494,51 +1561,64 @@ class Evaluator:
             )
         # Without a time limit an episode might never end: the data's longest is one.
         endless = env.spec is None or env.spec.max_episode_steps is None
-        self.limit = task.longest if endless else None
+        arguments = task, config, task.longest if endless else None
         self.reference = None  # returns scored 0 and 100
-        self.envs = [[None] * config.n_episodes for _ in range(n_runs)]
+        self.pending, self.simulator = None, Simulator(*arguments)
+        n_workers = config.eval_workers
+        if n_workers is None:  # on a CPU they would take training's cores
+            n_workers = os.cpu_count() - 1 if torch.device(device).type == "cuda" else 0
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of the workers' NumPy
+        options = multiprocessing.get_context("spawn"), serve, arguments
+        n_workers = min(n_workers, config.n_episodes)
+        self.workers = [ProcessPoolExecutor(1, *options) for _ in range(n_workers)]
 
-    def reset(self, r: int, i: int, seed: int) -> np.ndarray:
-        """First observation of run r's episode i, its environment made on first use."""
-        if self.envs[r][i] is None:
-            env = make_env(self.task, self.config.eval_env)
-            env = gym.wrappers.TimeLimit(env, self.limit) if self.limit else env
-            self.envs[r][i] = env
-        return self.envs[r][i].reset(seed=seed)[0].ravel()
+    def start(self, agent, step: int, alive, noted: List[int]) -> None:
+        """Begin the evaluation at a step, of which one may be pending; episode i starts
+        alike in every run."""
+        n, n_workers = self.config.n_episodes, len(self.workers)
+        entropies = ([self.config.eval_seed, step, i] for i in range(n))
+        states = (np.random.SeedSequence(each).generate_state(1) for each in entropies)
+        act, seeds = on_host(agent), [int(state[0]) for state in states]
+        shares = [(act, alive, seeds[w::n_workers]) for w in range(n_workers)]
+        pairs = zip(self.workers, shares)
+        futures = [worker.submit(served, *share) for worker, share in pairs]
+        if not futures:
+            futures = [Future()]
+            try:
+                result = self.simulator.episodes(act, alive, seeds, noted)
+                futures[0].set_result(result)
+            except Exception as error:
+                futures[0].set_exception(error)
+        self.pending = step, alive, futures
 
-    def evaluate(self, agent, step: int, alive, noted: List[int]):
-        """Undiscounted returns and lengths, [R, n_episodes] each; episode i at step t
-        starts alike in every run. None if interrupted. Raises MachineError."""
-        n, shape = self.config.n_episodes, (len(self.envs), self.config.n_episodes)
-        first = self.config.eval_seed, step
-        seeds = [
-            np.random.SeedSequence([*first, i]).generate_state(1)[0] for i in range(n)
-        ]
-        active = np.repeat(np.asarray(alive)[:, None], n, 1)  # [R, n]
-        returns, lengths = np.zeros(shape).tolist(), np.zeros(shape).tolist()
-        observations = np.zeros((*shape, self.task.observation_dim))
+    def finish(self, wait: bool):
+        """The pending evaluation's step, [R] whether a run was alive, and undiscounted
+        returns and lengths, [R, n_episodes] each. None if there is none, if it was
+        interrupted, or if it is not done and `wait` is not set. Raises MachineError."""
+        if self.pending is None:
+            return None
+        step, alive, futures = self.pending
+        if not wait and not all(future.done() for future in futures):
+            return None
+        self.pending, n = None, len(futures)
         try:
-            for r, i in np.argwhere(active):
-                observations[r, i] = self.reset(r, i, int(seeds[i]))
-            act, running = on_host(agent), np.argwhere(active).tolist()
-            while running:
-                if noted:
-                    return None
-                actions = act(observations).reshape(*shape, *self.action_shape)
-                for r, i in running.copy():
-                    result = self.envs[r][i].step(actions[r, i])
-                    observation, reward, ended, cut, _ = result
-                    observations[r, i] = observation.ravel()
-                    returns[r][i] += float(reward)
-                    lengths[r][i] += 1
-                    if ended or cut:
-                        running.remove([r, i])
+            parts = [future.result() for future in futures]
         except Exception as error:
             reason = f"{type(error).__name__}: {brief(error)}"
             raise MachineError(
                 f"{self.name} failed at update {step}: {reason}"
             ) from None
-        return np.array(returns), np.array(lengths)
+        if parts[0] is None:
+            return None
+        results = np.empty((2, len(alive), self.config.n_episodes))
+        for w, part in enumerate(parts):
+            results[:, :, w::n] = part
+        return step, alive, *results
+
+    def close(self) -> None:
+        """Let the workers go, whatever they are at."""
+        for worker in self.workers:
+            worker.shutdown(wait=False, cancel_futures=True)
 
 
 def reference_returns(task: Task, env_name: str) -> Optional[List[float]]:
@@ -1923,19 +2003,27 @@ class Run:
             )
 
     def evaluate(self, noted: List[int]) -> None:
-        """Rows of evaluations.csv and one line on the terminal."""
+        """Evaluate the present policy, maybe beside the updates that follow."""
+        self.collect(wait=True)
         self.check_finite()
         if self.evaluator is None or not self.alive().any():
             self.evaluated = self.step
-            return
+            return self.checkpoint()
         before = time.monotonic()
-        state = self.agent, self.step, self.alive()
-        results = self.evaluator.evaluate(*state, noted)
+        self.evaluator.start(self.agent, self.step, self.alive(), noted)
         self.seconds["evaluation_seconds"] += time.monotonic() - before
-        if results is None:
+
+    def collect(self, wait: bool) -> None:
+        """Rows of evaluations.csv, one line on the terminal and a checkpoint, once an
+        evaluation is done."""
+        before = time.monotonic()
+        done = self.evaluator and self.evaluator.finish(wait)
+        if not done:
             return
-        self.evaluated, rows, table = self.step, {}, []
-        for r in np.flatnonzero(self.alive()).tolist():
+        self.seconds["evaluation_seconds"] += time.monotonic() - before
+        self.evaluated, alive, *results = done
+        step, rows, table = self.evaluated, {}, []
+        for r in np.flatnonzero(alive).tolist():
             returns, lengths = results[0][r], results[1][r]
             rows[r] = {
                 "return_mean": float(returns.mean()),
@@ -1945,7 +2033,7 @@ class Run:
                     returns, self.evaluator.reference
                 ),
             }
-            keys = {"step": self.step, "run": r, **self.agent.runs[r]}
+            keys = {"step": step, "run": r, **self.agent.runs[r]}
             table.append({**keys, "episodes": len(returns), **rows[r]})
         self.tables["evaluations"].append(table)
         self.evaluations += table
@@ -1954,15 +2042,18 @@ class Run:
         self.wandb.log(self.step, rows)
         returns = [f"{e['return_mean']:.0f} +- {e['return_std']:.0f}" for e in table]
         scores = [e["d4rl_normalized_score"] for e in table]
-        text = f"update {self.step:>9,}  return {' | '.join(returns)}"
+        text = f"update {step:>9,}  return {' | '.join(returns)}"
         if self.evaluator.reference is not None:
             text += "  score " + " | ".join(f"{score:.1f}" for score in scores)
             text += f" (mean {np.mean(scores):.1f})" if len(scores) > 1 else ""
         say(text)
+        self.checkpoint()
 
     def checkpoint(self) -> None:
         """Write checkpoint.pt. A diverged run keeps its last finite state there; when
         none is left alive the file stays as it is."""
+        if self.evaluator and self.evaluator.pending:  # no checkpoint can hold it
+            return self.collect(wait=True)
         self.check_finite()
         if self.directory is None or not self.alive().any():
             return
@@ -2072,7 +2163,7 @@ def train(config: TrainConfig, checkpoint: Optional[dict] = None) -> int:
     task = data.task if data else Task(**checkpoint["task"])
     evaluator, n_runs = None, len(product_of_runs(config))
     if task.env_id or config.eval_env:
-        evaluator = Evaluator(task, config, n_runs)
+        evaluator = Evaluator(task, config, device)
     statistics = data.statistics() if data and config.normalize else (0.0, 1.0)
     dims = task.observation_dim, len(task.action_low)
     bounds = task.action_low, task.action_high
@@ -2109,7 +2200,7 @@ def train(config: TrainConfig, checkpoint: Optional[dict] = None) -> int:
                     if run.step == total and run.metrics.count:
                         run.log(reset=False)
                     run.evaluate(noted)
-                    run.checkpoint()
+                run.collect(wait=run.step == total)
                 if noted or run.step == total:
                     break
                 run.updater()
@@ -2128,6 +2219,8 @@ def train(config: TrainConfig, checkpoint: Optional[dict] = None) -> int:
             run.summary()
         finally:
             run.wandb.finish()
+            if evaluator:
+                evaluator.close()
     return 0 if run.alive().all() else 3
 
 

@@ -32,24 +32,22 @@ def main(name: str = "HalfCheetah-v5", rounds: str = "10") -> None:
     config = cql.TrainConfig(n_episodes=10)
     dims = task.observation_dim, len(low)
     agent = cql.ContinuousCQL(config, *dims, "cpu", low, high)
-    evaluator = cql.Evaluator(task, config, 1)
-    on_host, actions, rows = cql.on_host, [], []
+    simulator, act, rows = cql.Simulator(task, config, None), cql.on_host(agent), []
+    states = (np.random.SeedSequence([0, 0, i]).generate_state(1) for i in range(10))
+    seeds, actions = [int(state[0]) for state in states], []
 
-    def recording(agent):
-        act = on_host(agent)
-        return lambda observations: actions.append(act(observations)[0]) or actions[-1]
+    def recording(observations):
+        actions.append(act(observations)[0])
+        return actions[-1]
 
-    cql.on_host = recording
-    evaluator.evaluate(agent, 0, [True], [])  # makes the environments
-    cql.on_host = on_host
-    seeds = [np.random.SeedSequence([0, 0, i]).generate_state(1)[0] for i in range(10)]
+    simulator.episodes(recording, [True], seeds)  # makes the environments
     for i in range(int(rounds)):
         start = time.perf_counter()
-        lengths = evaluator.evaluate(agent, 0, [True], [])[1]
+        lengths = simulator.episodes(cql.on_host(agent), [True], seeds)[1]
         middle = time.perf_counter()
-        envs = evaluator.envs[0]
+        envs = list(simulator.envs.values())
         for seed, each in zip(seeds, envs):
-            each.reset(seed=int(seed))
+            each.reset(seed=seed)
         for t in range(int(lengths.max())):
             for each, action in zip(envs, actions[t]):
                 each.step(action)

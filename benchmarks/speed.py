@@ -1,7 +1,8 @@
 """Updates per second of cql.py beside another implementation of CQL, at the same sizes.
 
     python benchmarks/speed.py --peer-python PATH/TO/ITS/bin/python --peer d3rlpy
-    python benchmarks/speed.py --peer-python ... --cases hopper hopper-loading
+    python benchmarks/speed.py --peer-python ... --peer torchrl --cases hopper K50 R4
+    python benchmarks/speed.py --figure scaling.png --out results/scaling.csv  # draw one
 
 Each side has an interpreter and a process of its own and random data in memory; in a
 `-loading` case it also draws its batches from a dataset by its own means. They take
@@ -17,6 +18,10 @@ calls, the data's actions in two; in cql.py all in one. Its actor's step also co
 gradients of the critics and drops them. Its policy lacks the two scalars on log_std, its
 weights start as torch's default. It reads each loss back to the host. It has no stacked
 runs: with n_runs > 1 that many agents are updated in turn.
+
+torchrl's CQLLoss (0.14) is set likewise and stepped as in torchrl's own offline example:
+critics, then actor, then temperature. It evaluates the actions that the policy takes at
+s' in s', not in s, and its policy has no scalars on log_std either.
 """
 
 import argparse
@@ -26,6 +31,7 @@ import itertools
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -37,7 +43,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHT, POLICY_LR, CRITIC_LR = 10.0, 3e-5, 3e-4
-POOL, STORED, WARMUP = 16, 100_000, 20  # prepared batches; transitions; updates, twice
+POOL, STORED, WARMUP = 16, 100_000, 5  # prepared batches; transitions; updates, twice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +72,10 @@ CASES = {
     "hopper-bf16": Case(flags={"precision": "bf16"}),
     "hopper-k1": Case(flags={"cql_backward_actions": 1}),
     "hopper-bf16-k1": Case(flags={"precision": "bf16", "cql_backward_actions": 1}),
+    # One size at a time, the others as in "hopper" (R = 1, K = 10, O = 11):
+    **{f"R{n}": Case(n_runs=n) for n in (4, 16)},
+    **{f"K{n}": Case(n_actions=n) for n in (4, 50)},
+    **{f"O{n}": Case(observation_dim=n) for n in (17, 111, 348)},
 }
 
 
@@ -147,11 +157,86 @@ def d3rlpy(case: Case, device: str):
     return version, size, lambda: [agent.update(draw()) for agent in agents]
 
 
-PEERS = {"cql.py": cql_py, "d3rlpy": d3rlpy}
+def torchrl(case: Case, device: str):
+    import torch
+    import torchrl
+    from tensordict import TensorDict
+    from tensordict.nn import NormalParamExtractor, TensorDictModule
+    from torchrl.data import Bounded
+    from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
+    from torchrl.objectives import CQLLoss, SoftUpdate
+
+    if case.n_critics != 2 or case.loading or case.flags:
+        raise SystemExit("torchrl: two critics and prepared batches only")
+    O, A = case.observation_dim, case.action_dim  # noqa: E741
+
+    def one():
+        def mlp(n_in, n_out, cells):
+            relu = torch.nn.ReLU
+            net = {"in_features": n_in, "out_features": n_out, "num_cells": cells}
+            return MLP(**net, activation_class=relu, device=device)
+
+        outputs = {"in_keys": ["observation"], "out_keys": ["loc", "scale"]}
+        net = mlp(O, 2 * A, [case.hidden[0]] * 3)
+        net = TensorDictModule(
+            torch.nn.Sequential(net, NormalParamExtractor()), **outputs
+        )
+        actor = ProbabilisticActor(
+            net, in_keys=["loc", "scale"], spec=Bounded(-1, 1, (A,), device=device),
+            distribution_class=TanhNormal, return_log_prob=True,
+        )  # fmt: skip
+        critic = mlp(O + A, 1, list(case.hidden))
+        critic = ValueOperator(critic, in_keys=["observation", "action"])
+        loss = CQLLoss(
+            actor, critic, loss_function="l2", num_random=case.n_actions,
+            min_q_weight=WEIGHT,
+        ).to(device)  # fmt: skip
+        loss.make_value_estimator(gamma=0.99)
+        target, adam = SoftUpdate(loss, tau=0.005), torch.optim.Adam
+        critics = list(loss.qvalue_network_params.flatten_keys().values())
+        actors = list(loss.actor_network_params.flatten_keys().values())
+        steps = adam(critics, CRITIC_LR), adam(actors, POLICY_LR)
+        steps = *steps, adam([loss.log_alpha], POLICY_LR)
+
+        def update(batch):
+            batch = batch.copy()
+
+            def descend(step, loss):
+                step.zero_grad()
+                loss.backward()
+                step.step()
+
+            descend(steps[0], loss.q_loss(batch)[0] + loss.cql_loss(batch)[0])
+            actor_loss, metadata = loss.actor_loss(batch)
+            descend(steps[1], actor_loss)
+            descend(steps[2], loss.alpha_loss(metadata)[0])
+            target.step()
+
+        return sum(p.numel() for p in critics + actors) + 1, update
+
+    agents = [one() for _ in range(case.n_runs)]
+    arrays = random_data(case, POOL * case.n_runs, case.batch_size)
+    tensors = {k: torch.from_numpy(v).to(device) for k, v in arrays.items()}
+    batches = []
+    for i in range(POOL * case.n_runs):
+        row = {k: v[i] for k, v in tensors.items()}
+        done = row["terminals"].bool().unsqueeze(-1)
+        following = {"observation": row["next_observations"], "done": done}
+        following |= {"terminated": done, "reward": row["rewards"].unsqueeze(-1)}
+        state = {"observation": row["observations"], "action": row["actions"]}
+        batches.append(TensorDict(state | {"next": following}, [case.batch_size]))
+    draw = itertools.cycle(batches).__next__
+    version = f"{torch.__version__}, torchrl {torchrl.__version__}"
+    size = sum(size for size, _ in agents)
+    return version, size, lambda: [update(draw()) for _, update in agents]
+
+
+PEERS = {"cql.py": cql_py, "d3rlpy": d3rlpy, "torchrl": torchrl}
 
 
 def work(peer: str, case: dict, device: str, threads: int) -> None:
-    """A worker: says what it is, then answers `run N` with the seconds of N updates."""
+    """A worker: says what it is, then answers `run N` with the seconds of N updates and
+    its peak memory so far, in MiB of the process and of the GPU."""
     answers, sys.stdout = sys.stdout, sys.stderr  # libraries print what they like
     import torch
 
@@ -166,7 +251,10 @@ def work(peer: str, case: dict, device: str, threads: int) -> None:
             step()
         if gpu:
             torch.cuda.synchronize()
-        print(time.perf_counter() - start, file=answers, flush=True)
+        seconds = time.perf_counter() - start
+        peaks = [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10]
+        peaks += [torch.cuda.max_memory_allocated() / 2**20] if gpu else [0.0]
+        print(json.dumps([seconds, *peaks]), file=answers, flush=True)
 
 
 def ask(worker: subprocess.Popen, *words):
@@ -192,16 +280,17 @@ def compare(name: str, options):
             workers[peer] = worker = subprocess.Popen(command, env=env, **pipes)
             abouts[peer] = ask(worker)
             ask(worker, "run", WARMUP)
-            rate = WARMUP / ask(worker, "run", WARMUP)
+            rate = WARMUP / ask(worker, "run", WARMUP)[0]
             updates[peer] = max(1, round(options.seconds * rate))
             print(f"{name}: {peer}: {abouts[peer]}, {updates[peer]} updates a round")
         for i in range(options.rounds):
             rates = {}
             for peer, worker in workers.items():
-                seconds = ask(worker, "run", updates[peer])
+                seconds, *peaks = ask(worker, "run", updates[peer])
                 rates[peer] = rate = updates[peer] / seconds
                 row = {"case": name, "round": i, "peer": peer, "updates": updates[peer]}
                 row |= {"seconds": f"{seconds:.6g}", "updates_per_s": f"{rate:.6g}"}
+                row |= dict(zip(("peak_mb", "peak_gpu_mb"), map(round, peaks)))
                 yield row | abouts[peer]
             ratios.append(rates["cql.py"] / rates[options.peer])
             text = ", ".join(f"{peer} {rate:.2f}/s" for peer, rate in rates.items())
@@ -211,6 +300,33 @@ def compare(name: str, options):
             worker.kill()
     spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
     print(f"{name}: median ratio {np.median(ratios):.3f} ({spread})")
+
+
+def draw(table: Path, figure: Path) -> None:
+    """Milliseconds an update against runs, actions and observations."""
+    import matplotlib.pyplot as plt
+
+    with open(table) as file:
+        rows = list(csv.DictReader(file))
+    axes = {"R": "runs in one process", "K": "cql_n_actions", "O": "observation dims"}
+    fig, panels = plt.subplots(1, 3, figsize=(10, 3), sharey=True)
+    for panel, (letter, label) in zip(panels, axes.items()):
+        for peer in dict.fromkeys(row["peer"] for row in rows):
+            points = {}
+            for row in (row for row in rows if row["peer"] == peer):
+                size = re.fullmatch(rf"{letter}(\d+)", row["case"])
+                base = {"R": 1, "K": 10, "O": 11}[letter]
+                if size or row["case"] == "hopper":
+                    x = int(size[1]) if size else base
+                    points.setdefault(x, []).append(1000 / float(row["updates_per_s"]))
+            xs = sorted(points)
+            panel.plot(xs, [np.median(points[x]) for x in xs], "o-", label=peer)
+        panel.set(xscale="log", yscale="log", xlabel=label, xticks=xs, xticklabels=xs)
+        panel.minorticks_off()
+    panels[0].set_ylabel("ms an update of all runs")
+    panels[0].legend()
+    fig.tight_layout()
+    fig.savefig(figure, dpi=120)
 
 
 def main() -> None:
@@ -224,10 +340,13 @@ def main() -> None:
     add("--rounds", type=int, default=10)
     add("--seconds", type=float, default=5.0, help="of a turn, about")
     add("--out", type=Path, default=ROOT / "benchmarks/results/speed.csv")
+    add("--figure", type=Path, help="draw --out's table instead of measuring")
     add("--work", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
         return work(*options.work)
+    if options.figure:
+        return draw(options.out, options.figure)
     describe = f"git -C {ROOT} describe --always --dirty --exclude=*".split()
     commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]

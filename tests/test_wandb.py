@@ -229,7 +229,7 @@ def test_finished_even_when_the_run_fails(toy, tmp_path, trackers, monkeypatch):
     def fail(*arguments):
         raise cql.MachineError("no")
 
-    monkeypatch.setattr(cql.Evaluator, "evaluate", fail)
+    monkeypatch.setattr(cql.Evaluator, "start", fail)
     assert cql.main(command(toy, tmp_path)) == 1
     assert [tracker.finished for tracker in trackers] == [True]
 
