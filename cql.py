@@ -18,6 +18,7 @@ where data comes in and where `act` goes out.
 """
 
 import argparse
+import copy
 import csv
 import ctypes
 import dataclasses
@@ -121,17 +122,19 @@ class TrainConfig:
     online_iterations: int = 0  # Not yet: environment steps after offline
     cql_alpha_online: Optional[float] = None  # Not yet: online penalty weight
     mixing_ratio: float = -1.0  # Not yet: offline share of a batch; -1: one buffer
-    is_sparse_reward: bool = False  # Not yet: Cal-QL's rule for failed episodes
+    # Cal-QL: an episode of least rewards alone counts as going on so for ever
+    is_sparse_reward: bool = False
     log_freq: int = 1000  # Updates between rows of metrics.csv
     eval_env: Optional[str] = None  # Environment to evaluate in; null: the dataset's
     resume: Optional[str] = None  # Run directory to continue, or to start in if empty
     hidden_dim: int = 256  # Width of every hidden layer
     n_critics: int = 2  # Critics; targets take their minimum
-    n_target_critics: Optional[int] = None  # Not yet: critics in the target
-    penalty: str = "logsumexp"  # Not yet: other forms of the penalty
+    # Critics, drawn for each update, whose least is the target; null: all (else REDQ)
+    n_target_critics: Optional[int] = None
+    penalty: str = "logsumexp"  # Its form: logsumexp, two_proposals, policy_kl, mean
     cql_backward_actions: int = 0  # Sampled actions to backpropagate through; 0: all
     precision: str = "fp32"  # Of matrix products: fp32, tf32 (GPU), bf16 (critics)
-    cal_ql: bool = False  # Not yet: Cal-QL, Q bounded below by the return-to-go
+    cal_ql: bool = False  # Cal-QL: penalize no Q that is below the return-to-go
     utd: int = 1  # Not yet: updates per environment step
     record_dataset: Optional[str] = None  # Not yet: where to write the online episodes
     # Processes that evaluate beside the training; null: on a GPU all cores but one
@@ -140,12 +143,18 @@ class TrainConfig:
 
 SWEPT = ("seed", "cql_alpha", "cql_temp", "cql_target_action_gap")  # may be lists
 NOT_YET = (  # declared by the contract, refused until they do something
-    "online_iterations cql_alpha_online mixing_ratio is_sparse_reward n_target_critics "
-    "penalty cal_ql utd record_dataset"
+    "online_iterations cql_alpha_online mixing_ratio utd record_dataset"
+).split()
+PENALTIES = ("logsumexp", "two_proposals", "policy_kl", "mean")  # conservative_gap
+# What a dataset of discrete actions does without.
+CONTINUOUS = (
+    "alpha_multiplier use_automatic_entropy_tuning backup_entropy policy_lr "
+    "cql_n_actions cql_importance_sample cql_max_target_backup bc_steps precision "
+    "policy_log_std_multiplier cql_backward_actions"
 ).split()
 RANGES = {  # lowest and highest value of the flags that have one
     (1, math.inf): "eval_freq n_episodes buffer_size batch_size target_update_period "
-    "cql_n_actions q_n_hidden_layers log_freq hidden_dim n_critics",
+    "cql_n_actions q_n_hidden_layers log_freq hidden_dim n_critics n_target_critics",
     (0, math.inf): "max_timesteps offline_iterations alpha_multiplier policy_lr qf_lr "
     "cql_alpha bc_steps cql_backward_actions eval_workers",
     (0, 1): "discount soft_target_update_rate",
@@ -320,6 +329,17 @@ def validate(config: TrainConfig) -> None:
     if config.cql_backward_actions > 3 * config.cql_n_actions:
         k, most = config.cql_backward_actions, 3 * config.cql_n_actions
         raise UserError(f"--cql_backward_actions {k}: of {most} proposals; 0 takes all")
+    if config.penalty not in PENALTIES:
+        raise UserError(f"--penalty {config.penalty}: must be one of {PENALTIES}")
+    if config.penalty != "logsumexp" and not config.cql_importance_sample:
+        raise UserError(
+            f"--penalty {config.penalty}: not with --cql_importance_sample false"
+        )
+    if (config.n_target_critics or 1) > config.n_critics:
+        n = config.n_target_critics
+        raise UserError(f"--n_target_critics {n}: of {config.n_critics} critics")
+    if config.is_sparse_reward and config.discount == 1:
+        raise UserError("--is_sparse_reward: needs a --discount below 1")
     if config.cql_clip_diff_min > config.cql_clip_diff_max:
         raise UserError("--cql_clip_diff_min is above --cql_clip_diff_max")
     twice = config.offline_iterations is not None
@@ -424,6 +444,7 @@ class Task:
     max_episode_steps: Optional[int] = None
     reference: Optional[List[float]] = None  # returns scored 0 and 100
     action_shape: Optional[List[int]] = None  # null: [A]
+    discrete: bool = False  # then actions are the integers from low to high
     longest: int = 1000  # steps of the data's longest episode
 
     @property
@@ -444,14 +465,16 @@ class Batch(NamedTuple):
     """Transitions of R runs; arrays without the leading R are taken as R = 1."""
 
     observations: Tensor  # [R, B, O] raw
-    actions: Tensor  # [R, B, A] in the environment's bounds
+    actions: Tensor  # [R, B, A] in the environment's bounds; discrete: [R, B, 1]
     rewards: Tensor  # [R, B]
     next_observations: Tensor  # [R, B, O] raw
     terminations: Tensor  # [R, B] 1 where the episode terminated, not truncated
+    mc_returns: Optional[Tensor] = None  # [R, B] discounted return-to-go, for Cal-QL
 
 
 def check_spaces(observation_space, action_space) -> None:
-    """Raise UserError unless observations flatten to a vector and actions are a box."""
+    """Raise UserError unless observations flatten to a vector and actions are a box or
+    discrete."""
     leaves, nested = [observation_space], (gym.spaces.Dict, gym.spaces.Tuple)
     while leaves:
         space = leaves.pop()
@@ -467,9 +490,23 @@ def check_spaces(observation_space, action_space) -> None:
                 "(no images) and dictionaries or tuples of them"
             )
     bounded = isinstance(action_space, gym.spaces.Box) and action_space.is_bounded()
+    if isinstance(action_space, gym.spaces.Discrete) and action_space.n > 1:
+        return
     if not bounded or (action_space.low >= action_space.high).any():
         actions = brief(action_space)
-        raise UserError(f"actions in {actions} are not supported, only a bounded Box")
+        raise UserError(
+            f"actions in {actions} are not supported, only a bounded Box and Discrete"
+        )
+
+
+def action_bounds(space) -> dict:
+    """Task's fields of an action space."""
+    discrete = isinstance(space, gym.spaces.Discrete)
+    low = space.start if discrete else space.low
+    high = space.start + space.n - 1 if discrete else space.high
+    low, high = (np.ravel(bound).astype(float).tolist() for bound in (low, high))
+    shape = {"action_shape": list(space.shape), "discrete": discrete}
+    return {"action_low": low, "action_high": high, **shape}
 
 
 def recorded_space(text) -> gym.Space:
@@ -520,12 +557,11 @@ def read_task(directory: Path) -> Tuple[Task, int]:
             raise UserError(f"reference scores {reference}, which are not min and max")
         task = Task(
             metadata["observation_space"],
-            *(bound.ravel().tolist() for bound in (spaces[1].low, spaces[1].high)),
-            spec.get("id"),
-            kwargs,
-            spec.get("max_episode_steps"),
-            None if None in reference else [float(end) for end in reference],
-            list(spaces[1].shape),
+            env_id=spec.get("id"),
+            env_kwargs=kwargs,
+            max_episode_steps=spec.get("max_episode_steps"),
+            reference=None if None in reference else [float(x) for x in reference],
+            **action_bounds(spaces[1]),
         )
         return task, int(metadata["total_episodes"])
     except UserError:
@@ -615,12 +651,19 @@ def read_episodes(name: str) -> Tuple[List[Episode], Task]:
             task, n_episodes = read_task(path)
             episodes = list(minari_episodes(path, task, n_episodes))
         else:
-            episodes = list(d4rl_episodes(path))
+            episodes, n_actions = list(d4rl_episodes(path)), 0
+            with h5py.File(path, "r") as file:
+                if episodes and file["actions"].dtype.kind in "iu":  # discrete
+                    n_actions = int(np.max(file["actions"])) + 1
             dims = [array.shape[1] for array in (episodes or [()])[0][:2]] or [1, 1]
             space = gym.spaces.Box(-np.inf, np.inf, dims[:1], np.float32)
             env = D4RL_ENVIRONMENTS.get(re.split("[-_]", path.stem)[0], (None, {}))
-            bounds = [-1.0] * dims[1], [1.0] * dims[1]
-            task = Task(serialize_space(space), *bounds, *env)
+            actions = gym.spaces.Box(-1, 1, dims[1:])
+            if n_actions:
+                actions = gym.spaces.Discrete(n_actions)
+            bounds = action_bounds(actions)
+            bounds |= {"env_id": env[0], "env_kwargs": env[1]}
+            task = Task(serialize_space(space), **bounds)
     except UserError as error:
         raise UserError(f"--env {name}: {error}") from None
     except Exception as error:
@@ -675,6 +718,8 @@ def check_episodes(name: str, episodes: List[Episode], task: Task) -> None:
             if not np.isfinite(array).all():
                 raise UserError(f"{where}: {field} hold NaN or infinity")
         actions = episode.actions
+        if task.discrete and (actions % 1).any():
+            raise UserError(f"{where}: discrete actions that are no whole numbers")
         if (actions < low - rounding).any() or (actions > high + rounding).any():
             raise UserError(
                 f"{where}: actions outside {[low.tolist(), high.tolist()]}; rescale "
@@ -691,17 +736,18 @@ class Dataset:
         parts, tasks = zip(*map(read_episodes, names))
         self.task = next((task for task in tasks if task.env_id), tasks[0])
         if config.eval_env and self.task.env_id is None:  # then its bounds count
-            space = make_env(self.task, config.eval_env).action_space
-            low, high = space.low.ravel().tolist(), space.high.ravel().tolist()
-            if len(low) == len(self.task.action_low):  # else Evaluator refuses it
-                new = {"action_low": low, "action_high": high}
+            new = action_bounds(make_env(self.task, config.eval_env).action_space)
+            if len(new["action_low"]) == len(self.task.action_low):  # else refused later
                 self.task = dataclasses.replace(self.task, **new)
         for name, part, task in zip(names, parts, tasks):
             if task.env_id not in (None, self.task.env_id):
                 raise UserError(f"--env {name}: {task.env_id} is not {self.task.env_id}")
-            bounds = (task.action_low, task.action_high)
-            if task.env_id and bounds != (self.task.action_low, self.task.action_high):
-                raise UserError(f"--env {name}: actions in {bounds}, unlike the first's")
+            bounds = [
+                (t.action_low, t.action_high, t.discrete) for t in (task, self.task)
+            ]
+            if task.env_id and bounds[0] != bounds[1]:
+                where = f"--env {name}: actions in {bounds[0][:2]}"
+                raise UserError(f"{where}, unlike the first's")
             if task.env_id and task.env_kwargs != self.task.env_kwargs:
                 say(
                     f"{name}: recorded with settings {task.env_kwargs}; evaluation is in"
@@ -733,6 +779,12 @@ class Dataset:
         rewards = joined(e.rewards for e in episodes)
         self.rewards = rewards * scale * config.reward_scale + config.reward_bias
         self.terminations = joined(e.terminations for e in episodes)
+        self.mc_returns = None
+        if config.cal_ql:
+            parts = self.rewards.cpu().double().split(self.lengths.tolist())
+            worst = float(self.rewards.min())
+            parts = (returns_to_go(part.numpy(), config, worst) for part in parts)
+            self.mc_returns = joined(parts)
         rows = np.repeat(np.arange(len(episodes)), self.lengths)  # one more per episode
         self.rows = torch.as_tensor(rows + np.arange(len(rows)), device=device)
         # No two policies' values are further apart, going by the data's rewards.
@@ -752,7 +804,23 @@ class Dataset:
         rows = self.rows[indices]
         actions, rewards = self.actions[indices], self.rewards[indices]
         after, terminations = self.observations[rows + 1], self.terminations[indices]
-        return Batch(self.observations[rows], actions, rewards, after, terminations)
+        batch = self.observations[rows], actions, rewards, after, terminations
+        mc_returns = self.mc_returns
+        return Batch(*batch, None if mc_returns is None else mc_returns[indices])
+
+
+def returns_to_go(rewards: np.ndarray, config: TrainConfig, worst: float) -> np.ndarray:
+    """Discounted sum of an episode's rewards [T] from each step on (Cal-QL, section 4).
+
+    What follows a time limit is left out. Under `is_sparse_reward`, an episode that
+    earned nothing but the data's least reward is taken to go on so for ever."""
+    if config.is_sparse_reward and (rewards == worst).all():
+        return np.full(len(rewards), worst / (1 - config.discount))
+    returns, total = np.empty(len(rewards)), 0.0
+    for t in range(len(rewards) - 1, -1, -1):
+        total = rewards[t] + config.discount * total
+        returns[t] = total
+    return returns
 
 
 def reward_factor(returns, task: Task, config: TrainConfig) -> float:
@@ -939,6 +1007,19 @@ class Critic(EnsembleMLP):
         return x.squeeze(-1).unflatten(2, actions.shape[-3:-1])
 
 
+class DiscreteCritic(EnsembleMLP):
+    """N critics of A discrete actions: observations [R, B, O] -> Q [R, N, B, A]."""
+
+    def __init__(self, config: TrainConfig, n_runs: int, obs_dim: int, n_actions: int):
+        hidden = [config.hidden_dim] * config.q_n_hidden_layers
+        super().__init__((n_runs, config.n_critics), [obs_dim, *hidden, n_actions])
+        self.n_critics = config.n_critics
+
+    def forward(self, observations: Tensor) -> Tensor:
+        shared = (-1, self.n_critics, -1, -1)
+        return super().forward(observations.unsqueeze(1).expand(shared))
+
+
 # ======================================================================================
 # Losses: pure functions that return (loss [R], metrics): means over the batch, sums
 # over the critics. "CQL" is arXiv 2006.04779, "SAC" is arXiv 1812.05905.
@@ -952,6 +1033,7 @@ class Noise(NamedTuple):
     next_normals: Tensor  # [R, B, T + K, A] at s': target actions, then K proposals
     uniforms: Tensor  # [R, B, K, A] in [-1, 1]
     offsets: Tensor  # [R, N, B] in [0, 1) of the sampled backward pass, else [R, 0, B]
+    keys: Tensor  # [R, N], whose largest choose the target's critics, else [R, 0]
     indices: Tensor  # [R, B] rows of the dataset
 
 
@@ -966,6 +1048,7 @@ class Samples(NamedTuple):
     proposals: Tensor  # [R, B, 3K, A]: uniform, pi(.|s), pi(.|s')
     log_mu: Tensor  # [R, B, 3K]
     offsets: Tensor  # [R, N, B], see sampled_backward
+    keys: Tensor  # [R, N], see pessimistic
 
 
 class Sweep(NamedTuple):
@@ -996,6 +1079,7 @@ def sample_actions(policy: Policy, batch: Batch, noise: Noise) -> Samples:
         torch.cat([noise.uniforms, current, following[:, :, T:]], 2),
         torch.cat([uniform_log_mu, current_log_pi, next_log_pi[:, :, T:]], 2),
         noise.offsets,
+        noise.keys,
     )
 
 
@@ -1021,11 +1105,21 @@ def cloning_loss(batch: Batch, samples: Samples, alpha: Tensor):
     return loss, {"policy_loss": loss, "log_pi": samples.log_pi.mean(1)}
 
 
+def pessimistic(q: Tensor, keys: Tensor, config: TrainConfig) -> Tensor:
+    """The least Q of all target critics or, given keys, of n_target_critics drawn at
+    random (REDQ, arXiv 2101.05982, algorithm 1). q [R, N, ...] -> [R, ...]."""
+    if keys.shape[1]:
+        chosen = keys.topk(config.n_target_critics, 1).indices  # [R, n_target_critics]
+        q = q.take_along_dim(chosen[(...,) + (None,) * (q.ndim - 2)], 1)
+    return q.amin(1)
+
+
 @torch.no_grad()
 def td_target(target_critic: Critic, batch: Batch, samples: Samples, alpha, config):
     """SAC eq. 2-3 with the least of the target critics; [R, B]. A time limit is no
     terminal and bootstraps; with cql_max_target_backup the best of K actions counts."""
-    q = target_critic(batch.next_observations, samples.target_actions).amin(1)
+    q = target_critic(batch.next_observations, samples.target_actions)
+    q = pessimistic(q, samples.keys, config)
     q, best = q.max(-1)  # [R, B, T] -> [R, B]
     if config.backup_entropy:
         log_pi = samples.target_log_pi.gather(-1, best.unsqueeze(-1)).squeeze(-1)
@@ -1040,13 +1134,24 @@ def conservative_gap(q, log_mu, q_data, temperature, config) -> Tensor:
     q [R, N, B, M], log_mu [R, 1, B, M] or None for unweighted actions, which the data's
     own joins; q_data [R, N, B]; temperature [R]. Returns [R, N, B], clamped.
     Differs from all code with a temperature: T divides Q alone, not log mu, so that
-    T * logsumexp estimates T * log(integral of exp(Q / T)). No 1 / 3K, as in CORL."""
-    T = temperature[:, None, None]
+    T * logsumexp estimates T * log(integral of exp(Q / T)). No 1 / 3K, as in CORL.
+
+    Other forms of config.penalty take part of the 3K proposals: `two_proposals` the
+    uniform ones and pi(.|s)'s, with 1 / 2K (appendix F as printed; DI-engine's text);
+    `policy_kl` pi(.|s)'s, unweighted, with 1 / K: mu proportional to pi exp(Q / T)
+    (CQL(rho), section 3.2); `mean` their mean (eq. 2, the tutorials')."""
+    T, K = temperature[:, None, None], config.cql_n_actions
+    parts = {"logsumexp": (None, None), "two_proposals": (0, 2 * K)}
+    part = slice(*parts.get(config.penalty, (K, 2 * K)))
+    logits = q[..., part] / T.unsqueeze(-1)
     if log_mu is None:
-        logits = torch.cat([q, q_data.unsqueeze(-1)], -1) / T.unsqueeze(-1)
-    else:
-        logits = q / T.unsqueeze(-1) - log_mu
-    gap = T * logits.logsumexp(-1) - q_data
+        logits = torch.cat([logits, q_data.unsqueeze(-1) / T.unsqueeze(-1)], -1)
+    elif config.penalty in ("logsumexp", "two_proposals"):
+        logits = logits - log_mu[..., part]
+    constant = 0.0 if config.penalty == "logsumexp" else math.log(logits.shape[-1])
+    gap = T * (logits.logsumexp(-1) - constant) - q_data
+    if config.penalty == "mean":
+        gap = q[..., part].mean(-1) - q_data
     return gap.clamp(config.cql_clip_diff_min, config.cql_clip_diff_max)
 
 
@@ -1076,13 +1181,17 @@ def q_and_gap(critic: Critic, batch, samples, sweep, config):
     """Q [R, N, B, 1 + 3K] of the data's action and the proposals, Q of the former with
     a graph and the gap, [R, N, B] each. All actions go through the critics in one call;
     with cql_backward_actions without a graph, and the few with one in a second call."""
-    k = config.cql_backward_actions
+    k, K = config.cql_backward_actions, config.cql_n_actions
     dtype = torch.bfloat16 if config.precision == "bf16" else None
     log_mu = samples.log_mu.unsqueeze(1) if config.cql_importance_sample else None
     actions = torch.cat([batch.actions.unsqueeze(2), samples.proposals], 2)
 
     def gap_of(q):
-        return conservative_gap(q[..., 1:], log_mu, q[..., 0], sweep.cql_temp, config)
+        q_data, q = q[..., 0], q[..., 1:]
+        if config.cal_ql:  # arXiv 2303.05479, section 5: bounds the policy's proposals
+            bounded = torch.maximum(q[..., K:], batch.mc_returns[:, None, :, None])
+            q = torch.cat([q[..., :K], bounded], -1)
+        return conservative_gap(q, log_mu, q_data, sweep.cql_temp, config)
 
     with torch.set_grad_enabled(k == 0):
         q = critic(batch.observations, actions, dtype)  # [R, N, B, 1 + 3K]
@@ -1096,11 +1205,10 @@ def q_and_gap(critic: Critic, batch, samples, sweep, config):
     return q, q_k[..., 0], gap + linear - linear.detach()
 
 
-def critic_loss(critic: Critic, batch, samples, target, log_alpha_prime, sweep, config):
+def penalized_td_loss(q_data, target, gap, log_alpha_prime, sweep, config):
     """TD error and weighted gap: CQL eq. 4 times 2, so cql_alpha is twice its alpha.
     With cql_lagrange (appendix F) also the loss of log alpha', whose alpha' grows while
-    the gap exceeds its target. target [R, B], log_alpha_prime [R]."""
-    q, q_data, gap = q_and_gap(critic, batch, samples, sweep, config)
+    the gap exceeds its target. q_data, gap [R, N, B], target [R, B]."""
     gap = gap.mean(-1)  # [R, N]
     td = (q_data - target.unsqueeze(1)).square().mean(-1)  # [R, N]
     weight = sweep.cql_alpha.unsqueeze(1)  # [R, 1]
@@ -1112,21 +1220,49 @@ def critic_loss(critic: Critic, batch, samples, target, log_alpha_prime, sweep, 
         multiplier_loss = -(multiplier.unsqueeze(1) * weight * excess.detach()).mean(1)
         weight = weight * multiplier.detach().unsqueeze(1)
     penalty = weight * excess
-    q_mean = q[..., 1:].mean(2).unflatten(-1, (3, -1)).mean(-1)  # [R, N, 3]
-    uniform, current, following = q_mean.unbind(-1)
     metrics = {
         "qf{j}_loss": td,
         "average_qf{j}": q_data.mean(-1),
-        "cql_std_q{j}": q.std(-1).mean(-1),
-        "cql_q{j}_rand": uniform,
-        "cql_q{j}_current_actions": current,
-        "cql_q{j}_next_actions": following,
         "cql_qf{j}_diff": gap,
         "cql_min_qf{j}_loss": penalty,
         "alpha_prime": multiplier,
         "alpha_prime_loss": multiplier_loss,
     }
     return (td + penalty).sum(1) + multiplier_loss, metrics
+
+
+def critic_loss(critic: Critic, batch, samples, target, log_alpha_prime, sweep, config):
+    """Of continuous actions; target [R, B], log_alpha_prime [R]."""
+    q, q_data, gap = q_and_gap(critic, batch, samples, sweep, config)
+    parts = q_data, target, gap, log_alpha_prime, sweep, config
+    loss, metrics = penalized_td_loss(*parts)
+    q_mean = q[..., 1:].mean(2).unflatten(-1, (3, -1)).mean(-1)  # [R, N, 3]
+    names = "cql_q{j}_rand", "cql_q{j}_current_actions", "cql_q{j}_next_actions"
+    metrics |= dict(zip(names, q_mean.unbind(-1)))
+    return loss, metrics | {"cql_std_q{j}": q.std(-1).mean(-1)}
+
+
+def discrete_loss(critic, target_critic, batch, keys, log_alpha_prime, sweep, config):
+    """Of discrete actions, on double DQN (arXiv 1509.06461): the critics' mean chooses
+    the next action, the target critics' least values it. The gap is exact."""
+    actions = batch.actions.long().unsqueeze(1)  # [R, 1, B, 1]
+    q = critic(batch.observations)  # [R, N, B, A]
+    q_data = q.take_along_dim(actions, -1).squeeze(-1)
+    with torch.no_grad():
+        best = critic(batch.next_observations).mean(1, keepdim=True).argmax(-1, True)
+        q_next = target_critic(batch.next_observations).take_along_dim(best, -1)
+        q_next = pessimistic(q_next.squeeze(-1), keys, config)  # [R, B]
+        target = batch.rewards + config.discount * (1 - batch.terminations) * q_next
+    gap = conservative_gap(q, torch.zeros_like(q), q_data, sweep.cql_temp, config)
+    parts = q_data, target, gap, log_alpha_prime, sweep, config
+    loss, metrics = penalized_td_loss(*parts)
+    metrics |= {
+        "average_target_q": q_next.mean(1),
+        "cql_std_q{j}": q.std(-1).mean(-1),
+        "cql_q{j}_rand": q.mean(-1).mean(-1),
+        "cql_q{j}_current_actions": q.amax(-1).mean(-1),
+    }
+    return loss, metrics
 
 
 # ======================================================================================
@@ -1140,12 +1276,13 @@ def seeded(seed: int, stream: int, device="cpu") -> torch.Generator:
     return torch.Generator(device).manual_seed(int(state >> 1))
 
 
-class ContinuousCQL(nn.Module):
-    """CQL on soft actor-critic, for R runs at once.
+class Agent(nn.Module):
+    """What both agents share, for R runs at once: `update` learns from a Batch of raw
+    observations and the environment's actions, `act` returns such actions. The
+    state_dict holds all that training needs, optimizer, generators and observation
+    statistics included.
 
-    Takes raw observations and actions in the environment's bounds: `update` learns from
-    a Batch, `act` returns actions. Its state_dict holds all that training needs,
-    optimizer, generators and observation statistics included."""
+    A subclass makes `critic`, and whatever else it trains, in `build`."""
 
     def __init__(
         self,
@@ -1162,15 +1299,9 @@ class ContinuousCQL(nn.Module):
         self.config, self.device = config, device
         self.observation_dim, self.action_dim = observation_dim, action_dim
         self.runs = product_of_runs(config)
-        dims = config, len(self.runs), observation_dim, action_dim
-        self.policy, self.critic = Policy(*dims), Critic(*dims)
-        self.target_critic = Critic(*dims)
         generators = [seeded(run["seed"], 0) for run in self.runs]
-        self.policy.initialize(generators, orthogonal=False)  # as CORL, always
-        self.critic.initialize(generators, config.orthogonal_init)
-        self.target_critic.load_state_dict(self.critic.state_dict())
-        self.target_critic.requires_grad_(False)
-        self.log_alpha = nn.Parameter(torch.zeros(len(self.runs)))
+        groups = self.build(generators, config, len(self.runs))
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha_prime = nn.Parameter(torch.ones(len(self.runs)))
         for name, value, size in (
             ("observation_mean", observation_mean, observation_dim),
@@ -1185,15 +1316,11 @@ class ContinuousCQL(nn.Module):
         self.sweep = Sweep(*(torch.tensor(column, device=device) for column in columns))
         self.restart()
         # One Adam for all: it is elementwise, so neither runs nor networks mix.
-        actor, critic = list(self.policy.parameters()), list(self.critic.parameters())
-        actor += [self.log_alpha] * config.use_automatic_entropy_tuning
-        critic += [self.log_alpha_prime] * config.cql_lagrange
-        groups = [(actor, config.policy_lr), (critic, config.qf_lr)]
-        groups = [{"params": parameters, "lr": rate} for parameters, rate in groups]
+        groups[-1]["params"] += [self.log_alpha_prime] * config.cql_lagrange
         on_gpu = torch.device(device).type == "cuda"
         self.optimizer = torch.optim.Adam(groups, fused=True, capturable=on_gpu)
-        for parameter in actor + critic:  # now, so that loading only ever copies
-            self.optimizer.state[parameter] = {
+        for parameter in itertools.chain(*(group["params"] for group in groups)):
+            self.optimizer.state[parameter] = {  # now, so that loading only ever copies
                 "step": torch.zeros((), dtype=torch.float32, device=device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
@@ -1207,64 +1334,38 @@ class ContinuousCQL(nn.Module):
     def draw(self, batch_size: int, size: int = 1, n: Optional[int] = None) -> Noise:
         """Noise of an update on `size` transitions, or of n of them in a block [n, R,
         ...]; run r draws from its own generator alone."""
-        K, A, config = self.config.cql_n_actions, self.action_dim, self.config
-        T, B = K if config.cql_max_target_backup else 1, batch_size
-        N = config.n_critics if config.cql_backward_actions else 0
         draws = []
         for generator in self.generators:
             on = {"generator": generator, "device": self.device}
-            indices = torch.randint(size, (n or 1, B), **on)
-            normals = torch.randn((n or 1, B, 1 + K + T + K, A), **on)
-            uniforms = torch.rand((n or 1, B, K * A + N), **on)
-            actions = uniforms[..., : K * A].unflatten(-1, (K, A)) * 2 - 1
-            offsets = uniforms[..., K * A :].mT
-            normals = normals.split([1 + K, T + K], 2)
-            draws.append((*normals, actions, offsets, indices))
+            indices = torch.randint(size, (n or 1, batch_size), **on)
+            draw = self.draw_actions((n or 1, batch_size), on)
+            subset = (self.config.n_target_critics or math.inf) < self.config.n_critics
+            keys = torch.rand((n or 1, self.config.n_critics * subset), **on)
+            draws.append((*draw, keys, indices))
         block = Noise(*(torch.stack(draw, 1) for draw in zip(*draws)))
         return block if n else Noise(*(x[0] for x in block))
 
     def prepare(self, batch: Batch) -> Batch:
-        """With the R dimension, standardized observations, actions in [-1, 1]. Raises
+        """With the R dimension, standardized observations and unit actions. Raises
         ValueError for other shapes, which might broadcast into a wrong answer."""
         kind = {"dtype": self.observation_mean.dtype, "device": self.device}
+        if batch.mc_returns is None:  # Cal-QL's bound that bounds nothing
+            none = torch.full(np.shape(batch.rewards), -math.inf)
+            batch = batch._replace(mc_returns=none)
         batch = Batch(*(torch.as_tensor(array, **kind) for array in batch))
         if batch.rewards.ndim == 1:
             batch = Batch(*(x.unsqueeze(0) for x in batch))
         lead = len(self.runs), batch.rewards.shape[-1]
         states, actions = (*lead, self.observation_dim), (*lead, self.action_dim)
-        shapes = [states, actions, lead, states, lead]
+        shapes = [states, actions, lead, states, lead, lead]
         if [x.shape for x in batch] != shapes:
             raise ValueError(f"batch of {[tuple(x.shape) for x in batch]}, not {shapes}")
         mean, std = self.observation_mean, self.observation_std
-        center = (self.action_high + self.action_low) / 2
         return batch._replace(
             observations=(batch.observations - mean) / std,
             next_observations=(batch.next_observations - mean) / std,
-            actions=(batch.actions - center) / (self.action_high - center),
+            actions=self.unit_actions(batch.actions),
         )
-
-    def losses(self, batch: Batch, noise: Noise) -> Tuple[Tensor, Dict[str, Tensor]]:
-        """All losses of a prepared batch at the present parameters, summed, [R]: no
-        graph joins two of them, so one backward pass serves every network."""
-        config = self.config
-        samples = sample_actions(self.policy, batch, noise)
-        alpha = torch.full_like(self.log_alpha, config.alpha_multiplier)
-        total = torch.zeros_like(alpha)
-        metrics = {"alpha_loss": total}
-        if config.use_automatic_entropy_tuning:
-            alpha = alpha * self.log_alpha.detach().exp()
-            log_pi, target_entropy = samples.log_pi, -self.action_dim
-            total, metrics = temperature_loss(self.log_alpha, log_pi, target_entropy)
-        if self.stage()[0]:
-            loss, more = cloning_loss(batch, samples, alpha)
-        else:
-            loss, more = actor_loss(self.critic, batch, samples, alpha)
-        total, metrics = total + loss, {"alpha": alpha, **metrics, **more}
-        target, more = td_target(self.target_critic, batch, samples, alpha, config)
-        metrics.update(more)
-        multiplier = (self.log_alpha_prime, self.sweep, config)
-        loss, more = critic_loss(self.critic, batch, samples, target, *multiplier)
-        return total + loss, {**metrics, **more}
 
     def update(self, batch: Batch, noise: Optional[Noise] = None) -> Dict[str, Tensor]:
         """One step on every network; returns metrics, each [R] (or [R, N] where the
@@ -1304,14 +1405,8 @@ class ContinuousCQL(nn.Module):
         if (x.shape[0] if x.ndim == 3 else 1) != n_runs:
             raise ValueError(f"observations {tuple(x.shape)} for {n_runs} runs")
         x = x.reshape(n_runs, -1, x.shape[-1])
-        x, log_std = self.policy((x - self.observation_mean) / self.observation_std)
-        if not deterministic:
-            shape_, on = x.shape[1:], {"device": x.device}
-            draws = [torch.randn(shape_, generator=g, **on) for g in self.generators]
-            x = x + log_std.exp() * torch.stack(draws)
-        center = (self.action_high + self.action_low) / 2
-        actions = center + (self.action_high - center) * x.tanh()
-        actions = actions.clamp(self.action_low, self.action_high)
+        x = (x - self.observation_mean) / self.observation_std
+        actions = self.choose(x, deterministic)
         return actions.reshape(*shape, self.action_dim).cpu().numpy()
 
     def get_extra_state(self) -> dict:
@@ -1330,6 +1425,169 @@ class ContinuousCQL(nn.Module):
         for generator, saved in zip(self.generators, state["generators"]):
             if saved.shape == generator.get_state().shape:  # else another device kind
                 generator.set_state(saved)
+
+
+class ContinuousCQL(Agent):
+    """CQL on soft actor-critic; actions in [action_low, action_high], both [A]."""
+
+    def build(self, generators, config: TrainConfig, n_runs: int) -> List[dict]:
+        dims = config, n_runs, self.observation_dim, self.action_dim
+        self.policy, self.critic = Policy(*dims), Critic(*dims)
+        self.policy.initialize(generators, orthogonal=False)  # as CORL, always
+        self.critic.initialize(generators, config.orthogonal_init)
+        self.log_alpha = nn.Parameter(torch.zeros(n_runs))
+        actor, critic = list(self.policy.parameters()), list(self.critic.parameters())
+        actor += [self.log_alpha] * config.use_automatic_entropy_tuning
+        groups = [(actor, config.policy_lr), (critic, config.qf_lr)]
+        return [{"params": parameters, "lr": rate} for parameters, rate in groups]
+
+    def draw_actions(self, shape: Tuple[int, int], on: dict) -> Tuple[Tensor, ...]:
+        K, A, config = self.config.cql_n_actions, self.action_dim, self.config
+        T = K if config.cql_max_target_backup else 1
+        N = config.n_critics if config.cql_backward_actions else 0
+        normals = torch.randn((*shape, 1 + K + T + K, A), **on)
+        uniforms = torch.rand((*shape, K * A + N), **on)
+        actions = uniforms[..., : K * A].unflatten(-1, (K, A)) * 2 - 1
+        return *normals.split([1 + K, T + K], 2), actions, uniforms[..., K * A :].mT
+
+    def unit_actions(self, actions: Tensor) -> Tensor:
+        center = (self.action_high + self.action_low) / 2
+        return (actions - center) / (self.action_high - center)
+
+    def losses(self, batch: Batch, noise: Noise) -> Tuple[Tensor, Dict[str, Tensor]]:
+        """All losses of a prepared batch at the present parameters, summed, [R]: no
+        graph joins two of them, so one backward pass serves every network."""
+        config = self.config
+        samples = sample_actions(self.policy, batch, noise)
+        alpha = torch.full_like(self.log_alpha, config.alpha_multiplier)
+        total = torch.zeros_like(alpha)
+        metrics = {"alpha_loss": total}
+        if config.use_automatic_entropy_tuning:
+            alpha = alpha * self.log_alpha.detach().exp()
+            log_pi, target_entropy = samples.log_pi, -self.action_dim
+            total, metrics = temperature_loss(self.log_alpha, log_pi, target_entropy)
+        if self.stage()[0]:
+            loss, more = cloning_loss(batch, samples, alpha)
+        else:
+            loss, more = actor_loss(self.critic, batch, samples, alpha)
+        total, metrics = total + loss, {"alpha": alpha, **metrics, **more}
+        target, more = td_target(self.target_critic, batch, samples, alpha, config)
+        metrics.update(more)
+        multiplier = (self.log_alpha_prime, self.sweep, config)
+        loss, more = critic_loss(self.critic, batch, samples, target, *multiplier)
+        return total + loss, {**metrics, **more}
+
+    def choose(self, observations: Tensor, deterministic: bool) -> Tensor:
+        x, log_std = self.policy(observations)
+        if not deterministic:
+            shape, on = x.shape[1:], {"device": x.device}
+            draws = [torch.randn(shape, generator=g, **on) for g in self.generators]
+            x = x + log_std.exp() * torch.stack(draws)
+        center = (self.action_high + self.action_low) / 2
+        actions = center + (self.action_high - center) * x.tanh()
+        return actions.clamp(self.action_low, self.action_high)
+
+    def on_host(self) -> Callable[[np.ndarray], np.ndarray]:
+        """`act` as it is now, deterministic, in NumPy, which another process can take:
+        for a few rows at a time, torch takes longer than the environments."""
+        *hidden, (w, b) = host_layers(self.policy)
+        last = w[..., : self.action_dim], b[..., : self.action_dim]  # the mean's part
+        names = "action_low action_high observation_mean observation_std".split()
+        arrays = (getattr(self, name).cpu().numpy() for name in names)
+        return partial(host_policy, *arrays, [*hidden, last])
+
+
+class DiscreteCQL(Agent):
+    """CQL on double DQN; actions are the integers from action_low to action_low +
+    n_actions - 1, and act takes the one of highest mean Q over the critics."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        observation_dim: int,
+        n_actions: int,
+        device: Union[str, torch.device] = "cpu",
+        action_low=0,
+        observation_mean=0.0,
+        observation_std=1.0,
+    ):
+        self.n_actions = n_actions
+        high = float(np.ravel(action_low)[0]) + n_actions - 1
+        bounds = (action_low, high)
+        statistics = observation_mean, observation_std
+        super().__init__(config, observation_dim, 1, device, *bounds, *statistics)
+
+    def build(self, generators, config: TrainConfig, n_runs: int) -> List[dict]:
+        dims = config, n_runs, self.observation_dim, self.n_actions
+        self.critic = DiscreteCritic(*dims)
+        self.critic.initialize(generators, config.orthogonal_init)
+        return [{"params": list(self.critic.parameters()), "lr": config.qf_lr}]
+
+    def draw_actions(self, shape: Tuple[int, int], on: dict) -> Tuple[Tensor, ...]:
+        return (torch.empty(shape[0], 0, device=self.device),) * 4
+
+    def unit_actions(self, actions: Tensor) -> Tensor:
+        return actions - self.action_low
+
+    def losses(self, batch: Batch, noise: Noise) -> Tuple[Tensor, Dict[str, Tensor]]:
+        """The loss of a prepared batch at the present parameters, [R]."""
+        networks = self.critic, self.target_critic
+        multiplier = (self.log_alpha_prime, self.sweep, self.config)
+        return discrete_loss(*networks, batch, noise.keys, *multiplier)
+
+    def choose(self, observations: Tensor, deterministic: bool) -> Tensor:
+        best = self.critic(observations).mean(1).argmax(-1, keepdim=True)  # [R, n, 1]
+        return best + self.action_low.long()
+
+    def on_host(self) -> Callable[[np.ndarray], np.ndarray]:
+        """`act` as it is now, in NumPy, which another process can take."""
+        names = "action_low observation_mean observation_std".split()
+        arrays = (getattr(self, name).cpu().numpy() for name in names)
+        return partial(host_greedy, *arrays, host_layers(self.critic))
+
+
+def make_agent(config: TrainConfig, task: Task, device="cpu", *statistics) -> Agent:
+    """The agent of a dataset's action space."""
+    low, high = task.action_low, task.action_high
+    if task.discrete:
+        for name in ("penalty", "cal_ql"):
+            if getattr(config, name) != FIELDS[name].default:
+                raise UserError(f"--{name}: not for discrete actions")
+        n_actions = int(high[0] - low[0]) + 1
+        dims = task.observation_dim, n_actions, device
+        return DiscreteCQL(config, *dims, low, *statistics)
+    dims = task.observation_dim, len(low), device
+    return ContinuousCQL(config, *dims, low, high, *statistics)
+
+
+def host_layers(network: EnsembleMLP) -> List[Tuple[np.ndarray, np.ndarray]]:
+    """Copies of weights and biases."""
+    pairs = ((layer.weight, layer.bias) for layer in network.layers)
+    return [tuple(p.detach().cpu().numpy().copy() for p in pair) for pair in pairs]
+
+
+def host_forward(mean, std, layers, x: np.ndarray) -> np.ndarray:
+    """EnsembleMLP.forward in NumPy, on raw observations."""
+    x = (x.astype(mean.dtype) - mean) / std
+    for weight, bias in layers[:-1]:
+        x = np.matmul(x, weight)
+        x += bias
+        np.maximum(x, 0, out=x)
+    return np.matmul(x, layers[-1][0]) + layers[-1][1]
+
+
+def host_policy(low, high, mean, std, layers, observations: np.ndarray) -> np.ndarray:
+    """[R, n, O] -> [R, n, A]."""
+    center = (high + low) / 2
+    x = np.tanh(host_forward(mean, std, layers, observations))
+    actions = center + (high - center) * x
+    return np.minimum(np.maximum(actions, low), high)  # np.clip takes three times it
+
+
+def host_greedy(low, mean, std, layers, observations: np.ndarray) -> np.ndarray:
+    """[R, n, O] -> [R, n]."""
+    q = host_forward(mean, std, layers, observations[:, None])  # [R, N, n, A]
+    return q.mean(1).argmax(-1) + low.astype(int)
 
 
 # ======================================================================================
@@ -1351,7 +1609,7 @@ class Updater:
 
     WARM_UP = 3  # eager updates before a capture, as PyTorch asks for
 
-    def __init__(self, agent: ContinuousCQL, data: Dataset, metrics: "Metrics"):
+    def __init__(self, agent: Agent, data: Dataset, metrics: "Metrics"):
         self.agent, self.data, self.metrics = agent, data, metrics
         on_gpu = torch.device(agent.device).type == "cuda"
         self.captures, self.block = on_gpu, 32 if on_gpu else 1  # updates drawn at once
@@ -1458,32 +1716,6 @@ def make_env(task: Task, eval_env: Optional[str] = None) -> gym.Env:
     return env
 
 
-def on_host(agent: ContinuousCQL) -> Callable[[np.ndarray], np.ndarray]:
-    """The agent's `act` as it is now, deterministic, in NumPy: for a few rows at a time,
-    torch takes longer than the environments. Takes [R, n, O], returns [R, n, A]."""
-    tensors = (p for layer in agent.policy.layers for p in (layer.weight, layer.bias))
-    *hidden, w, b = (tensor.detach().cpu().numpy().copy() for tensor in tensors)
-    last = w[..., : agent.action_dim], b[..., : agent.action_dim]  # the mean's part
-    names = "observation_mean observation_std action_low action_high".split()
-    return partial(
-        host_act,
-        [*zip(hidden[::2], hidden[1::2]), last],
-        *(getattr(agent, name).cpu().numpy() for name in names),
-    )
-
-
-def host_act(layers, mean, std, low, high, observations: np.ndarray) -> np.ndarray:
-    """`on_host`'s function; another process can take it."""
-    x, center = (observations.astype(mean.dtype) - mean) / std, (high + low) / 2
-    for weight, bias in layers[:-1]:
-        x = np.matmul(x, weight)
-        x += bias
-        np.maximum(x, 0, out=x)
-    actions = np.tanh(np.matmul(x, layers[-1][0]) + layers[-1][1])
-    actions = center + (high - center) * actions
-    return np.minimum(np.maximum(actions, low), high)  # np.clip takes three times it
-
-
 class Simulator:
     """Evaluation environments of this process, made on first use, stepped together with
     one policy call per step."""
@@ -1509,7 +1741,7 @@ class Simulator:
         for j in running:
             rows[j][:] = self.reset(*divmod(j, n), seeds[j % n])
         steps = {j: self.envs[divmod(j, n)].step for j in running}
-        action_shape = self.task.action_shape or [len(self.task.action_low)]
+        action_shape = self.task.action_shape
         returns, lengths, t = [0.0] * len(rows), [0] * len(rows), 0
         while running:
             if noted:
@@ -1548,16 +1780,17 @@ class Evaluator:
     def __init__(self, task: Task, config: TrainConfig, device="cpu"):
         self.config, self.name = config, config.eval_env or task.env_id
         env = make_env(task, config.eval_env)
-        low, high = env.action_space.low.ravel(), env.action_space.high.ravel()
-        task = dataclasses.replace(task, action_shape=list(env.action_space.shape))
-        dims = math.prod(env.observation_space.shape), len(low)
-        if dims != (task.observation_dim, len(task.action_low)) or not np.allclose(
-            [low, high], [task.action_low, task.action_high]
-        ):
+        space = action_bounds(env.action_space)
+        task = dataclasses.replace(task, action_shape=space["action_shape"])
+        dims = math.prod(env.observation_space.shape), len(space["action_low"])
+        kind, expected = space["discrete"], (task.action_low, task.action_high)
+        if (*dims, kind) != (
+            *(task.observation_dim, len(task.action_low), task.discrete),
+        ) or not np.allclose([space["action_low"], space["action_high"]], expected):
             raise UserError(
                 f"--eval_env {self.name}: {env.observation_space}, {env.action_space}"
                 f" do not match the data's {task.observation_dim} observations and "
-                f"actions in {[task.action_low, task.action_high]}"
+                f"actions in {[*expected]}"
             )
         # Without a time limit an episode might never end: the data's longest is one.
         endless = env.spec is None or env.spec.max_episode_steps is None
@@ -1578,7 +1811,7 @@ class Evaluator:
         n, n_workers = self.config.n_episodes, len(self.workers)
         entropies = ([self.config.eval_seed, step, i] for i in range(n))
         states = (np.random.SeedSequence(each).generate_state(1) for each in entropies)
-        act, seeds = on_host(agent), [int(state[0]) for state in states]
+        act, seeds = agent.on_host(), [int(state[0]) for state in states]
         shares = [(act, alive, seeds[w::n_workers]) for w in range(n_workers)]
         pairs = zip(self.workers, shares)
         futures = [worker.submit(served, *share) for worker, share in pairs]
@@ -1712,10 +1945,11 @@ def load_policy(path: Union[str, Path], run: int = 0, device: str = "cpu"):
     with deterministic=False). Raises UserError."""
     checkpoint = read_checkpoint(path)
     config, task = TrainConfig(**checkpoint["config"]), Task(**checkpoint["task"])
-    agent = ContinuousCQL(config, task.observation_dim, len(task.action_low), device)
+    agent = make_agent(config, task, device)
     load_agent(agent, checkpoint)
     space, n_runs = recorded_space(task.observation_space), len(agent.runs)
-    shape = task.action_shape or [len(task.action_low)]
+    shape = task.action_shape
+    shape = [len(task.action_low)] if shape is None else shape
     if not 0 <= run < n_runs:
         raise UserError(f"checkpoint {path}: runs 0 to {n_runs - 1}, no {run}")
 
@@ -1726,7 +1960,8 @@ def load_policy(path: Union[str, Path], run: int = 0, device: str = "cpu"):
         one = np.ndim(observation) == 1
         everywhere = np.stack([np.atleast_2d(observation)] * n_runs)  # [R, n, O]
         actions = agent.act(everywhere, deterministic)[run]
-        return actions[0].reshape(shape) if one else actions.reshape(-1, *shape)
+        actions = actions.reshape(-1, *shape)
+        return actions[0] if one else actions
 
     return policy
 
@@ -2129,6 +2364,11 @@ def describe(config, task: Task, data: Optional[Dataset], evaluator) -> None:
         score = "" if math.isnan(score) else f" (score {score:.1f})"
         size = f"{len(data):,} transitions, {len(data.lengths):,} episodes"
         say(f"data: {size}, mean return {data.returns.mean():.1f}{score}")
+    if config.is_sparse_reward and not config.cal_ql:
+        say("is_sparse_reward has no effect without cal_ql")
+    for name in CONTINUOUS if task.discrete else ():
+        if getattr(config, name) != FIELDS[name].default:
+            say(f"{name} has no effect on discrete actions")
     gaps = [run["cql_target_action_gap"] for run in product_of_runs(config)]
     if config.cql_lagrange and min(gaps) < 0:
         say(
@@ -2165,9 +2405,8 @@ def train(config: TrainConfig, checkpoint: Optional[dict] = None) -> int:
     if task.env_id or config.eval_env:
         evaluator = Evaluator(task, config, device)
     statistics = data.statistics() if data and config.normalize else (0.0, 1.0)
-    dims = task.observation_dim, len(task.action_low)
+    agent = make_agent(config, task, device, *statistics)
     bounds = task.action_low, task.action_high
-    agent = ContinuousCQL(config, *dims, device, *bounds, *statistics)
     if checkpoint:
         old = checkpoint["task"]["action_low"], checkpoint["task"]["action_high"]
         if old != bounds:

@@ -32,7 +32,7 @@ def main(name: str = "HalfCheetah-v5", rounds: str = "10") -> None:
     config = cql.TrainConfig(n_episodes=10)
     dims = task.observation_dim, len(low)
     agent = cql.ContinuousCQL(config, *dims, "cpu", low, high)
-    simulator, act, rows = cql.Simulator(task, config, None), cql.on_host(agent), []
+    simulator, act, rows = cql.Simulator(task, config, None), agent.on_host(), []
     states = (np.random.SeedSequence([0, 0, i]).generate_state(1) for i in range(10))
     seeds, actions = [int(state[0]) for state in states], []
 
@@ -43,7 +43,7 @@ def main(name: str = "HalfCheetah-v5", rounds: str = "10") -> None:
     simulator.episodes(recording, [True], seeds)  # makes the environments
     for i in range(int(rounds)):
         start = time.perf_counter()
-        lengths = simulator.episodes(cql.on_host(agent), [True], seeds)[1]
+        lengths = simulator.episodes(agent.on_host(), [True], seeds)[1]
         middle = time.perf_counter()
         envs = list(simulator.envs.values())
         for seed, each in zip(seeds, envs):

@@ -151,13 +151,18 @@ class Reference:
     def targets(self):
         """TD targets, and the values of the next states in them."""
         targets, values = [], []
-        _, _, rewards, next_states, terminations = self.batch
+        _, _, rewards, next_states, terminations, _ = self.batch
         n_targets = self.config.cql_n_actions if self.config.cql_max_target_backup else 1
         for b, state in enumerate(next_states):
             best, best_log_pi = -math.inf, None
             for normals in self.noise[1][b][:n_targets]:
                 action, log_pi = self.act(state, normals)
-                q = least(self.critics("target_critic", state, action)).real
+                qs = self.critics("target_critic", state, action)
+                if self.config.n_target_critics is not None:  # REDQ's subset
+                    keys = self.noise[4] or [0.0] * len(qs)
+                    order = sorted(range(len(qs)), key=lambda j: -keys[j])
+                    qs = [qs[j] for j in order[: self.config.n_target_critics]]
+                q = least(qs).real
                 if q > best:
                     best, best_log_pi = q, log_pi.real
             if self.config.backup_entropy:
@@ -184,14 +189,32 @@ class Reference:
             data = self.critics("critic", state, self.batch[1][b])
             proposals = self.proposals(b)
             others = [self.critics("critic", state, action) for action, _ in proposals]
+            K = self.config.cql_n_actions
             for j, q_data in enumerate(data):
                 q = [other[j] for other in others]
-                if self.config.cql_importance_sample:
-                    log_mu = [density for _, density in proposals]
-                    logits = [x / T - density for x, density in zip(q, log_mu)]
+                bounded = list(q)
+                if self.config.cal_ql:
+                    returns = self.batch[5][b]
+                    bounded = [
+                        x if i < K or x.real > returns else returns
+                        for i, x in enumerate(q)
+                    ]
+                log_mu = [density for _, density in proposals]
+                if self.config.penalty == "mean":
+                    gap = mean(bounded[K : 2 * K]) - q_data
+                elif self.config.penalty == "policy_kl":
+                    logits = [x / T for x in bounded[K : 2 * K]]
+                    gap = T * (logsumexp(logits) - math.log(K)) - q_data
+                elif self.config.penalty == "two_proposals":
+                    pairs = list(zip(bounded, log_mu))[: 2 * K]
+                    logits = [x / T - density for x, density in pairs]
+                    gap = T * (logsumexp(logits) - math.log(2 * K)) - q_data
+                elif self.config.cql_importance_sample:
+                    logits = [x / T - density for x, density in zip(bounded, log_mu)]
+                    gap = T * logsumexp(logits) - q_data
                 else:
-                    logits = [x / T for x in [*q, q_data]]
-                gap = T * logsumexp(logits) - q_data
+                    logits = [x / T for x in [*bounded, q_data]]
+                    gap = T * logsumexp(logits) - q_data
                 bounds = self.config.cql_clip_diff_min, self.config.cql_clip_diff_max
                 rows.append((j, (q_data, q, gap, clamp(gap, *bounds))))
         n_critics = 1 + max(j for j, _ in rows)
@@ -320,6 +343,7 @@ def transitions(*shape: int, seed: int = 1, observation_dim=OBS, action_dim=ACT)
         rewards=normal(),
         next_observations=normal(observation_dim),
         terminations=(torch.rand(shape, generator=generator) < 1 / 3).to(normal()),
+        mc_returns=normal() / 3,
     )
 
 

@@ -184,7 +184,15 @@ def test_noise_and_initialization_depend_on_the_seed_alone():
     """Whoever shares the device, in whatever order, with whatever penalty."""
     agents = [
         cql.ContinuousCQL(
-            tiny(seed=seeds, cql_alpha=alphas, cql_backward_actions=1), OBS, ACT
+            tiny(
+                seed=seeds,
+                cql_alpha=alphas,
+                cql_backward_actions=1,
+                n_critics=3,
+                n_target_critics=2,
+            ),
+            OBS,
+            ACT,
         )
         for seeds, alphas in (([7, 8], 1.0), ([8, 3, 7], 9.0), (7, [1.0, 5.0]))
     ]
@@ -631,6 +639,6 @@ def test_the_policy_on_the_host_acts_alike():
     agent.policy.layers[-1].weight.data *= 300
     observations = 3 * np.random.default_rng(0).normal(size=(2, 50, OBS))
     expected = agent.act(observations)
-    actions = cql.on_host(agent)(observations)
+    actions = agent.on_host()(observations)
     np.testing.assert_allclose(actions, expected, rtol=1e-5, atol=1e-6)
     assert np.ptp(actions, axis=1).min() > 0.5

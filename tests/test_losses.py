@@ -59,6 +59,17 @@ CASES = {
     "orthogonal_off": dict(orthogonal_init=False),
     "wide_policy": dict(log_std=2.0),  # half the states at the upper clamp
     "narrow_policy": dict(log_std=-20.0),  # and at the lower one
+    "cal_ql": dict(cal_ql=True, cql_n_actions=3),
+    "cal_ql_unweighted": dict(cal_ql=True, cql_importance_sample=False),
+    "cal_ql_mean": dict(cal_ql=True, penalty="mean", cql_temp=2.0),
+    "two_proposals": dict(penalty="two_proposals", cql_temp=0.5, **LAGRANGE),
+    "policy_kl": dict(penalty="policy_kl", cql_n_actions=3, cql_temp=0.5),
+    "mean": dict(penalty="mean", cql_n_actions=3, cql_temp=0.5),
+    "redq": dict(n_critics=5, n_target_critics=2, seed=[0, 1]),
+    "redq_max_backup": dict(
+        n_critics=4, n_target_critics=1, cql_max_target_backup=True, backup_entropy=True
+    ),
+    "redq_of_all": dict(n_critics=3, n_target_critics=3),
     "three_seeds": dict(seed=[0, 1, 2]),
     "product": dict(
         LAGRANGE, seed=[3, 4], cql_alpha=[0.5, 2.0], cql_target_action_gap=[1.0, 5.0]
@@ -330,6 +341,10 @@ SAMPLED = {
     "lagrange": LAGRANGE,
     "clip": dict(LAGRANGE, cql_clip_diff_min=2.7, cql_clip_diff_max=3.5),
     "four": dict(cql_backward_actions=4, cql_clip_diff_max=3.5),
+    "cal_ql": dict(cal_ql=True),
+    "two_proposals": dict(penalty="two_proposals"),
+    "policy_kl": dict(penalty="policy_kl", cql_temp=0.5),
+    "mean": dict(penalty="mean", cal_ql=True),
 }
 
 

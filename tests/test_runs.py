@@ -400,7 +400,8 @@ def test_signal_during_an_evaluation(train, whole, hooked, monkeypatch, evaluati
 
 ALLOWED = dict(
     max_timesteps=8, eval_freq=3, n_episodes=3, eval_seed=1, eval_env="CqlHooked-v0",
-    log_freq=5, device="auto", eval_workers=0, project="other", group="other", name="other",
+    log_freq=5, device="auto", eval_workers=0, project="other", group="other",
+    name="other",
 )  # fmt: skip
 
 

@@ -150,8 +150,9 @@ def fitted(alphas, counts=COUNTS, greedy=False, optimism=0.0, T=1.0, **flags):
     shape = R, batch.rewards.shape[1], ACTIONS
     every, zeros = torch.arange(ACTIONS).expand(shape).unsqueeze(-1), torch.zeros(shape)
     samples = cql.Samples(**dict.fromkeys(cql.Samples._fields))._replace(
-        target_actions=every, target_log_pi=zeros, proposals=every.double(), log_mu=zeros
-    )
+        target_actions=every, target_log_pi=zeros, proposals=every.double(),
+        log_mu=zeros, keys=torch.zeros(R, 0),
+    )  # fmt: skip
     table = Table(torch.full((R, STATES, ACTIONS), optimism))
     optimizer = torch.optim.SGD(table.parameters(), lr=2.0)
     for _ in range(500):
