@@ -57,6 +57,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import wandb
 import yaml
+from minari.data_collector import EpisodeBuffer
 from minari.dataset.minari_storage import is_image_space
 from minari.serialization import deserialize_space, serialize_space
 from minari.storage.datasets_root_dir import get_dataset_path
@@ -74,8 +75,9 @@ class TrainConfig:
     """Every flag. Names and defaults are CORL's offline cql.py's unless a comment says
     otherwise; those marked [list] also take a list, whose product trains at once."""
 
-    # Minari id, directory of a Minari dataset, D4RL .hdf5 file, or a list of those
-    env: Union[List[str], str] = "mujoco/hopper/medium-v0"
+    # Minari id, directory of a Minari dataset, D4RL .hdf5 file, or a list of those;
+    # null: no data, only what is gathered online in eval_env
+    env: Union[List[str], str, None] = "mujoco/hopper/medium-v0"
     device: str = "auto"  # auto, cpu, cuda, cuda:N (CORL's default: cuda)
     seed: Union[int, List[int]] = 0  # Seed of initialization and training noise [list]
     eval_freq: int = 5000  # Updates between evaluations
@@ -119,9 +121,9 @@ class TrainConfig:
     name: str = "CQL"  # Run name, first part of the run directory's
     eval_seed: int = 0  # Seed of the evaluation episodes, the same for all runs
     offline_iterations: Optional[int] = None  # Another name for max_timesteps
-    online_iterations: int = 0  # Not yet: environment steps after offline
-    cql_alpha_online: Optional[float] = None  # Not yet: online penalty weight
-    mixing_ratio: float = -1.0  # Not yet: offline share of a batch; -1: one buffer
+    online_iterations: int = 0  # Environment steps after the offline updates
+    cql_alpha_online: Optional[float] = None  # cql_alpha of these; null: the same
+    mixing_ratio: float = -1.0  # Offline share of an online batch; -1: one buffer
     # Cal-QL: an episode of least rewards alone counts as going on so for ever
     is_sparse_reward: bool = False
     log_freq: int = 1000  # Updates between rows of metrics.csv
@@ -135,16 +137,14 @@ class TrainConfig:
     cql_backward_actions: int = 0  # Sampled actions to backpropagate through; 0: all
     precision: str = "fp32"  # Of matrix products: fp32, tf32 (GPU), bf16 (critics)
     cal_ql: bool = False  # Cal-QL: penalize no Q that is below the return-to-go
-    utd: int = 1  # Not yet: updates per environment step
-    record_dataset: Optional[str] = None  # Not yet: where to write the online episodes
+    utd: int = 1  # Updates per environment step
+    # Minari id or ./directory to write the online episodes to
+    record_dataset: Optional[str] = None
     # Processes that evaluate beside the training; null: on a GPU all cores but one
     eval_workers: Optional[int] = None
 
 
 SWEPT = ("seed", "cql_alpha", "cql_temp", "cql_target_action_gap")  # may be lists
-NOT_YET = (  # declared by the contract, refused until they do something
-    "online_iterations cql_alpha_online mixing_ratio utd record_dataset"
-).split()
 PENALTIES = ("logsumexp", "two_proposals", "policy_kl", "mean")  # conservative_gap
 # What a dataset of discrete actions does without.
 CONTINUOUS = (
@@ -154,9 +154,12 @@ CONTINUOUS = (
 ).split()
 RANGES = {  # lowest and highest value of the flags that have one
     (1, math.inf): "eval_freq n_episodes buffer_size batch_size target_update_period "
-    "cql_n_actions q_n_hidden_layers log_freq hidden_dim n_critics n_target_critics",
+    "cql_n_actions q_n_hidden_layers log_freq hidden_dim n_critics n_target_critics "
+    "utd",
     (0, math.inf): "max_timesteps offline_iterations alpha_multiplier policy_lr qf_lr "
-    "cql_alpha bc_steps cql_backward_actions eval_workers",
+    "cql_alpha bc_steps cql_backward_actions eval_workers online_iterations "
+    "cql_alpha_online",
+    (-1, 1): "mixing_ratio",
     (0, 1): "discount soft_target_update_rate",
     (0, 2**63 - 1): "seed eval_seed",
     (1e-8, math.inf): "cql_temp",
@@ -307,7 +310,7 @@ def layered_config(given: dict) -> Tuple[TrainConfig, Optional[dict]]:
 def validate(config: TrainConfig) -> None:
     """Raise UserError for values out of range and for flags that contradict."""
     ranges = {name: ends for ends, names in RANGES.items() for name in names.split()}
-    for name, field in FIELDS.items():
+    for name in FIELDS:
         value = getattr(config, name)
         values = value if isinstance(value, list) else [value]
         if "\0" in "".join(v for v in values if isinstance(v, str)):
@@ -315,8 +318,6 @@ def validate(config: TrainConfig) -> None:
         if not values or len(set(values)) < len(values):
             problem = "the same value twice" if values else "an empty list"
             raise UserError(f"--{name} {value}: {problem}")
-        if name in NOT_YET and value != field.default:
-            raise UserError(f"--{name} {value}: not yet implemented; leave it out")
         low, high = ranges.get(name, (-math.inf, math.inf))
         for number in (v for v in values if isinstance(v, (int, float))):
             if not low <= number <= high:
@@ -342,6 +343,24 @@ def validate(config: TrainConfig) -> None:
         raise UserError("--is_sparse_reward: needs a --discount below 1")
     if config.cql_clip_diff_min > config.cql_clip_diff_max:
         raise UserError("--cql_clip_diff_min is above --cql_clip_diff_max")
+    if -1 < config.mixing_ratio < 0:
+        raise UserError(f"--mixing_ratio {config.mixing_ratio}: must be -1 or in [0, 1]")
+    if config.env is None:
+        for name, wrong, hint in (
+            ("eval_env", config.eval_env is None, "an environment's id"),
+            ("online_iterations", config.online_iterations == 0, "above 0"),
+            ("max_timesteps", offline_updates(config) > 0, "0"),
+            ("normalize", config.normalize, "false"),
+        ):
+            if wrong:
+                raise UserError(f"--env null: without data --{name} must be {hint}")
+    if config.record_dataset is not None:
+        if not re.fullmatch(r"[./]*([-\w.]+/)*[-\w]+-v\d+", config.record_dataset):
+            raise UserError(f"--record_dataset {config.record_dataset}: must end in -v0")
+        if config.online_iterations == 0:
+            raise UserError("--record_dataset: needs --online_iterations above 0")
+        if recorded_directory(config).exists():
+            raise UserError(f"--record_dataset {config.record_dataset}: exists already")
     twice = config.offline_iterations is not None
     if twice and config.max_timesteps != FIELDS["max_timesteps"].default:
         raise UserError(
@@ -357,6 +376,18 @@ def validate(config: TrainConfig) -> None:
     for path in (config.checkpoints_path, config.resume):
         if path is not None and (not path or os.path.isfile(path)):
             raise UserError(f"{path!r} is not a directory to write runs in")
+
+
+def offline_updates(config: TrainConfig) -> int:
+    """Updates of the offline phase."""
+    given = config.offline_iterations
+    return config.max_timesteps if given is None else given
+
+
+def recorded_directory(config: TrainConfig) -> Path:
+    """Where record_dataset goes: a path that starts with . or /, or a Minari id."""
+    name = config.record_dataset
+    return Path(name) if name[0] in "./" else get_dataset_path(name)
 
 
 def product_of_runs(config: TrainConfig) -> List[dict]:
@@ -704,6 +735,14 @@ def minari_directory(name: str) -> Path:
     return directory
 
 
+def task_of(env_name: str) -> Task:
+    """The task of an environment without data. Raises UserError."""
+    env = make_env(Task("", [], []), env_name)
+    raw, flat_space = env.unwrapped.observation_space, env.observation_space
+    space = flat_space if isinstance(raw, gym.spaces.Box) else raw
+    return Task(serialize_space(space), **action_bounds(env.action_space))
+
+
 def check_episodes(name: str, episodes: List[Episode], task: Task) -> None:
     """Raise UserError unless the episodes fit the task, in bounds and finite."""
     low, high = np.array([task.action_low, task.action_high])
@@ -768,7 +807,8 @@ class Dataset:
         self.returns = np.array([e.total for e in episodes])
         whole = np.array([e.whole for e in episodes])
         self.returns = self.returns[whole] if whole.any() else self.returns
-        scale = reward_factor(self.returns if whole.any() else [], self.task, config)
+        whole_returns = self.returns if whole.any() else []
+        self.reward_factor = reward_factor(whole_returns, self.task, config)
 
         def joined(arrays) -> Tensor:
             array = np.concatenate(list(arrays)).astype(np.float32, copy=False)
@@ -777,7 +817,7 @@ class Dataset:
         self.observations = joined(e.observations for e in episodes)
         self.actions = joined(e.actions for e in episodes)
         rewards = joined(e.rewards for e in episodes)
-        self.rewards = rewards * scale * config.reward_scale + config.reward_bias
+        self.rewards = transformed(rewards, self.reward_factor, config)
         self.terminations = joined(e.terminations for e in episodes)
         self.mc_returns = None
         if config.cal_ql:
@@ -799,6 +839,10 @@ class Dataset:
         observations = self.observations[self.rows].double()
         return observations.mean(0), observations.std(0, correction=0) + 1e-3
 
+    def sample(self, rows: Tensor) -> Batch:
+        """Transitions at rows [R, B] in [0, 1) of the whole."""
+        return self.gather((rows * len(self)).long().clamp(max=len(self) - 1))
+
     def gather(self, indices: Tensor) -> Batch:
         """Transitions at indices [R, B]."""
         rows = self.rows[indices]
@@ -807,6 +851,11 @@ class Dataset:
         batch = self.observations[rows], actions, rewards, after, terminations
         mc_returns = self.mc_returns
         return Batch(*batch, None if mc_returns is None else mc_returns[indices])
+
+
+def transformed(rewards, factor: float, config: TrainConfig):
+    """Rewards as they are learned from."""
+    return rewards * factor * config.reward_scale + config.reward_bias
 
 
 def returns_to_go(rewards: np.ndarray, config: TrainConfig, worst: float) -> np.ndarray:
@@ -834,6 +883,84 @@ def reward_factor(returns, task: Task, config: TrainConfig) -> float:
     if len(returns) == 0 or np.ptp(returns) == 0:
         raise UserError("--normalize_reward: needs whole episodes of unequal returns")
     return 1000 / np.ptp(returns)
+
+
+class Replay:
+    """What updates draw from: the dataset, and on top of it each run's own online
+    transitions, of which the first in go first out."""
+
+    def __init__(self, config, data: Optional[Dataset], agent: "Agent", device="cpu"):
+        self.config, self.data = config, data
+        self.offline = 0 if data is None else len(data)
+        self.worst = -math.inf if data is None else float(data.rewards.min())
+        self.factor = 1.0 if data is None else data.reward_factor
+        lead = len(agent.runs), min(config.buffer_size, config.online_iterations)
+        shapes = (agent.observation_dim,), (agent.action_dim,), ()
+        shapes = [(*lead, *shape) for shape in (*shapes, shapes[0], (), ())]
+        self.own = Batch(*(torch.zeros(shape, device=device) for shape in shapes))
+        self.added = torch.zeros(lead[0], dtype=torch.long)  # in all
+        self.sizes = self.added.clone().to(device)  # present
+
+    def ready(self) -> bool:
+        """Whether there is a batch for every run."""
+        size = self.offline + int(self.added.min())
+        return size >= self.config.batch_size
+
+    def add(self, r: int, observations, actions, rewards, terminations) -> None:
+        """An episode of run r, or a part of one: [T + 1, O], [T, A], [T], [T]."""
+        rewards = transformed(np.asarray(rewards, float), self.factor, self.config)
+        returns = returns_to_go(rewards, self.config, self.worst)
+        whole = observations[:-1], actions, rewards, observations[1:], terminations
+        capacity, T = self.own.rewards.shape[1], len(rewards)
+        kept = slice(max(T - capacity, 0), T)
+        rows = (int(self.added[r]) + np.arange(T)[kept]) % capacity
+        for column, values in zip(self.own, (*whole, returns)):
+            values = torch.as_tensor(np.asarray(values, np.float32)[kept])
+            column[r, torch.as_tensor(rows)] = values.to(column.device)
+        self.added[r] += T
+        self.sizes[r] = min(int(self.added[r]), capacity)
+
+    def sample(self, rows: Tensor) -> Batch:
+        """Transitions at rows [R, B] in [0, 1); without online ones, the dataset's."""
+        if self.own.rewards.shape[1] == 0:
+            return self.data.sample(rows)
+        sizes, ratio = self.sizes.unsqueeze(1), self.config.mixing_ratio  # [R, 1]
+        if ratio < 0:  # one buffer, the dataset's rows first
+            total = self.offline + sizes
+            index = torch.minimum((rows * total).long(), total - 1)
+            own, mine, index = index >= self.offline, index - self.offline, index
+        else:
+            place = torch.arange(rows.shape[1], device=rows.device)
+            own = (place >= round(ratio * len(place))) & (sizes > 0)
+            own = own | torch.full_like(own, self.offline == 0)
+            mine = torch.minimum((rows * sizes).long(), sizes - 1)
+            index = (rows * self.offline).long()
+        run = torch.arange(len(rows), device=rows.device).unsqueeze(1)
+        found = Batch(*(column[run, mine.clamp(min=0)] for column in self.own))
+        if self.data is None:
+            return found
+        data = self.data.gather(index.clamp(max=self.offline - 1))
+        pairs = [(x, y) for x, y in zip(found, data) if y is not None]
+        masks = (own.unsqueeze(-1) if x.ndim == 3 else own for x, _ in pairs)
+        return Batch(*(torch.where(mask, *pair) for mask, pair in zip(masks, pairs)))
+
+    def state(self) -> dict:
+        """The online transitions, for a checkpoint."""
+        size = int(self.sizes.max())
+        own = [column[:, :size] for column in self.own]
+        return {"own": own, "added": self.added, "capacity": self.own.rewards.shape[1]}
+
+    def load(self, state: dict) -> None:
+        """Raises UserError where the capacity is smaller and not all fits."""
+        capacity, size = self.own.rewards.shape[1], state["own"][0].shape[1]
+        if capacity != state["capacity"] and int(state["added"].max()) > size:
+            raise UserError("the online buffer had overflowed: its size cannot change")
+        if size > capacity:
+            raise UserError(f"an online buffer of {capacity} for {size} transitions")
+        for column, saved in zip(self.own, state["own"]):
+            column[:, :size] = saved.to(column.device)
+        self.added = state["added"]
+        self.sizes.copy_(self.added.clamp(max=capacity))
 
 
 # ======================================================================================
@@ -1034,7 +1161,7 @@ class Noise(NamedTuple):
     uniforms: Tensor  # [R, B, K, A] in [-1, 1]
     offsets: Tensor  # [R, N, B] in [0, 1) of the sampled backward pass, else [R, 0, B]
     keys: Tensor  # [R, N], whose largest choose the target's critics, else [R, 0]
-    indices: Tensor  # [R, B] rows of the dataset
+    rows: Tensor  # [R, B] in [0, 1), float64: which transitions make the batch
 
 
 class Samples(NamedTuple):
@@ -1330,18 +1457,19 @@ class Agent(nn.Module):
         """Count and draw as a fresh run does, with the weights as they are."""
         self.step = 0
         self.generators = [seeded(run["seed"], 1, self.device) for run in self.runs]
+        self.explorers = [seeded(run["seed"], 2) for run in self.runs]
 
-    def draw(self, batch_size: int, size: int = 1, n: Optional[int] = None) -> Noise:
-        """Noise of an update on `size` transitions, or of n of them in a block [n, R,
-        ...]; run r draws from its own generator alone."""
+    def draw(self, batch_size: int, n: Optional[int] = None) -> Noise:
+        """Noise of an update, or of n of them in a block [n, R, ...]; run r draws from
+        its own generator alone."""
         draws = []
         for generator in self.generators:
             on = {"generator": generator, "device": self.device}
-            indices = torch.randint(size, (n or 1, batch_size), **on)
+            rows = torch.rand((n or 1, batch_size), dtype=torch.float64, **on)
             draw = self.draw_actions((n or 1, batch_size), on)
             subset = (self.config.n_target_critics or math.inf) < self.config.n_critics
             keys = torch.rand((n or 1, self.config.n_critics * subset), **on)
-            draws.append((*draw, keys, indices))
+            draws.append((*draw, keys, rows))
         block = Noise(*(torch.stack(draw, 1) for draw in zip(*draws)))
         return block if n else Noise(*(x[0] for x in block))
 
@@ -1410,9 +1538,9 @@ class Agent(nn.Module):
         return actions.reshape(*shape, self.action_dim).cpu().numpy()
 
     def get_extra_state(self) -> dict:
-        generators = [generator.get_state() for generator in self.generators]
-        optimizer = self.optimizer.state_dict()["state"]
-        return {"step": self.step, "optimizer": optimizer, "generators": generators}
+        names, optimizer = ("generators", "explorers"), self.optimizer.state_dict()
+        states = {k: [g.get_state() for g in getattr(self, k)] for k in names}
+        return {"step": self.step, "optimizer": optimizer["state"], **states}
 
     def set_extra_state(self, state: dict) -> None:
         """Copies into the live tensors; rebinding them would freeze what they feed."""
@@ -1422,7 +1550,9 @@ class Agent(nn.Module):
         for index, tensors in state["optimizer"].items():
             for name, tensor in tensors.items():
                 own[index][name].copy_(tensor)
-        for generator, saved in zip(self.generators, state["generators"]):
+        for generator, saved in zip(
+            self.generators + self.explorers, state["generators"] + state["explorers"]
+        ):
             if saved.shape == generator.get_state().shape:  # else another device kind
                 generator.set_state(saved)
 
@@ -1480,9 +1610,9 @@ class ContinuousCQL(Agent):
     def choose(self, observations: Tensor, deterministic: bool) -> Tensor:
         x, log_std = self.policy(observations)
         if not deterministic:
-            shape, on = x.shape[1:], {"device": x.device}
-            draws = [torch.randn(shape, generator=g, **on) for g in self.generators]
-            x = x + log_std.exp() * torch.stack(draws)
+            shape, kind = x.shape[1:], {"dtype": x.dtype}
+            draws = [torch.randn(shape, generator=g, **kind) for g in self.explorers]
+            x = x + log_std.exp() * torch.stack(draws).to(x.device)
         center = (self.action_high + self.action_low) / 2
         actions = center + (self.action_high - center) * x.tanh()
         return actions.clamp(self.action_low, self.action_high)
@@ -1604,12 +1734,12 @@ def capture(function: Callable[[], None]) -> Callable[[], None]:
 
 
 class Updater:
-    """Updates the agent with batches of a dataset. On a GPU the whole of it, from the
+    """Updates the agent with batches of the data. On a GPU the whole of it, from the
     choice of the batch to the sums of the metrics, is one CUDA graph for each stage."""
 
     WARM_UP = 3  # eager updates before a capture, as PyTorch asks for
 
-    def __init__(self, agent: Agent, data: Dataset, metrics: "Metrics"):
+    def __init__(self, agent: Agent, data: Union[Dataset, Replay], metrics: "Metrics"):
         self.agent, self.data, self.metrics = agent, data, metrics
         on_gpu = torch.device(agent.device).type == "cuda"
         self.captures, self.block = on_gpu, 32 if on_gpu else 1  # updates drawn at once
@@ -1620,7 +1750,7 @@ class Updater:
     def refill(self) -> None:
         """Draw a block's noise, into the same memory each time."""
         self.before = [generator.get_state() for generator in self.agent.generators]
-        noise = self.agent.draw(self.agent.config.batch_size, len(self.data), self.block)
+        noise = self.agent.draw(self.agent.config.batch_size, self.block)
         if self.noise is None:
             self.noise = noise
         for old, new in zip(self.noise, noise):
@@ -1631,7 +1761,7 @@ class Updater:
     def body(self) -> None:
         """One update without host state, so that it can be replayed."""
         noise = Noise(*(x.index_select(0, self.cursor).squeeze(0) for x in self.noise))
-        batch = self.agent.prepare(self.data.gather(noise.indices))
+        batch = self.agent.prepare(self.data.sample(noise.rows))
         self.metrics.add(self.agent.learn(batch, noise))
         self.cursor += 1
 
@@ -1702,8 +1832,9 @@ def make_env(task: Task, eval_env: Optional[str] = None) -> gym.Env:
             env = gym.make(name, disable_env_checker=True, **kwargs)
             check_spaces(env.observation_space, env.action_space)
             if not isinstance(env.observation_space, gym.spaces.Box):
-                space = recorded_space(task.observation_space)  # parts by their names
-                space = env.observation_space if space.shape else space
+                space = env.observation_space
+                if "subspaces" in task.observation_space:
+                    space = recorded_space(task.observation_space)  # parts by names
                 gym.spaces.flatten(space, env.observation_space.sample())
                 env = gym.wrappers.TransformObservation(
                     env,
@@ -1714,6 +1845,13 @@ def make_env(task: Task, eval_env: Optional[str] = None) -> gym.Env:
         where = f"--eval_env {name}" if eval_env else f"environment {name} (--eval_env)"
         raise UserError(f"{where} cannot be made: {brief(error)}") from None
     return env
+
+
+def limit_of(task: Task, config: TrainConfig) -> Optional[int]:
+    """The time limit of an environment without one, whose episode might never end: the
+    data's longest."""
+    spec = make_env(task, config.eval_env).spec
+    return task.longest if spec is None or spec.max_episode_steps is None else None
 
 
 class Simulator:
@@ -1732,8 +1870,9 @@ class Simulator:
         return self.envs[r, i].reset(seed=seed)[0].ravel()
 
     def episodes(self, act, alive, seeds: List[int], noted=()):
-        """Undiscounted returns and lengths, [R, n] each, of an episode of each live run
-        from each seed; None if interrupted."""
+        """Undiscounted returns, lengths and successes (NaN where the environment tells
+        none), [R, n] each, of an episode of each live run from each seed; None if
+        interrupted."""
         shape, n = (len(alive), len(seeds)), len(seeds)
         observations = np.zeros((*shape, self.task.observation_dim))
         rows = [*observations.reshape(len(alive) * n, -1)]  # views
@@ -1743,19 +1882,28 @@ class Simulator:
         steps = {j: self.envs[divmod(j, n)].step for j in running}
         action_shape = self.task.action_shape
         returns, lengths, t = [0.0] * len(rows), [0] * len(rows), 0
+        successes = [math.nan] * len(rows)
         while running:
             if noted:
                 return None
             actions = act(observations).reshape(-1, *action_shape)
             t += 1
             for j in running.copy():
-                observation, reward, ended, cut, _ = steps[j](actions[j])
+                observation, reward, ended, cut, info = steps[j](actions[j])
                 rows[j][:] = observation.ravel()
                 returns[j] += float(reward)
+                if info:
+                    successes[j] = succeeded(info, successes[j])
                 if ended or cut:
                     lengths[j] = t
                     running.remove(j)
-        return np.reshape(returns, shape), np.reshape(lengths, shape)
+        return [np.reshape(x, shape) for x in (returns, lengths, successes)]
+
+
+def succeeded(info: dict, before: float) -> float:
+    """1 once an episode's info has told of success, 0 if it tells of none, else NaN."""
+    told = info.get("success", info.get("is_success"))
+    return before if told is None else float(bool(told) or before == 1)
 
 
 def serve(*arguments) -> None:
@@ -1792,9 +1940,7 @@ class Evaluator:
                 f" do not match the data's {task.observation_dim} observations and "
                 f"actions in {[*expected]}"
             )
-        # Without a time limit an episode might never end: the data's longest is one.
-        endless = env.spec is None or env.spec.max_episode_steps is None
-        arguments = task, config, task.longest if endless else None
+        arguments = task, config, limit_of(task, config)
         self.reference = None  # returns scored 0 and 100
         self.pending, self.simulator = None, Simulator(*arguments)
         n_workers = config.eval_workers
@@ -1814,20 +1960,22 @@ class Evaluator:
         act, seeds = agent.on_host(), [int(state[0]) for state in states]
         shares = [(act, alive, seeds[w::n_workers]) for w in range(n_workers)]
         pairs = zip(self.workers, shares)
-        futures = [worker.submit(served, *share) for worker, share in pairs]
-        if not futures:
-            futures = [Future()]
-            try:
-                result = self.simulator.episodes(act, alive, seeds, noted)
-                futures[0].set_result(result)
-            except Exception as error:
-                futures[0].set_exception(error)
+        here = Future()
+        try:
+            futures = [worker.submit(served, *share) for worker, share in pairs]
+            if not futures:
+                here.set_result(self.simulator.episodes(act, alive, seeds, noted))
+        except Exception as error:  # `finish` will raise it
+            here.set_exception(error)
+            futures = []
+        futures = futures or [here]
         self.pending = step, alive, futures
 
     def finish(self, wait: bool):
         """The pending evaluation's step, [R] whether a run was alive, and undiscounted
-        returns and lengths, [R, n_episodes] each. None if there is none, if it was
-        interrupted, or if it is not done and `wait` is not set. Raises MachineError."""
+        returns, lengths and successes, [R, n_episodes] each. None if there is none, if
+        it was interrupted, or if it is not done and `wait` is not set. Raises
+        MachineError."""
         if self.pending is None:
             return None
         step, alive, futures = self.pending
@@ -1843,7 +1991,7 @@ class Evaluator:
             ) from None
         if parts[0] is None:
             return None
-        results = np.empty((2, len(alive), self.config.n_episodes))
+        results = np.empty((3, len(alive), self.config.n_episodes))
         for w, part in enumerate(parts):
             results[:, :, w::n] = part
         return step, alive, *results
@@ -1852,6 +2000,168 @@ class Evaluator:
         """Let the workers go, whatever they are at."""
         for worker in self.workers:
             worker.shutdown(wait=False, cancel_futures=True)
+
+
+class Online:
+    """The online phase: an environment for each run. An episode enters the replay when
+    it ends, since its return-to-go (Cal-QL) is known only then."""
+
+    def __init__(self, task: Task, config: TrainConfig, agent: Agent, replay: Replay):
+        n = len(agent.runs)
+        self.config, self.agent, self.replay, self.task = config, agent, replay, task
+        self.simulator = Simulator(task, config, limit_of(task, config))
+        self.started, self.begun = False, [0] * n  # episodes
+        self.steps = [[] for _ in range(n)]  # of the episode in progress
+        self.observations = np.zeros((n, 1, task.observation_dim))
+        self.success = [math.nan] * n
+        self.finished = [[] for _ in range(n)]  # returns and successes since a row
+        self.totals = np.zeros((n, 2))  # episodes, and the sum of their returns
+        self.recorded = []
+
+    def act(self) -> np.ndarray:
+        """Actions [R, A] of the policy, sampled; uniform while there is no batch."""
+        if self.replay.ready():
+            return self.agent.act(self.observations, deterministic=False)[:, 0]
+        low, high = np.array([self.task.action_low, self.task.action_high])
+        shape = (len(low),)
+        draws = [torch.rand(shape, generator=g).numpy() for g in self.agent.explorers]
+        return low + (high - low) * np.stack(draws)
+
+    def start(self) -> None:
+        """What changes for the agent with the phase."""
+        self.started = True
+        if self.config.cql_alpha_online is not None:
+            self.agent.sweep.cql_alpha.fill_(self.config.cql_alpha_online)
+
+    def step(self, alive) -> None:
+        """One environment step of every live run. Raises MachineError."""
+        try:
+            if not self.started:
+                self.start()
+            for r in np.flatnonzero(alive).tolist():
+                if not self.steps[r]:
+                    seed = self.agent.runs[r]["seed"]
+                    sequence = np.random.SeedSequence([seed, 3, self.begun[r]])
+                    seed = int(sequence.generate_state(1)[0])
+                    self.observations[r, 0] = self.simulator.reset(r, 0, seed)
+                    self.begun[r] += 1
+                    self.success[r] = math.nan
+            actions = self.act().astype(np.float32)
+            for r in np.flatnonzero(alive).tolist():
+                self.step_one(r, actions[r])
+        except Exception as error:
+            reason = f"{type(error).__name__}: {brief(error)}"
+            raise MachineError(f"the environment failed: {reason}") from None
+
+    def step_one(self, r: int, action: np.ndarray) -> None:
+        shape = self.task.action_shape
+        action_in = action if shape is None else action.reshape(shape)
+        result = self.simulator.envs[r, 0].step(action_in)
+        observation, reward, ended, cut, info = result
+        before = self.observations[r, 0].copy()
+        self.steps[r].append((before, action, float(reward), bool(ended)))
+        self.observations[r, 0] = observation.ravel()
+        self.success[r] = succeeded(info, self.success[r])
+        if ended or cut:
+            self.end(r)
+
+    def partial(self, r: int) -> tuple:
+        """The episode in progress: [T + 1, O], [T, A], [T], [T]."""
+        observations, actions, rewards, terminations = zip(*self.steps[r])
+        observations = np.stack([*observations, self.observations[r, 0]])
+        return observations, np.stack(actions), np.array(rewards), np.array(terminations)
+
+    def end(self, r: int) -> None:
+        episode = self.partial(r)
+        self.keep(r, *episode)
+        total = float(episode[2].sum())
+        self.finished[r].append((total, self.success[r]))
+        self.totals[r] += 1, total
+        self.steps[r] = []
+
+    def keep(self, r: int, *episode) -> None:
+        """Into the replay, and into what record_dataset will write."""
+        self.replay.add(r, *episode)
+        if self.config.record_dataset is not None:
+            self.recorded.append([torch.as_tensor(array) for array in episode])
+
+    def metrics(self, r: int, reference, reset: bool) -> Dict[str, float]:
+        """Of the episodes that ended since the last row, and regret since the start:
+        how far the mean score of all of them is from 100, as a share of it."""
+        returns, successes = zip(*self.finished[r]) if self.finished[r] else ((), ())
+        mean = float(np.mean(returns)) if returns else math.nan
+        count, total = self.totals[r]
+        score = normalized_score(total / count, reference) if count else math.nan
+        self.finished[r] = [] if reset else self.finished[r]
+        return {
+            "train_return": mean,
+            "train_score": normalized_score(mean, reference),
+            "train_success": float(np.mean(successes)) if returns else math.nan,
+            "train_regret": 1 - score / 100,
+        }
+
+    def state(self) -> dict:
+        partial = [
+            [torch.as_tensor(x) for x in self.partial(r)] if steps else None
+            for r, steps in enumerate(self.steps)
+        ]
+        saved = {"finished": self.finished, "totals": self.totals.tolist()}
+        saved |= {"begun": self.begun, "recorded": self.recorded, "partial": partial}
+        saved["started"] = self.started
+        return {**saved, "replay": self.replay.state()}
+
+    def load(self, state: dict) -> None:
+        """Episodes that were in progress end where the checkpoint found them."""
+        if state["started"]:
+            self.start()
+        self.replay.load(state["replay"])
+        self.begun, self.finished = state["begun"], state["finished"]
+        self.totals, self.recorded = np.array(state["totals"]), state["recorded"]
+        for r, episode in enumerate(state["partial"]):
+            if episode is not None:
+                self.keep(r, *(array.numpy() for array in episode))
+
+    def write(self, reference) -> None:
+        """Write the recorded episodes as a Minari dataset. Raises MachineError."""
+        path = recorded_directory(self.config).resolve()
+        root = path.parent if self.config.record_dataset[0] in "./" else None
+        env = self.simulator.envs[0, 0]
+        buffers = []
+        for observations, actions, rewards, ended in self.recorded:
+            cut = torch.zeros_like(ended)
+            cut[-1] = not ended[-1]
+            rest = {"terminations": ended.numpy(), "truncations": cut.numpy()}
+            shape = (-1, *(self.task.action_shape or actions.shape[1:]))
+            columns = {"observations": observations.numpy().astype(np.float32)}
+            columns |= {"actions": actions.reshape(shape).numpy()}
+            columns |= {"rewards": rewards.numpy(), "infos": {}}
+            buffers.append(EpisodeBuffer(**columns, **rest))
+        before = os.environ.get("MINARI_DATASETS_PATH")
+        try:
+            if root is not None:
+                root.mkdir(parents=True, exist_ok=True)
+                os.environ["MINARI_DATASETS_PATH"] = str(root)
+            low, high = reference or (None, None)
+            space = gym.spaces.Box(-np.inf, np.inf, columns["observations"].shape[1:])
+            with quiet():
+                minari.create_dataset_from_buffers(
+                    path.name if root is not None else self.config.record_dataset,
+                    buffers,
+                    env=env.spec,
+                    observation_space=space,
+                    action_space=env.action_space,
+                    ref_min_score=low,
+                    ref_max_score=high,
+                    algorithm_name="CQL, cql.py",
+                )
+        except Exception as error:
+            raise MachineError(f"could not write {path}: {brief(error)}") from None
+        finally:
+            os.environ.pop("MINARI_DATASETS_PATH", None)
+            if before is not None:
+                os.environ["MINARI_DATASETS_PATH"] = before
+        steps = sum(len(episode[2]) for episode in self.recorded)
+        say(f"recorded: {len(buffers)} episodes, {steps:,} steps, in {path}")
 
 
 def reference_returns(task: Task, env_name: str) -> Optional[List[float]]:
@@ -1885,7 +2195,7 @@ def normalized_score(returns, reference) -> float:
 # Logging and checkpoints
 # ======================================================================================
 
-VERSION = 2  # of the checkpoint's layout
+VERSION = 3  # of the checkpoint's layout
 
 
 def save_checkpoint(path: Path, payload: dict) -> None:
@@ -1972,8 +2282,9 @@ class Table:
     def __init__(self, directory: Optional[Path], name: str):
         self.path = directory and directory / name
 
-    def keep(self, last: int) -> List[dict]:
-        """Drop the rows of steps after `last` and a torn line; return the others."""
+    def keep(self, last: int, columns: Tuple[str, ...] = ()) -> List[dict]:
+        """Drop the rows of steps after `last` and a torn line, and add columns that are
+        new; return the rows left."""
         if self.path is None or not self.path.exists():
             return []
         header, *lines = self.path.read_text().splitlines(keepends=True) or [""]
@@ -1983,6 +2294,10 @@ class Table:
         whole = [None not in row.values() and int(row["step"]) <= last for row in rows]
         temporary = self.path.with_suffix(".tmp")
         lines = list(itertools.compress(lines, whole))
+        if columns and not header.endswith(",".join(("", *columns)) + "\n"):
+            empty = "," * len(columns)
+            header = header.rstrip() + empty[:1] + ",".join(columns) + "\n"
+            lines = [line.rstrip() + empty + "\n" for line in lines]
         temporary.write_text("".join([header, *lines] if lines else []))
         os.replace(temporary, self.path)
         return list(itertools.compress(rows, whole))
@@ -2091,7 +2406,8 @@ def run_directory(config: TrainConfig) -> Optional[Path]:
     """The run's directory: `resume`'s, or a new one under checkpoints_path."""
     if config.resume or config.checkpoints_path is None:
         return config.resume and Path(config.resume)
-    names = config.env if isinstance(config.env, list) else [config.env]
+    names = config.env or config.eval_env
+    names = names if isinstance(names, list) else [names]
     names = (re.sub(r"\.hdf5$|^[./]+", "", name).split("/") for name in names)
     label = "+".join("-".join(parts[-3:]) for parts in names)
     safe = re.sub(r"[^\w.+-]+", "-", f"{config.name}-{label}").strip(".-")[:120]
@@ -2144,14 +2460,21 @@ class Run:
 
     CHECKPOINT_SECONDS = 300
     SAVED = ("step", "evaluated", "diverged", "warned")
+    ONLINE = {  # the last columns, where there is an online phase
+        "metrics": ("train_return", "train_score", "train_success", "train_regret"),
+        "evaluations": ("success_rate", "eval_regret"),
+    }
 
     def __init__(self, config, agent, task: Task, data, evaluator, directory):
         self.config, self.agent, self.task = config, agent, task
         self.evaluator, self.directory = evaluator, directory
         self.q_range = data.q_range if data else math.inf
         self.transitions = len(data) if data else 0
-        self.metrics = Metrics()
-        self.updater = Updater(agent, data, self.metrics)
+        self.metrics, self.online = Metrics(), None
+        replay = Replay(config, data, agent, agent.device)
+        self.updater = Updater(agent, replay, self.metrics)
+        if config.online_iterations > 0:
+            self.online = Online(task, config, agent, replay)
         self.step, self.evaluated = 0, -1
         self.diverged = [-1] * len(agent.runs)  # update by which a run went non-finite
         self.warned = [False] * len(agent.runs)  # of Q running away
@@ -2168,18 +2491,23 @@ class Run:
             if self.metrics.sums is not None:
                 self.metrics.sums = self.metrics.sums.to(self.agent.device)
             self.updater.load(checkpoint["updater"])
+            if checkpoint["online"] is not None and self.online is not None:
+                self.online.load(checkpoint["online"])
         self.logged_step, self.tables, kept = self.step, {}, {}
         freqs = {"metrics": "log_freq", "evaluations": "eval_freq", "timing": "log_freq"}
         for name, freq in freqs.items():
             # A last row between two regular ones goes when the run is made longer.
             extra = total > self.step and self.step % every[freq] > 0
+            if name == "evaluations" and self.step == offline_updates(self.config):
+                extra = False  # the offline phase's last one stays
             self.tables[name] = Table(self.directory, f"{name}.csv")
             # So does one whose evaluation the checkpoint does not know to be done.
             again = self.evaluated < self.step and (
                 name == "evaluations" or self.metrics.count > 0
             )
             last = self.step - (extra or again) if checkpoint else -1
-            kept[name] = self.tables[name].keep(last)
+            columns = self.ONLINE.get(name, ()) if self.online else ()
+            kept[name] = self.tables[name].keep(last, columns)
         self.evaluations = kept["evaluations"]
         if self.directory is not None:
             config = {**dataclasses.asdict(self.config), "resume": None}
@@ -2189,6 +2517,16 @@ class Run:
             if Path(__file__).resolve() != (self.directory / "cql.py").resolve():
                 shutil.copyfile(__file__, self.directory / "cql.py")
         self.wandb = WandbLogger(self.config, self.directory, self.agent.runs, ids)
+
+    def advance(self, offline: int) -> None:
+        """An update, or online a step of the environments and utd updates."""
+        n = 1
+        if self.step >= offline:
+            self.online.step(self.alive())
+            n = self.config.utd if self.updater.data.ready() else 0
+        for _ in range(n):
+            self.updater()
+        self.step += 1
 
     def alive(self) -> np.ndarray:
         """[R] bool: the runs that have not diverged."""
@@ -2209,18 +2547,20 @@ class Run:
 
     def log(self, reset: bool = True) -> None:
         """A row of metrics.csv per live run: means since the last regular one."""
-        rows = self.check_finite()
+        rows, reference = self.check_finite(), self.reference()
+        for r, row in rows.items() if self.online else ():
+            row.update(self.online.metrics(r, reference, reset))
         table = [{"step": self.step, "run": r, **row} for r, row in rows.items()]
         self.tables["metrics"].append(table)
         self.wandb.log(self.step, rows)
-        for r, row in rows.items():
+        for r, row in rows.items() if self.metrics.count else ():
             self.warn_of_drift(r, row)
         now = time.monotonic()
         rate = (self.step - self.logged_step) / max(now - self.logged_at, 1e-9)
         timing = {"seconds": now - self.started, "updates_per_s": rate, **self.seconds}
         self.tables["timing"].append([{"step": self.step, **timing}])
         self.logged_at, self.logged_step = now, self.step
-        if reset:
+        if reset and self.metrics.sums is not None:
             self.metrics.sums.zero_()
             self.metrics.count = 0
 
@@ -2259,7 +2599,7 @@ class Run:
         self.evaluated, alive, *results = done
         step, rows, table = self.evaluated, {}, []
         for r in np.flatnonzero(alive).tolist():
-            returns, lengths = results[0][r], results[1][r]
+            returns, lengths, successes = (result[r] for result in results)
             rows[r] = {
                 "return_mean": float(returns.mean()),
                 "return_std": float(returns.std()),
@@ -2268,12 +2608,15 @@ class Run:
                     returns, self.evaluator.reference
                 ),
             }
+            if self.online:
+                rows[r] |= self.online_results(r, step, rows[r], successes)
             keys = {"step": step, "run": r, **self.agent.runs[r]}
             table.append({**keys, "episodes": len(returns), **rows[r]})
         self.tables["evaluations"].append(table)
         self.evaluations += table
         if self.evaluator.reference is None:
-            rows = {r: {k: row[k] for k in list(row)[:-1]} for r, row in rows.items()}
+            for row in rows.values():
+                del row["d4rl_normalized_score"]
         self.wandb.log(self.step, rows)
         returns = [f"{e['return_mean']:.0f} +- {e['return_std']:.0f}" for e in table]
         scores = [e["d4rl_normalized_score"] for e in table]
@@ -2283,6 +2626,20 @@ class Run:
             text += f" (mean {np.mean(scores):.1f})" if len(scores) > 1 else ""
         say(text)
         self.checkpoint()
+
+    def reference(self):
+        """Returns scored 0 and 100, if known."""
+        return self.evaluator.reference if self.evaluator else self.task.reference
+
+    def online_results(self, r: int, step: int, row: dict, successes) -> dict:
+        """Success rate, and how far the mean score of the online phase is from 100, as a
+        share of it."""
+        first, column = offline_updates(self.config), "d4rl_normalized_score"
+        mine = [e for e in self.evaluations if int(e["run"]) == r]
+        scores = [float(e[column] or "nan") for e in mine if int(e["step"]) > first]
+        scores += [row[column]] * (step > first)
+        regret = 1 - float(np.mean(scores)) / 100 if scores else math.nan
+        return {"success_rate": float(successes.mean()), "eval_regret": regret}
 
     def checkpoint(self) -> None:
         """Write checkpoint.pt. A diverged run keeps its last finite state there; when
@@ -2300,7 +2657,8 @@ class Run:
             "config": dataclasses.asdict(self.config),
             "task": dataclasses.asdict(self.task),
             "agent": self.agent.state_dict(),
-            "phase": "offline",
+            "phase": "online" if self.online and self.online.started else "offline",
+            "online": self.online.state() if self.online else None,
             "metrics": vars(self.metrics),
             "updater": self.updater.state(),
             "transitions": self.transitions,
@@ -2383,38 +2741,57 @@ def describe(config, task: Task, data: Optional[Dataset], evaluator) -> None:
         say("checkpoints_path is null: nothing will be written")
 
 
-def train(config: TrainConfig, checkpoint: Optional[dict] = None) -> int:
-    """Train every run of the config from the checkpoint on; returns the exit status."""
-    keep_freed_memory()
-    device = pick_device(config.device, config.precision)
-    total = config.offline_iterations
-    total = config.max_timesteps if total is None else total
-    latest = Path(config.resume or "", "checkpoint.pt")
-    resumed = bool(checkpoint and config.resume and Path(checkpoint["path"]) == latest)
-    if resumed and checkpoint["step"] > total:
-        raise UserError(f"--max_timesteps {total}: the run is at {checkpoint['step']}")
+def load(config: TrainConfig, checkpoint: Optional[dict], resumed: bool, device):
+    """Data (None where none is needed), task, evaluator (None without an environment)
+    and agent, as the checkpoint has it. Raises UserError."""
     same = checkpoint and checkpoint["config"]["env"] == config.env
-    data = None if same and total == 0 else Dataset(config, device)
-    if resumed and data and checkpoint["transitions"] != len(data):
-        was = checkpoint["transitions"]
-        raise UserError(
-            f"--env {config.env}: {len(data)} transitions; the run had {was}"
-        )
-    task = data.task if data else Task(**checkpoint["task"])
-    evaluator, n_runs = None, len(product_of_runs(config))
-    if task.env_id or config.eval_env:
-        evaluator = Evaluator(task, config, device)
+    nothing = same and offline_updates(config) == config.online_iterations == 0
+    if config.env is None or nothing:
+        data = None
+        task = Task(**checkpoint["task"]) if checkpoint else task_of(config.eval_env)
+    else:
+        data = Dataset(config, device)
+        task = data.task
+        if resumed and checkpoint["transitions"] != len(data):
+            was = f"{len(data)} transitions; the run had {checkpoint['transitions']}"
+            raise UserError(f"--env {config.env}: {was}")
+    has_env = task.env_id or config.eval_env
+    evaluator = Evaluator(task, config, device) if has_env else None
+    if config.online_iterations > 0:
+        if evaluator is None:
+            raise UserError("--online_iterations: no environment; name an --eval_env")
+        if task.discrete:
+            raise UserError("--online_iterations: not yet for discrete actions")
     statistics = data.statistics() if data and config.normalize else (0.0, 1.0)
     agent = make_agent(config, task, device, *statistics)
-    bounds = task.action_low, task.action_high
     if checkpoint:
+        bounds = task.action_low, task.action_high
         old = checkpoint["task"]["action_low"], checkpoint["task"]["action_high"]
         if old != bounds:
             raise UserError(f"--load_model: action bounds {old}, the data's {bounds}")
         load_agent(agent, checkpoint)
         if not resumed:
             agent.restart()
-    directory = run_directory(config)
+    return data, task, evaluator, agent
+
+
+def train(config: TrainConfig, checkpoint: Optional[dict] = None) -> int:
+    """Train every run of the config from the checkpoint on; returns the exit status."""
+    keep_freed_memory()
+    device = pick_device(config.device, config.precision)
+    offline = offline_updates(config)
+    total = offline + config.online_iterations
+    latest = Path(config.resume or "", "checkpoint.pt")
+    resumed = bool(checkpoint and config.resume and Path(checkpoint["path"]) == latest)
+    if resumed and checkpoint["step"] > total:
+        raise UserError(f"--max_timesteps {total}: the run is at {checkpoint['step']}")
+    if resumed and checkpoint["phase"] == "online":
+        before = offline_updates(TrainConfig(**checkpoint["config"]))
+        if offline != before:
+            where = f"--max_timesteps {offline}"
+            raise UserError(f"{where}: the run is online since {before}")
+    data, task, evaluator, agent = load(config, checkpoint, resumed, device)
+    directory, n_runs = run_directory(config), len(agent.runs)
     hidden = not sys.stderr.isatty()
     look = {"unit": "update", "disable": hidden, "leave": False, "dynamic_ncols": True}
     with locked(directory), noted_signals() as noted, tqdm(total=total, **look) as bar:
@@ -2431,19 +2808,21 @@ def train(config: TrainConfig, checkpoint: Optional[dict] = None) -> int:
         bar.initial = bar.n = run.step
         plural = f"{n_runs} runs" if n_runs > 1 else "1 run"
         where = f", in {directory}" if directory else ""
-        say(f"training {plural} on {device}{where}, updates {run.step:,} to {total:,}")
+        more = f", online after {offline:,}" if run.online else ""
+        more = f"updates {run.step:,} to {total:,}{more}"
+        say(f"training {plural} on {device}{where}, {more}")
         try:
             while run.alive().any():
-                regular = run.step and run.step % config.eval_freq == 0
-                if (regular or run.step == total) and run.evaluated != run.step:
+                due = run.step and run.step % config.eval_freq == 0
+                due = due or run.step in (offline, total)
+                if due and run.evaluated != run.step:
                     if run.step == total and run.metrics.count:
                         run.log(reset=False)
                     run.evaluate(noted)
                 run.collect(wait=run.step == total)
                 if noted or run.step == total:
                     break
-                run.updater()
-                run.step += 1
+                run.advance(offline)
                 bar.update()
                 if run.step % config.log_freq == 0:
                     run.log()
@@ -2455,6 +2834,8 @@ def train(config: TrainConfig, checkpoint: Optional[dict] = None) -> int:
                 more = f"; --resume {directory} goes on" if directory else ""
                 say(f"interrupted at update {run.step:,}{more}")
                 return 128 + noted[0]
+            if config.record_dataset is not None:
+                run.online.write(run.reference())
             run.summary()
         finally:
             run.wandb.finish()

@@ -347,16 +347,17 @@ def transitions(*shape: int, seed: int = 1, observation_dim=OBS, action_dim=ACT)
     )
 
 
-def rows(data: cql.Batch, indices) -> cql.Batch:
-    """The transitions of one-dimensional data at indices [R, B]."""
+def rows(data: cql.Batch, fractions) -> cql.Batch:
+    """The transitions of one-dimensional data at fractions [R, B] of its length."""
+    indices = (fractions * len(data.rewards)).long()
     return cql.Batch(*(array[indices] for array in data))
 
 
 def train(agent, data: cql.Batch, n_updates: int, batch_size: int = 8):
     """Updates as the script makes them: indices and noise from each generator."""
     for _ in range(n_updates):
-        noise = agent.draw(batch_size, len(data[2]))
-        metrics = agent.update(rows(data, noise.indices), noise)
+        noise = agent.draw(batch_size)
+        metrics = agent.update(rows(data, noise.rows), noise)
     return metrics
 
 

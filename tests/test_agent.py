@@ -200,7 +200,7 @@ def test_noise_and_initialization_depend_on_the_seed_alone():
     drawn = []
     for agent in agents:
         observations = np.ones((len(agent.log_alpha), 2, OBS))
-        draws = [*agent.draw(5, 1000)]
+        draws = [*agent.draw(5)]
         draws.append(agent.act(observations, False))
         drawn.append([np.asarray(draw) for draw in draws])
     for a, r, seed in ((0, 0, 7), (1, 2, 7), (2, 0, 7), (2, 1, 7), (0, 1, 8), (1, 0, 8)):
@@ -232,7 +232,11 @@ def test_uniform_actions_fill_the_box():
 
 def test_indices_are_uniform_over_the_data():
     """First and last transition included, nothing beyond."""
-    counts = tiny_agent(seed=[0, 1]).draw(7000, 7).indices
+    fractions = tiny_agent(seed=[0, 1]).draw(7000).rows
+    assert (
+        fractions.dtype == torch.float64 and 0 <= fractions.min() < fractions.max() < 1
+    )
+    counts = (7 * fractions).long()
     assert counts.shape == (2, 7000)
     for run in counts:
         assert ((run.bincount() - 1000).abs() < 150).all() and len(run.bincount()) == 7
@@ -366,10 +370,10 @@ def test_state_holds_generators_optimizer_step_and_statistics():
     agent = tiny_agent(seed=[0, 1])
     train(agent, transitions(64), 2)
     state = saved(agent)
-    first = agent.draw(3, 100)
+    first = agent.draw(3)
     agent.draw(3)
     agent.load_state_dict(state)
-    assert all(map(torch.equal, first, agent.draw(3, 100)))
+    assert all(map(torch.equal, first, agent.draw(3)))
     statistics = {"observation_mean", "observation_std", "action_low", "action_high"}
     assert statistics <= set(state) and agent.step == 2
 
@@ -531,8 +535,8 @@ def test_update_on_a_gpu_never_waits_and_equals_the_cpu(flags):
     """CUDA's own watch for synchronization; batched products against the loop."""
     config, data = tiny(seed=[0, 1], **flags), transitions(64)
     agents = [cql.ContinuousCQL(config, OBS, ACT, device) for device in ("cpu", "cuda")]
-    noise = agents[0].draw(8, 64)
-    batch = rows(data, noise.indices)
+    noise = agents[0].draw(8)
+    batch = rows(data, noise.rows)
     agents[1].load_state_dict(saved(agents[0]))
     for agent in agents:
         there = [[array.to(agent.device) for array in x] for x in (batch, noise)]

@@ -93,7 +93,6 @@ FLAGS = {
     "eval_workers": (None, "beside the training"),
 }
 LISTS = {"env", "seed", "cql_alpha", "cql_temp", "cql_target_action_gap"}
-NOT_YET = set(getattr(cql, "NOT_YET", ()))
 
 
 def parsed(argv):
@@ -159,18 +158,7 @@ def test_every_flag_is_read():
                 read.add(node.attr)
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "get":
             read |= {getattr(argument, "value", None) for argument in node.args}
-    assert set(FLAGS) - read - set(cql.SWEPT) - NOT_YET == set()
-
-
-@pytest.mark.parametrize("flag", sorted(NOT_YET) or ["none"])
-def test_a_flag_that_does_nothing_yet_is_refused(flag, refused):
-    if flag == "none":
-        assert not NOT_YET
-        return
-    values = {"penalty": "mean", "cql_alpha_online": 5}
-    default = FLAGS[flag][0]
-    value = values.get(flag, not default if isinstance(default, bool) else 2)
-    refused(None, f"--{flag}", "not yet", **{flag: value})
+    assert set(FLAGS) - read - set(cql.SWEPT) == set()
 
 
 @pytest.mark.parametrize(
@@ -446,14 +434,9 @@ def test_corl_s_files_load_unchanged(file, refused):
         assert getattr(config, flag) == value, flag
     if torch.cuda.is_available():
         pytest.skip("the file's device exists here")
-    waiting = [
-        flag for flag in NOT_YET & values.keys() if values[flag] != FLAGS[flag][0]
-    ]
-    reason = ["not yet"] if waiting else ["--device cpu"]
-    refused(["--config_path", file], *reason)
+    refused(["--config_path", file], "--device cpu")
 
 
-@pytest.mark.skipif("mixing_ratio" in NOT_YET, reason="not yet")
 @pytest.mark.parametrize(
     "flag, value", [("mixing_ratio", 0.5), ("is_sparse_reward", True)]
 )

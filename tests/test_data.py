@@ -37,7 +37,7 @@ def load(env, **flags):
 def everything(dataset):
     """All transitions, in order, as arrays [n, ...]."""
     batch = dataset.gather(torch.arange(len(dataset)).unsqueeze(0))
-    return cql.Batch(*(x.squeeze(0).numpy() for x in batch))
+    return cql.Batch(*(x.squeeze(0).numpy() for x in batch[:5]))
 
 
 def transitions(episodes, last_of_cut=True):
@@ -217,7 +217,7 @@ def test_indices_of_several_runs(tmp_path):
     dataset = load(d4rl_file(tmp_path / "a.hdf5", random_episodes([4, 1, 6])))
     indices = torch.tensor([[0, 4, 10], [3, 3, 5]])
     batch, rows = dataset.gather(indices), everything(dataset)
-    assert [x.shape[:2] for x in batch] == [(2, 3)] * 5
+    assert [x.shape[:2] for x in batch[:5]] == [(2, 3)] * 5
     for field in FIELDS:
         np.testing.assert_array_equal(
             getattr(batch, field), getattr(rows, field)[indices]

@@ -169,8 +169,9 @@ def test_gap_is_the_exact_soft_maximum(double):
 def train(agent, n_updates):
     data = transitions(200)
     for _ in range(n_updates):
-        noise = agent.draw(8, 200)
-        agent.update(cql.Batch(*(x[noise.indices] for x in data[:5])), noise)
+        noise = agent.draw(8)
+        indices = (200 * noise.rows).long()
+        agent.update(cql.Batch(*(x[indices] for x in data[:5])), noise)
 
 
 def test_stacked_runs_equal_solo_runs(double):

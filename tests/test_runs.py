@@ -1216,8 +1216,8 @@ def test_rows_are_interval_means(toy, train):
     agent = cql.ContinuousCQL(config, 3, 2, "cpu", *bounds, *data.statistics())
     values = []
     for _ in range(10):
-        noise = agent.draw(config.batch_size, len(data))
-        metrics = agent.update(data.gather(noise.indices), noise)
+        noise = agent.draw(config.batch_size)
+        metrics = agent.update(data.sample(noise.rows), noise)
         values.append({k: v.double().numpy().copy() for k, v in metrics.items()})
     table = rows(directory, "metrics.csv")
     assert [(r["step"], r["run"]) for r in table] == [

@@ -86,10 +86,10 @@ def test_an_update_is_update(file):
     updater, other = (updater_of(file, block=b, **STAGES) for b in (4, 4))
     agent, data = other.agent, other.data
     for _ in range(3):
-        block = agent.draw(8, len(data), 4)
+        block = agent.draw(8, 4)
         for i in range(4):
             noise = cql.Noise(*(x[i] for x in block))
-            agent.update(data.gather(noise.indices), noise)
+            agent.update(data.sample(noise.rows), noise)
     run(updater, 12)
     torch.testing.assert_close(trained(updater.agent), trained(agent), rtol=0, atol=0)
 
