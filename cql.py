@@ -122,9 +122,9 @@ class TrainConfig:
     eval_seed: int = 0  # Seed of the evaluation episodes, the same for all runs
     offline_iterations: Optional[int] = None  # Another name for max_timesteps
     online_iterations: int = 0  # Environment steps after the offline updates
-    cql_alpha_online: Optional[float] = None  # cql_alpha of these; null: the same
+    cql_alpha_online: Optional[float] = None  # Online penalty weight; null: cql_alpha
     mixing_ratio: float = -1.0  # Offline share of an online batch; -1: one buffer
-    # Cal-QL: an episode of least rewards alone counts as going on so for ever
+    # Cal-QL: failed episodes count as going on so for ever
     is_sparse_reward: bool = False
     log_freq: int = 1000  # Updates between rows of metrics.csv
     eval_env: Optional[str] = None  # Environment to evaluate in; null: the dataset's
@@ -133,7 +133,7 @@ class TrainConfig:
     n_critics: int = 2  # Critics; targets take their minimum
     # Critics, drawn for each update, whose least is the target; null: all (else REDQ)
     n_target_critics: Optional[int] = None
-    penalty: str = "logsumexp"  # Its form: logsumexp, two_proposals, policy_kl, mean
+    penalty: str = "logsumexp"  # The penalty: or two_proposals, policy_kl, mean
     cql_backward_actions: int = 0  # Sampled actions to backpropagate through; 0: all
     precision: str = "fp32"  # Of matrix products: fp32, tf32 (GPU), bf16 (critics)
     cal_ql: bool = False  # Cal-QL: penalize no Q that is below the return-to-go
@@ -2722,21 +2722,23 @@ def describe(config, task: Task, data: Optional[Dataset], evaluator) -> None:
         score = "" if math.isnan(score) else f" (score {score:.1f})"
         size = f"{len(data):,} transitions, {len(data.lengths):,} episodes"
         say(f"data: {size}, mean return {data.returns.mean():.1f}{score}")
-    if config.is_sparse_reward and not config.cal_ql:
-        say("is_sparse_reward has no effect without cal_ql")
-    for name in CONTINUOUS if task.discrete else ():
-        if getattr(config, name) != FIELDS[name].default:
-            say(f"{name} has no effect on discrete actions")
+    changed = {k for k, v in vars(config).items() if v != FIELDS[k].default}
+    for name in sorted({"mixing_ratio", "is_sparse_reward"} & changed):
+        if not config.cal_ql:
+            say(f"{name} is set and cal_ql is not: this is CQL, not Cal-QL")
+    for name in sorted(changed.intersection(CONTINUOUS)) if task.discrete else ():
+        say(f"{name} has no effect on discrete actions")
     gaps = [run["cql_target_action_gap"] for run in product_of_runs(config)]
     if config.cql_lagrange and min(gaps) < 0:
         say(
             "cql_target_action_gap < 0 with cql_lagrange is a real target, not 'off': it"
         )
         say("  pushes Q of the data above the soft maximum")
-    elif config.cql_target_action_gap != FIELDS["cql_target_action_gap"].default:
+    elif "cql_target_action_gap" in changed:
         say("cql_target_action_gap has no effect without cql_lagrange")
-    if config.buffer_size != FIELDS["buffer_size"].default:
-        say("buffer_size has no effect offline: the dataset is loaded whole")
+    for name in ("buffer_size", "cql_alpha_online", "utd"):
+        if config.online_iterations == 0 and name in changed:
+            say(f"{name} has no effect offline")
     if config.checkpoints_path is None and not config.resume:
         say("checkpoints_path is null: nothing will be written")
 
