@@ -1478,7 +1478,7 @@ class Agent(nn.Module):
         ValueError for other shapes, which might broadcast into a wrong answer."""
         kind = {"dtype": self.observation_mean.dtype, "device": self.device}
         if batch.mc_returns is None:  # Cal-QL's bound that bounds nothing
-            none = torch.full(np.shape(batch.rewards), -math.inf)
+            none = torch.full(np.shape(batch.rewards), -math.inf, **kind)
             batch = batch._replace(mc_returns=none)
         batch = Batch(*(torch.as_tensor(array, **kind) for array in batch))
         if batch.rewards.ndim == 1:
@@ -2002,6 +2002,12 @@ class Evaluator:
             worker.shutdown(wait=False, cancel_futures=True)
 
 
+def regret(score: float, success: float) -> float:
+    """How far short of the best: 1 - success rate, as published for AntMaze and Adroit,
+    or, where the environment tells of no success, 1 - score / 100."""
+    return 1 - (score / 100 if math.isnan(success) else success)
+
+
 class Online:
     """The online phase: an environment for each run. An episode enters the replay when
     it ends, since its return-to-go (Cal-QL) is known only then."""
@@ -2015,7 +2021,7 @@ class Online:
         self.observations = np.zeros((n, 1, task.observation_dim))
         self.success = [math.nan] * n
         self.finished = [[] for _ in range(n)]  # returns and successes since a row
-        self.totals = np.zeros((n, 2))  # episodes, and the sum of their returns
+        self.totals = np.zeros((n, 3))  # episodes, sums of their returns, successes
         self.recorded = []
 
     def act(self) -> np.ndarray:
@@ -2076,7 +2082,7 @@ class Online:
         self.keep(r, *episode)
         total = float(episode[2].sum())
         self.finished[r].append((total, self.success[r]))
-        self.totals[r] += 1, total
+        self.totals[r] += 1, total, self.success[r]
         self.steps[r] = []
 
     def keep(self, r: int, *episode) -> None:
@@ -2086,18 +2092,17 @@ class Online:
             self.recorded.append([torch.as_tensor(array) for array in episode])
 
     def metrics(self, r: int, reference, reset: bool) -> Dict[str, float]:
-        """Of the episodes that ended since the last row, and regret since the start:
-        how far the mean score of all of them is from 100, as a share of it."""
+        """Of the episodes that ended since the last row, and regret of all so far."""
         returns, successes = zip(*self.finished[r]) if self.finished[r] else ((), ())
         mean = float(np.mean(returns)) if returns else math.nan
-        count, total = self.totals[r]
-        score = normalized_score(total / count, reference) if count else math.nan
+        count, *sums = self.totals[r]
+        total, success = (x / count if count else math.nan for x in sums)
         self.finished[r] = [] if reset else self.finished[r]
         return {
             "train_return": mean,
             "train_score": normalized_score(mean, reference),
             "train_success": float(np.mean(successes)) if returns else math.nan,
-            "train_regret": 1 - score / 100,
+            "train_regret": regret(normalized_score(total, reference), success),
         }
 
     def state(self) -> dict:
@@ -2252,7 +2257,8 @@ def load_agent(agent: nn.Module, checkpoint: dict) -> None:
 def load_policy(path: Union[str, Path], run: int = 0, device: str = "cpu"):
     """A checkpoint's policy for use: a function of a raw observation [O], several
     [n, O], or the environment's dictionary, that returns an environment action (sampled
-    with deterministic=False). Raises UserError."""
+    with deterministic=False). Its attributes are the agent and the task. Raises
+    UserError."""
     checkpoint = read_checkpoint(path)
     config, task = TrainConfig(**checkpoint["config"]), Task(**checkpoint["task"])
     agent = make_agent(config, task, device)
@@ -2273,6 +2279,7 @@ def load_policy(path: Union[str, Path], run: int = 0, device: str = "cpu"):
         actions = actions.reshape(-1, *shape)
         return actions[0] if one else actions
 
+    policy.agent, policy.task = agent, task
     return policy
 
 
@@ -2471,6 +2478,7 @@ class Run:
         self.q_range = data.q_range if data else math.inf
         self.transitions = len(data) if data else 0
         self.metrics, self.online = Metrics(), None
+        self.offline = offline_updates(config)
         replay = Replay(config, data, agent, agent.device)
         self.updater = Updater(agent, replay, self.metrics)
         if config.online_iterations > 0:
@@ -2498,7 +2506,7 @@ class Run:
         for name, freq in freqs.items():
             # A last row between two regular ones goes when the run is made longer.
             extra = total > self.step and self.step % every[freq] > 0
-            if name == "evaluations" and self.step == offline_updates(self.config):
+            if name == "evaluations" and self.step == self.offline:
                 extra = False  # the offline phase's last one stays
             self.tables[name] = Table(self.directory, f"{name}.csv")
             # So does one whose evaluation the checkpoint does not know to be done.
@@ -2518,10 +2526,10 @@ class Run:
                 shutil.copyfile(__file__, self.directory / "cql.py")
         self.wandb = WandbLogger(self.config, self.directory, self.agent.runs, ids)
 
-    def advance(self, offline: int) -> None:
+    def advance(self) -> None:
         """An update, or online a step of the environments and utd updates."""
         n = 1
-        if self.step >= offline:
+        if self.step >= self.offline:
             self.online.step(self.alive())
             n = self.config.utd if self.updater.data.ready() else 0
         for _ in range(n):
@@ -2609,7 +2617,7 @@ class Run:
                 ),
             }
             if self.online:
-                rows[r] |= self.online_results(r, step, rows[r], successes)
+                rows[r] = self.online_results(r, step, rows[r], successes)
             keys = {"step": step, "run": r, **self.agent.runs[r]}
             table.append({**keys, "episodes": len(returns), **rows[r]})
         self.tables["evaluations"].append(table)
@@ -2632,14 +2640,15 @@ class Run:
         return self.evaluator.reference if self.evaluator else self.task.reference
 
     def online_results(self, r: int, step: int, row: dict, successes) -> dict:
-        """Success rate, and how far the mean score of the online phase is from 100, as a
-        share of it."""
-        first, column = offline_updates(self.config), "d4rl_normalized_score"
+        """The row with success rate, and regret of the online phase's evaluations."""
+        row, first = {**row, "success_rate": float(successes.mean())}, self.offline
         mine = [e for e in self.evaluations if int(e["run"]) == r]
-        scores = [float(e[column] or "nan") for e in mine if int(e["step"]) > first]
-        scores += [row[column]] * (step > first)
-        regret = 1 - float(np.mean(scores)) / 100 if scores else math.nan
-        return {"success_rate": float(successes.mean()), "eval_regret": regret}
+        mine = [e for e in (*mine, {"step": step, **row}) if int(e["step"]) > first]
+        means = []
+        for column in ("d4rl_normalized_score", "success_rate"):
+            values = [float(e[column]) for e in mine if e[column] != ""]
+            means.append(float(np.mean(values)) if values else math.nan)
+        return {**row, "eval_regret": regret(*means)}
 
     def checkpoint(self) -> None:
         """Write checkpoint.pt. A diverged run keeps its last finite state there; when
@@ -2824,7 +2833,7 @@ def train(config: TrainConfig, checkpoint: Optional[dict] = None) -> int:
                 run.collect(wait=run.step == total)
                 if noted or run.step == total:
                     break
-                run.advance(offline)
+                run.advance()
                 bar.update()
                 if run.step % config.log_freq == 0:
                     run.log()

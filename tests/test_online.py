@@ -225,16 +225,30 @@ def test_returns_and_regret(go):
     returns = [float(row["train_return"]) for row in rows if row["train_return"]]
     assert len(returns) >= 3
     regret = float(rows[-1]["train_regret"])
-    assert 0 < regret < 2
+    assert 0 <= regret <= 1
     told = [row["train_success"] for row in rows if row["train_return"]]
     assert all(0 <= float(x) <= 1 for x in told)
     evaluations = table(directory, "evaluations.csv")
     assert all(0 <= float(row["success_rate"]) <= 1 for row in evaluations)
     assert evaluations[0]["eval_regret"] == ""  # step 6 is the last of offline
+    rates = [float(row["success_rate"]) for row in evaluations[1:]]
+    for n, row in enumerate(evaluations[1:], 1):
+        expected = 1 - np.mean(rates[:n])
+        assert float(row["eval_regret"]) == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+def test_regret_by_score_where_nobody_tells_of_success(go):
+    directory = go("run", log_freq=4)
+    evaluations = table(directory, "evaluations.csv")
+    assert all(row["success_rate"] == "" for row in evaluations)
     scores = [float(row["d4rl_normalized_score"]) for row in evaluations[1:]]
     for n, row in enumerate(evaluations[1:], 1):
         expected = 1 - np.mean(scores[:n]) / 100
-        assert float(row["eval_regret"]) == pytest.approx(expected, rel=1e-6)
+        assert float(row["eval_regret"]) == pytest.approx(expected, rel=1e-5)
+    rows = table(directory, "metrics.csv")
+    returns = [float(row["train_return"]) for row in rows if row["train_return"]]
+    scores = [5 * x + 25 for x in returns]  # one episode in a row, at most
+    assert float(rows[-1]["train_regret"]) == pytest.approx(1 - np.mean(scores) / 100)
 
 
 def test_training_and_evaluation_have_their_own_seeds(go):
