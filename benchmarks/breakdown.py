@@ -1,0 +1,85 @@
+"""Where the seconds of a run go.
+
+    python benchmarks/breakdown.py [--config_path FILE] [flags of cql.py]
+
+Starts the run (the quickstart, if nothing is given) in this process with a clock around
+its parts, on a CPU (where a call ends when its work does), and prints seconds and shares;
+what no clock saw is `the rest`. A part inside another counts for itself alone. Writes
+results/breakdown.csv."""
+
+import csv
+import functools
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+START = time.perf_counter()
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import torch  # noqa: E402
+
+import cql  # noqa: E402
+
+seconds, running = {"imports": time.perf_counter() - START}, []
+
+
+def clocked(owner, name: str, label: str) -> None:
+    """Replace owner.name by one that adds its own time to the label's."""
+    function = getattr(owner, name)
+
+    @functools.wraps(function)
+    def timed(*arguments, **options):
+        start = time.perf_counter()
+        running.append(0.0)  # seconds of the parts inside this one
+        try:
+            return function(*arguments, **options)
+        finally:
+            spent = time.perf_counter() - start
+            seconds[label] = seconds.get(label, 0.0) + spent - running.pop()
+            if running:
+                running[-1] += spent
+
+    setattr(owner, name, timed)
+
+
+PARTS = (
+    (cql, "read_command_line", "flags"),
+    (cql.Dataset, "__init__", "loading data"),
+    (cql.Replay, "sample", "batches"),
+    (cql.Agent, "draw", "noise"),
+    (cql, "sample_actions", "policy, forward"),
+    (cql, "actor_loss", "actor's loss, forward"),
+    (cql, "td_target", "TD target"),
+    (cql, "critic_loss", "critics' loss, forward"),
+    (torch.Tensor, "backward", "backward"),
+    (torch.optim.Adam, "step", "Adam"),
+    (torch, "_foreach_lerp_", "target networks"),
+    (cql.Metrics, "add", "metrics"),
+    (cql.Evaluator, "start", "evaluation"),
+    (cql.Run, "checkpoint", "checkpoints"),
+    (cql.Run, "log", "log rows"),
+)
+
+
+def main(argv) -> None:
+    argv = argv or ["--config_path", str(ROOT / "configs/quickstart.yaml")]
+    for part in PARTS:
+        clocked(*part)
+    with tempfile.TemporaryDirectory() as directory:
+        status = cql.main([*argv, "--resume", f"{directory}/run", "--device", "cpu"])
+    total = time.perf_counter() - START
+    rows = dict(sorted(seconds.items(), key=lambda pair: -pair[1]))
+    rows |= {"the rest": total - sum(seconds.values()), "total": total}
+    for label, spent in rows.items():
+        print(f"{label:24} {spent:8.2f} s {100 * spent / total:5.1f} %")
+    with open(ROOT / "benchmarks/results/breakdown.csv", "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["part", "seconds", "share", *argv])
+        for label, spent in rows.items():
+            writer.writerow([label, f"{spent:.3f}", f"{spent / total:.4f}"])
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
