@@ -45,6 +45,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Callable, Dict, List, NamedTuple, Optional, Tuple, Union, get_args
+from unittest import mock
 
 import gymnasium as gym
 import h5py
@@ -58,6 +59,7 @@ import torch.nn.functional as F
 import wandb
 import yaml
 from minari.data_collector import EpisodeBuffer
+from minari.dataset.minari_dataset import parse_dataset_id
 from minari.dataset.minari_storage import is_image_space
 from minari.serialization import deserialize_space, serialize_space
 from minari.storage.datasets_root_dir import get_dataset_path
@@ -164,11 +166,11 @@ RANGES = {  # lowest and highest value of the flags that have one
     (0, 2**63 - 1): "seed eval_seed",
     (1e-8, math.inf): "cql_temp",
 }
-# What a resumed run may change; the last three do not touch what it computes.
+# What a resumed run may change.
 RESUMABLE = set(
     "max_timesteps offline_iterations online_iterations device eval_freq n_episodes "
     "eval_seed eval_env eval_workers log_freq project group name checkpoints_path "
-    "resume".split()
+    "resume record_dataset".split()
 )
 # What load_model takes from the checkpoint when the command leaves it out, besides the
 # flags of SWEPT: the data, and all that decides the shape of a tensor.
@@ -346,21 +348,29 @@ def validate(config: TrainConfig) -> None:
     if -1 < config.mixing_ratio < 0:
         raise UserError(f"--mixing_ratio {config.mixing_ratio}: must be -1 or in [0, 1]")
     if config.env is None:
+        model = config.load_model
         for name, wrong, hint in (
             ("eval_env", config.eval_env is None, "an environment's id"),
-            ("online_iterations", config.online_iterations == 0, "above 0"),
+            ("online_iterations", not (config.online_iterations or model), "above 0"),
             ("max_timesteps", offline_updates(config) > 0, "0"),
-            ("normalize", config.normalize, "false"),
+            ("normalize", config.normalize and not model, "false"),
+            ("normalize_reward", config.normalize_reward, "false"),
         ):
             if wrong:
                 raise UserError(f"--env null: without data --{name} must be {hint}")
     if config.record_dataset is not None:
-        if not re.fullmatch(r"[./]*([-\w.]+/)*[-\w]+-v\d+", config.record_dataset):
-            raise UserError(f"--record_dataset {config.record_dataset}: must end in -v0")
+        where = f"--record_dataset {config.record_dataset}"
+        try:
+            path = recorded_directory(config)
+            local = config.record_dataset[0] in "./"
+            parse_dataset_id(path.name if local else config.record_dataset)
+        except (ValueError, TypeError):  # the latter without a version
+            raise UserError(f"{where}: no Minari id such as my/data-v0") from None
         if config.online_iterations == 0:
-            raise UserError("--record_dataset: needs --online_iterations above 0")
-        if recorded_directory(config).exists():
-            raise UserError(f"--record_dataset {config.record_dataset}: exists already")
+            raise UserError(f"{where}: needs --online_iterations above 0")
+        begun = config.resume and os.path.exists(Path(config.resume, "checkpoint.pt"))
+        if path.exists() and not begun:
+            raise UserError(f"{where}: exists already")
     twice = config.offline_iterations is not None
     if twice and config.max_timesteps != FIELDS["max_timesteps"].default:
         raise UserError(
@@ -902,13 +912,15 @@ class Replay:
         self.sizes = self.added.clone().to(device)  # present
 
     def ready(self) -> bool:
-        """Whether there is a batch for every run."""
+        """Whether there is a batch for every run: updates are joint, so without data
+        stacked runs wait for the slowest."""
         size = self.offline + int(self.added.min())
         return size >= self.config.batch_size
 
     def add(self, r: int, observations, actions, rewards, terminations) -> None:
         """An episode of run r, or a part of one: [T + 1, O], [T, A], [T], [T]."""
-        rewards = transformed(np.asarray(rewards, float), self.factor, self.config)
+        rewards = torch.as_tensor(np.asarray(rewards, np.float32))  # as the data's
+        rewards = transformed(rewards, self.factor, self.config).double().numpy()
         returns = returns_to_go(rewards, self.config, self.worst)
         whole = observations[:-1], actions, rewards, observations[1:], terminations
         capacity, T = self.own.rewards.shape[1], len(rewards)
@@ -928,11 +940,10 @@ class Replay:
         if ratio < 0:  # one buffer, the dataset's rows first
             total = self.offline + sizes
             index = torch.minimum((rows * total).long(), total - 1)
-            own, mine, index = index >= self.offline, index - self.offline, index
+            own, mine = index >= self.offline, index - self.offline
         else:
             place = torch.arange(rows.shape[1], device=rows.device)
             own = (place >= round(ratio * len(place))) & (sizes > 0)
-            own = own | torch.full_like(own, self.offline == 0)
             mine = torch.minimum((rows * sizes).long(), sizes - 1)
             index = (rows * self.offline).long()
         run = torch.arange(len(rows), device=rows.device).unsqueeze(1)
@@ -947,16 +958,11 @@ class Replay:
     def state(self) -> dict:
         """The online transitions, for a checkpoint."""
         size = int(self.sizes.max())
-        own = [column[:, :size] for column in self.own]
-        return {"own": own, "added": self.added, "capacity": self.own.rewards.shape[1]}
+        own = [column[:, :size].clone() for column in self.own]  # else all of it
+        return {"own": own, "added": self.added}
 
     def load(self, state: dict) -> None:
-        """Raises UserError where the capacity is smaller and not all fits."""
         capacity, size = self.own.rewards.shape[1], state["own"][0].shape[1]
-        if capacity != state["capacity"] and int(state["added"].max()) > size:
-            raise UserError("the online buffer had overflowed: its size cannot change")
-        if size > capacity:
-            raise UserError(f"an online buffer of {capacity} for {size} transitions")
         for column, saved in zip(self.own, state["own"]):
             column[:, :size] = saved.to(column.device)
         self.added = state["added"]
@@ -1847,25 +1853,20 @@ def make_env(task: Task, eval_env: Optional[str] = None) -> gym.Env:
     return env
 
 
-def limit_of(task: Task, config: TrainConfig) -> Optional[int]:
-    """The time limit of an environment without one, whose episode might never end: the
-    data's longest."""
-    spec = make_env(task, config.eval_env).spec
-    return task.longest if spec is None or spec.max_episode_steps is None else None
-
-
 class Simulator:
     """Evaluation environments of this process, made on first use, stepped together with
     one policy call per step."""
 
-    def __init__(self, task: Task, config: TrainConfig, limit: Optional[int]):
-        self.task, self.config, self.limit, self.envs = task, config, limit, {}
+    def __init__(self, task: Task, config: TrainConfig):
+        self.task, self.config, self.envs = task, config, {}
 
     def reset(self, r: int, i: int, seed: int) -> np.ndarray:
         """First observation of run r's i-th episode here."""
         if (r, i) not in self.envs:
             env = make_env(self.task, self.config.eval_env)
-            env = gym.wrappers.TimeLimit(env, self.limit) if self.limit else env
+            limit = env.spec and env.spec.max_episode_steps
+            if limit is None:  # an episode might never end
+                env = gym.wrappers.TimeLimit(env, self.task.longest)
             self.envs[r, i] = env
         return self.envs[r, i].reset(seed=seed)[0].ravel()
 
@@ -1908,8 +1909,6 @@ def succeeded(info: dict, before: float) -> float:
 
 def serve(*arguments) -> None:
     """Make a process an evaluation worker, which ends with the one that it serves."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # its parent's business
-        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     watch = lambda: (parent.join(), os._exit(1))  # noqa: E731
     threading.Thread(target=watch, daemon=True).start()
@@ -1931,16 +1930,17 @@ class Evaluator:
         space = action_bounds(env.action_space)
         task = dataclasses.replace(task, action_shape=space["action_shape"])
         dims = math.prod(env.observation_space.shape), len(space["action_low"])
-        kind, expected = space["discrete"], (task.action_low, task.action_high)
-        if (*dims, kind) != (
-            *(task.observation_dim, len(task.action_low), task.discrete),
-        ) or not np.allclose([space["action_low"], space["action_high"]], expected):
+        expected = [task.action_low, task.action_high]
+        sizes = task.observation_dim, len(task.action_low), task.discrete
+        if (*dims, space["discrete"]) != sizes or not np.allclose(
+            [space["action_low"], space["action_high"]], expected
+        ):
             raise UserError(
                 f"--eval_env {self.name}: {env.observation_space}, {env.action_space}"
                 f" do not match the data's {task.observation_dim} observations and "
-                f"actions in {[*expected]}"
+                f"actions in {expected}"
             )
-        arguments = task, config, limit_of(task, config)
+        arguments = task, config
         self.reference = None  # returns scored 0 and 100
         self.pending, self.simulator = None, Simulator(*arguments)
         n_workers = config.eval_workers
@@ -1961,6 +1961,11 @@ class Evaluator:
         shares = [(act, alive, seeds[w::n_workers]) for w in range(n_workers)]
         pairs = zip(self.workers, shares)
         here = Future()
+        signals = {
+            signal.SIGINT,
+            signal.SIGTERM,
+        }  # workers inherit that they are blocked
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signals if shares else ())
         try:
             futures = [worker.submit(served, *share) for worker, share in pairs]
             if not futures:
@@ -1968,6 +1973,8 @@ class Evaluator:
         except Exception as error:  # `finish` will raise it
             here.set_exception(error)
             futures = []
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         futures = futures or [here]
         self.pending = step, alive, futures
 
@@ -1999,6 +2006,8 @@ class Evaluator:
     def close(self) -> None:
         """Let the workers go, whatever they are at."""
         for worker in self.workers:
+            for process in [*(worker._processes or {}).values()]:
+                process.kill()
             worker.shutdown(wait=False, cancel_futures=True)
 
 
@@ -2015,7 +2024,7 @@ class Online:
     def __init__(self, task: Task, config: TrainConfig, agent: Agent, replay: Replay):
         n = len(agent.runs)
         self.config, self.agent, self.replay, self.task = config, agent, replay, task
-        self.simulator = Simulator(task, config, limit_of(task, config))
+        self.simulator = Simulator(task, config)
         self.started, self.begun = False, [0] * n  # episodes
         self.steps = [[] for _ in range(n)]  # of the episode in progress
         self.observations = np.zeros((n, 1, task.observation_dim))
@@ -2029,9 +2038,9 @@ class Online:
         if self.replay.ready():
             return self.agent.act(self.observations, deterministic=False)[:, 0]
         low, high = np.array([self.task.action_low, self.task.action_high])
-        shape = (len(low),)
-        draws = [torch.rand(shape, generator=g).numpy() for g in self.agent.explorers]
-        return low + (high - low) * np.stack(draws)
+        explorers = self.agent.explorers
+        draws = [torch.rand(len(low), generator=g).numpy() for g in explorers]
+        return (low + (high - low) * np.stack(draws)).astype(np.float32)
 
     def start(self) -> None:
         """What changes for the agent with the phase."""
@@ -2052,18 +2061,19 @@ class Online:
                     self.observations[r, 0] = self.simulator.reset(r, 0, seed)
                     self.begun[r] += 1
                     self.success[r] = math.nan
-            actions = self.act().astype(np.float32)
+            actions = self.act()
             for r in np.flatnonzero(alive).tolist():
-                self.step_one(r, actions[r])
+                if np.isfinite(actions[r]).all():  # else it has diverged
+                    self.step_one(r, actions[r])
         except Exception as error:
             reason = f"{type(error).__name__}: {brief(error)}"
             raise MachineError(f"the environment failed: {reason}") from None
 
     def step_one(self, r: int, action: np.ndarray) -> None:
-        shape = self.task.action_shape
-        action_in = action if shape is None else action.reshape(shape)
-        result = self.simulator.envs[r, 0].step(action_in)
-        observation, reward, ended, cut, info = result
+        step = self.simulator.envs[r, 0].step
+        observation, reward, ended, cut, info = step(
+            action.reshape(self.task.action_shape)
+        )
         before = self.observations[r, 0].copy()
         self.steps[r].append((before, action, float(reward), bool(ended)))
         self.observations[r, 0] = observation.ravel()
@@ -2110,10 +2120,15 @@ class Online:
             [torch.as_tensor(x) for x in self.partial(r)] if steps else None
             for r, steps in enumerate(self.steps)
         ]
-        saved = {"finished": self.finished, "totals": self.totals.tolist()}
-        saved |= {"begun": self.begun, "recorded": self.recorded, "partial": partial}
-        saved["started"] = self.started
-        return {**saved, "replay": self.replay.state()}
+        return {
+            "started": self.started,
+            "begun": self.begun,
+            "finished": self.finished,
+            "totals": self.totals.tolist(),
+            "recorded": self.recorded,
+            "partial": partial,
+            "replay": self.replay.state(),
+        }
 
     def load(self, state: dict) -> None:
         """Episodes that were in progress end where the checkpoint found them."""
@@ -2130,29 +2145,34 @@ class Online:
         """Write the recorded episodes as a Minari dataset. Raises MachineError."""
         path = recorded_directory(self.config).resolve()
         root = path.parent if self.config.record_dataset[0] in "./" else None
-        env = self.simulator.envs[0, 0]
-        buffers = []
+        if not self.recorded:
+            return say("recorded: nothing, as no episode ended")
+        if path.exists():  # by this run, when it ended before
+            return say(f"recorded: {path} exists already")
+        env, buffers = make_env(self.task, self.config.eval_env), []
+        spec = copy.deepcopy(env.spec)
+        spec.additional_wrappers = ()  # what flattens cannot be written
+        space = recorded_space(self.task.observation_space)
         for observations, actions, rewards, ended in self.recorded:
             cut = torch.zeros_like(ended)
             cut[-1] = not ended[-1]
             rest = {"terminations": ended.numpy(), "truncations": cut.numpy()}
-            shape = (-1, *(self.task.action_shape or actions.shape[1:]))
-            columns = {"observations": observations.numpy().astype(np.float32)}
+            shape = (-1, *self.task.action_shape)
+            parts = [gym.spaces.unflatten(space, row) for row in observations.numpy()]
+            empty = gym.vector.utils.create_empty_array(space, len(parts))
+            columns = {"observations": gym.vector.utils.concatenate(space, parts, empty)}
             columns |= {"actions": actions.reshape(shape).numpy()}
             columns |= {"rewards": rewards.numpy(), "infos": {}}
             buffers.append(EpisodeBuffer(**columns, **rest))
-        before = os.environ.get("MINARI_DATASETS_PATH")
+        low, high = reference or (None, None)
+        variables = {"MINARI_DATASETS_PATH": str(root)} if root else {}
         try:
-            if root is not None:
-                root.mkdir(parents=True, exist_ok=True)
-                os.environ["MINARI_DATASETS_PATH"] = str(root)
-            low, high = reference or (None, None)
-            space = gym.spaces.Box(-np.inf, np.inf, columns["observations"].shape[1:])
-            with quiet():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with mock.patch.dict(os.environ, variables), quiet():
                 minari.create_dataset_from_buffers(
-                    path.name if root is not None else self.config.record_dataset,
+                    path.name if root else self.config.record_dataset,
                     buffers,
-                    env=env.spec,
+                    env=spec,
                     observation_space=space,
                     action_space=env.action_space,
                     ref_min_score=low,
@@ -2160,11 +2180,8 @@ class Online:
                     algorithm_name="CQL, cql.py",
                 )
         except Exception as error:
+            shutil.rmtree(path, ignore_errors=True)  # it was not there before
             raise MachineError(f"could not write {path}: {brief(error)}") from None
-        finally:
-            os.environ.pop("MINARI_DATASETS_PATH", None)
-            if before is not None:
-                os.environ["MINARI_DATASETS_PATH"] = before
         steps = sum(len(episode[2]) for episode in self.recorded)
         say(f"recorded: {len(buffers)} episodes, {steps:,} steps, in {path}")
 
@@ -2264,8 +2281,6 @@ def load_policy(path: Union[str, Path], run: int = 0, device: str = "cpu"):
     agent = make_agent(config, task, device)
     load_agent(agent, checkpoint)
     space, n_runs = recorded_space(task.observation_space), len(agent.runs)
-    shape = task.action_shape
-    shape = [len(task.action_low)] if shape is None else shape
     if not 0 <= run < n_runs:
         raise UserError(f"checkpoint {path}: runs 0 to {n_runs - 1}, no {run}")
 
@@ -2276,7 +2291,7 @@ def load_policy(path: Union[str, Path], run: int = 0, device: str = "cpu"):
         one = np.ndim(observation) == 1
         everywhere = np.stack([np.atleast_2d(observation)] * n_runs)  # [R, n, O]
         actions = agent.act(everywhere, deterministic)[run]
-        actions = actions.reshape(-1, *shape)
+        actions = actions.reshape(-1, *task.action_shape)
         return actions[0] if one else actions
 
     policy.agent, policy.task = agent, task
@@ -2287,7 +2302,7 @@ class Table:
     """A CSV file that only grows, but for what a resumed run will write again."""
 
     def __init__(self, directory: Optional[Path], name: str):
-        self.path = directory and directory / name
+        self.path, self.names = directory and directory / name, []
 
     def keep(self, last: int, columns: Tuple[str, ...] = ()) -> List[dict]:
         """Drop the rows of steps after `last` and a torn line, and add columns that are
@@ -2307,6 +2322,7 @@ class Table:
             lines = [line.rstrip() + empty + "\n" for line in lines]
         temporary.write_text("".join([header, *lines] if lines else []))
         os.replace(temporary, self.path)
+        self.names = header.rstrip().split(",") if lines else []
         return list(itertools.compress(rows, whole))
 
     def append(self, rows: List[dict]) -> None:
@@ -2318,7 +2334,7 @@ class Table:
                 writer = csv.writer(file, lineterminator="\n")
                 if file.tell() == 0:
                     writer.writerow(rows[0])
-                for row in rows:
+                for row in ({**dict.fromkeys(self.names), **row} for row in rows):
                     floats = {k: f"{v:.8g}" for k, v in row.items() if type(v) is float}
                     values = {**row, **floats}.values()
                     writer.writerow("" if value == "nan" else value for value in values)
@@ -2561,8 +2577,9 @@ class Run:
         table = [{"step": self.step, "run": r, **row} for r, row in rows.items()]
         self.tables["metrics"].append(table)
         self.wandb.log(self.step, rows)
-        for r, row in rows.items() if self.metrics.count else ():
-            self.warn_of_drift(r, row)
+        if self.metrics.count and not (self.online and self.online.started):
+            for r, row in rows.items():  # online, rewards unlike the data's may come
+                self.warn_of_drift(r, row)
         now = time.monotonic()
         rate = (self.step - self.logged_step) / max(now - self.logged_at, 1e-9)
         timing = {"seconds": now - self.started, "updates_per_s": rate, **self.seconds}
@@ -2763,7 +2780,7 @@ def load(config: TrainConfig, checkpoint: Optional[dict], resumed: bool, device)
     else:
         data = Dataset(config, device)
         task = data.task
-        if resumed and checkpoint["transitions"] != len(data):
+        if resumed and checkpoint["transitions"] not in (0, len(data)):
             was = f"{len(data)} transitions; the run had {checkpoint['transitions']}"
             raise UserError(f"--env {config.env}: {was}")
     has_env = task.env_id or config.eval_env
@@ -2794,10 +2811,14 @@ def train(config: TrainConfig, checkpoint: Optional[dict] = None) -> int:
     total = offline + config.online_iterations
     latest = Path(config.resume or "", "checkpoint.pt")
     resumed = bool(checkpoint and config.resume and Path(checkpoint["path"]) == latest)
-    if resumed and checkpoint["step"] > total:
-        raise UserError(f"--max_timesteps {total}: the run is at {checkpoint['step']}")
+    most = total if resumed and checkpoint["phase"] == "online" else offline
+    if resumed and checkpoint["step"] > most:
+        raise UserError(f"--max_timesteps {offline}: the run is at {checkpoint['step']}")
     if resumed and checkpoint["phase"] == "online":
         before = offline_updates(TrainConfig(**checkpoint["config"]))
+        now, was = config.eval_env, checkpoint["config"]["eval_env"]
+        if now != was:
+            raise UserError(f"--eval_env {now}: the run is online in {was}")
         if offline != before:
             where = f"--max_timesteps {offline}"
             raise UserError(f"{where}: the run is online since {before}")

@@ -3,7 +3,7 @@
     python benchmarks/breakdown.py [--config_path FILE] [flags of cql.py]
 
 Starts the run (the quickstart, if nothing is given) in this process with a clock around
-its parts, on a CPU (where a call ends when its work does), and prints seconds and shares;
+its parts, on a CPU (where a call ends when its work does). Prints seconds and shares;
 what no clock saw is `the rest`. A part inside another counts for itself alone. Writes
 results/breakdown.csv."""
 

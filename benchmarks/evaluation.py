@@ -12,7 +12,6 @@ import sys
 import time
 from pathlib import Path
 
-import gymnasium as gym
 import numpy as np
 import torch
 
@@ -23,16 +22,11 @@ import cql  # noqa: E402
 
 def main(name: str = "HalfCheetah-v5", rounds: str = "10") -> None:
     torch.set_num_threads(1)
-    env = gym.make(name)
-    low, high = (
-        bound.tolist() for bound in (env.action_space.low, env.action_space.high)
-    )
-    space = cql.serialize_space(env.observation_space)
-    task = cql.Task(space, low, high, name, {}, env.spec.max_episode_steps)
+    task = cql.task_of(name)
     config = cql.TrainConfig(n_episodes=10)
-    dims = task.observation_dim, len(low)
-    agent = cql.ContinuousCQL(config, *dims, "cpu", low, high)
-    simulator, act, rows = cql.Simulator(task, config, None), agent.on_host(), []
+    config.eval_env = name
+    agent, simulator = cql.make_agent(config, task), cql.Simulator(task, config)
+    act, rows = agent.on_host(), []
     states = (np.random.SeedSequence([0, 0, i]).generate_state(1) for i in range(10))
     seeds, actions = [int(state[0]) for state in states], []
 

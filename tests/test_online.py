@@ -8,7 +8,7 @@ import minari
 import numpy as np
 import pytest
 import torch
-from make_data import Toy, datasets_path, run, toy_dataset
+from make_data import Toy, datasets_path, hopper_dataset, run, toy_dataset
 
 import cql
 
@@ -124,6 +124,7 @@ def test_mixing_ratio_is_the_offline_share(toy, ratio, offline):
     assert torch.equal(batch.rewards[0], before.rewards[0])
     assert ((batch.rewards[1] < 1000).sum()) == offline
     assert torch.equal(batch.rewards[1, :offline], before.rewards[1, :offline])
+    assert before.mc_returns is None  # no cal_ql
     own = replay.sample(torch.rand(2, 8000, dtype=torch.float64)).rewards[1]
     counts = torch.bincount((own[own >= 1000] - 1000).long(), minlength=10)
     expected = 8000 * (1 - ratio) / 10
@@ -174,10 +175,46 @@ def test_online_episodes_are_transformed_as_the_data(toy):
     replay = replay_of(toy, mixing_ratio=0.0, **flags)
     observations, actions, rewards, ends = episode(5, 0)
     replay.add(0, observations, actions, rewards, ends)
-    own = replay.own
-    np.testing.assert_allclose(own.rewards[0, :5], rewards * 3 - 1)
     wanted = loop_returns((rewards * 3 - 1).tolist(), 0.9)
-    np.testing.assert_allclose(own.mc_returns[0, :5], wanted, rtol=1e-6)
+    batch = replay.sample(((torch.arange(5) + 0.5) / 5).double().expand(2, -1))
+    np.testing.assert_allclose(batch.rewards[0], rewards * 3 - 1)
+    np.testing.assert_allclose(batch.mc_returns[0], wanted, rtol=1e-6)
+    offline = replay.data.gather(torch.zeros(1, 1, dtype=torch.long))
+    first = replay.sample(torch.zeros(2, 1, dtype=torch.float64))
+    assert first.mc_returns[1] == offline.mc_returns[0]  # run 1 has none of its own
+
+
+def test_an_online_failure_is_known_by_the_data_s_least_reward(toy):
+    """Whatever rounding does to a transformed reward."""
+    flags = {"reward_bias": -0.1, "discount": 0.9, "cal_ql": True}
+    replay = replay_of(toy, is_sparse_reward=True, mixing_ratio=0.0, **flags)
+    least = (replay.data.rewards == replay.data.rewards.min()).nonzero()[0, 0]
+    raw = toy_rewards(toy)[least]
+    observations, actions, _, ends = episode(4, 0)
+    replay.add(0, observations, actions, np.full(4, raw), ends)
+    wanted = float(replay.data.rewards.min()) / (1 - 0.9)
+    np.testing.assert_allclose(replay.own.mc_returns[0, :4], wanted, rtol=1e-5)
+
+
+def toy_rewards(toy):
+    """The raw rewards of the toy data."""
+    data = cql.Dataset(cql.TrainConfig(env=str(toy), batch_size=8))
+    return data.rewards.numpy()
+
+
+def test_normalize_reward_holds_online(tmp_path):
+    """By the factor of the data's returns, in the environments that have one."""
+    data = hopper_dataset(tmp_path)
+    config = {**BASE, "env": str(data), "normalize_reward": True, "mixing_ratio": 0.0}
+    config = cql.TrainConfig(**config)
+    dataset = cql.Dataset(config)
+    agent = cql.ContinuousCQL(config, 11, 3)
+    replay = cql.Replay(config, dataset, agent)
+    observations, rewards = np.zeros((5, 11)), np.arange(4.0)
+    replay.add(0, observations, np.zeros((4, 3)), rewards, rewards < 0)
+    factor = 1000 / np.ptp(dataset.returns)
+    assert abs(factor - 1) > 0.1
+    np.testing.assert_allclose(replay.own.rewards[0, :4], rewards * factor, rtol=1e-5)
 
 
 def test_a_bound_of_minus_infinity_is_cql(toy):
@@ -301,10 +338,124 @@ def test_resume_inside_either_phase(go, stop):
     for name in ("metrics.csv", "evaluations.csv"):
         steps = [int(row["step"]) for row in table(directory, name)]
         assert steps == sorted(set(steps)) and steps[-1] == 56
+    if stop > 6:  # no episode starts as one before did
+        starts = [x[0] for x in first_observations(checkpoint)]
+        assert len(set(starts)) == len(starts) > 1
     if stop <= 6:
         whole = go("whole")
         for name in ("metrics.csv", "evaluations.csv"):
             assert (whole / name).read_text() == (directory / name).read_text()
+
+
+def first_observations(checkpoint):
+    """Of each online episode in the replay, going by the jumps."""
+    own = checkpoint["online"]["replay"]["own"]
+    here, after = own[0][0], own[3][0]
+    ends = (here[1:] != after[:-1]).any(1).nonzero().flatten()
+    jumps = [0, *(1 + ends).tolist()]
+    return [tuple(here[i].tolist()) for i in jumps]
+
+
+def test_the_online_weight_survives_a_resume(go):
+    flags = {"cql_alpha_online": 0.25, "log_freq": 5}
+    go("run", online_iterations=24, **flags)
+    directory = go("run", **flags)
+    rows = [r for r in table(directory, "metrics.csv") if int(r["step"]) > 30]
+    weights = [float(r["cql_min_qf1_loss"]) / float(r["cql_qf1_diff"]) for r in rows]
+    np.testing.assert_allclose(weights, 0.25, rtol=1e-5)
+
+
+def test_online_actions_are_sampled(go):
+    """They differ from the deterministic ones of the policy that made them, whose
+    learning rate is zero here."""
+    directory = go("run", policy_lr=0)
+    own = saved(directory)["online"]["replay"]["own"]
+    policy = cql.load_policy(directory)
+    actions = torch.as_tensor(policy(own[0][0].numpy()))
+    difference = (own[1][0] - actions).abs().mean(0)
+    assert (difference > 0.05).all()
+
+
+def test_success_is_told_anew_in_each_episode(go, monkeypatch):
+    """One success, in the second episode, is one success."""
+
+    def step(self, action):
+        *rest, _ = Toy.step(self, action)
+        done = len(Goal.seeds) == before[0] + 2 and self.training
+        return *rest, {"success": done}
+
+    def reset(self, seed=None, options=None):
+        Goal.seeds.append(seed)
+        self.training = True
+        return Toy.reset(self, seed=seed)
+
+    monkeypatch.setattr(Goal, "step", step)
+    monkeypatch.setattr(Goal, "reset", reset)
+    before = [len(Goal.seeds) + 2]  # after the evaluation at the offline phase's end
+    directory = go("run", eval_env="CqlGoal-v0", eval_freq=1000, log_freq=100)
+    (row,) = table(directory, "metrics.csv")
+    episodes = len(first_observations(saved(directory)))
+    rate = float(row["train_success"])
+    assert episodes >= 4 and rate <= 1 / (episodes - 2) and rate > 0
+    assert float(row["train_regret"]) == pytest.approx(1 - rate)
+
+
+def test_a_run_that_diverges_online_stops_alone(go, monkeypatch):
+    step = cql.Online.step
+
+    def poisoned(online, alive):
+        if online.begun[1] == 2:
+            with torch.no_grad():
+                online.agent.policy.layers[0].weight[1].fill_(math.nan)
+        step(online, alive)
+
+    monkeypatch.setattr(cql.Online, "step", poisoned)
+    directory = go("run", expected=3, seed="[0,1]")
+    steps = [row["step"] for row in table(directory, "metrics.csv") if row["run"] == "0"]
+    assert steps[-1] == "56"
+
+
+def test_fewer_columns_after_a_resume_keep_the_rows(go):
+    """The online phase announced, stopped before it, taken back, announced again."""
+    flags = {"eval_freq": 4, "log_freq": 4}
+    stopped = {"max_timesteps": 8, "online_iterations": 0}
+    go("run", **flags, **{**stopped, "online_iterations": 4})
+    directory = go("run", **flags, **{**stopped, "online_iterations": 12})
+    for name in ("metrics.csv", "evaluations.csv"):
+        steps = [int(row["step"]) for row in table(directory, name)]
+        assert steps == [4, 8, 12, 16, 20], name
+    tables = cql.Table(directory, "metrics.csv")
+    tables.keep(20)
+    tables.append([{"step": 24, "run": 0}])  # a row without the last columns
+    rows = cql.Table(directory, "metrics.csv").keep(24)
+    assert [int(row["step"]) for row in rows] == [4, 8, 12, 16, 20, 24]
+
+
+def test_online_needs_the_offline_updates_first(go, capsys):
+    go("run", max_timesteps=20, online_iterations=0)
+    go("run", expected=2, max_timesteps=10, online_iterations=20)
+
+
+def test_the_training_environment_stays(go):
+    go("run", eval_env="CqlGoal-v0", online_iterations=20)
+    go("run", expected=2, eval_env="CqlToy-v0")
+
+
+def test_a_model_from_nothing_is_evaluated(go, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = {"env": "null", "eval_env": "CqlGoal-v0", "normalize": False, "cql_alpha": 0}
+    model = go("run", max_timesteps=0, **flags)
+    command = {"load_model": model, "max_timesteps": 0, "device": "cpu"}
+    status, out, err = run(resume=tmp_path / "evaluated", n_episodes=3, **command)
+    assert status == 0, err
+    assert len(table(tmp_path / "evaluated", "evaluations.csv")) == 1
+
+
+def test_a_checkpoint_holds_what_was_gathered_only():
+    replay = replay_of(online_iterations=200_000)
+    replay.add(0, *episode(10, 0))
+    stored = sum(x.untyped_storage().nbytes() for x in replay.state()["own"])
+    assert stored < 2 * 10 * 4 * 30
 
 
 def test_an_offline_run_gets_the_columns_of_an_online_one(go):
@@ -340,7 +491,7 @@ def test_plain_sac_from_nothing(go, tmp_path, monkeypatch):
     updates = checkpoint["agent"]["_extra_state"]["step"]
     assert 0 < updates <= 50 - 30
     actions = checkpoint["online"]["replay"]["own"][1][0][:25]
-    assert actions.abs().max() > 0.8 and actions.abs().max() <= 1
+    assert actions.max() > 0.7 and actions.min() < -0.7 and actions.abs().max() <= 1
     assert table(directory, "metrics.csv")[-1]["qf1_loss"]
     policy = cql.load_policy(directory)
     assert policy(np.zeros(3)).shape == (2,)
@@ -354,8 +505,7 @@ def test_recorded_episodes_are_a_dataset(go, tmp_path, form):
     flags = {"reward_scale": 3.0, "record_dataset": name, "seed": "[0,1]"}
     with datasets_path(tmp_path / "minari"):
         directory = go("run", online_iterations=60, **flags)
-        path = name if form == "directory" else name
-        config = cql.TrainConfig(env=path, batch_size=8)
+        config = cql.TrainConfig(env=name, batch_size=8)
         data = cql.Dataset(config)
         assert data.task.env_id == "CqlToy-v0" and data.task.reference == [-5.0, 15.0]
     online = saved(directory)["online"]
@@ -385,7 +535,9 @@ def test_recorded_episodes_are_a_dataset(go, tmp_path, form):
             {"env": "null", "eval_env": "CqlGoal-v0", "online_iterations": 0},
             "--online_iterations",
         ),
-        ({"record_dataset": "mine"}, "-v0"),
+        ({"record_dataset": "mine"}, "--record_dataset"),
+        ({"record_dataset": "./a.b/c"}, "--record_dataset"),
+        ({"record_dataset": "a.b/c-v0"}, "--record_dataset"),
         ({"record_dataset": "mine-v0", "online_iterations": 0}, "--online_iterations"),
         ({"mixing_ratio": -0.5}, "--mixing_ratio"),
         ({"utd": 0}, "--utd"),

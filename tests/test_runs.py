@@ -453,7 +453,7 @@ def other_value(field):
 NOT_RESUMABLE = [
     field
     for field in dataclasses.fields(cql.TrainConfig)
-    if field.name not in {*ALLOWED, "resume", "checkpoints_path"}
+    if field.name not in {*ALLOWED, "resume", "checkpoints_path", "record_dataset"}
     and not field.name.endswith("iterations")
 ]
 
