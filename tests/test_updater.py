@@ -3,6 +3,7 @@
 A CUDA graph cannot be made without a GPU. Its bookkeeping can: here a stand-in replays
 the captured function, and refuses to in another stage than that of the capture."""
 
+import numpy as np
 import pytest
 import torch
 from make_data import d4rl_file, random_episodes
@@ -12,6 +13,20 @@ import cql
 
 STAGES = dict(bc_steps=5, target_update_period=3)
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+# The online phase changes what a graph reads: the buffer, its sizes, the weight.
+ONLINE = dict(online_iterations=40, cql_alpha_online=0.5, cal_ql=True)
+REDQ = dict(n_critics=3, n_target_critics=2)
+
+
+@pytest.fixture(scope="module")
+def discrete_file(tmp_path_factory):
+    """The same, with three discrete actions."""
+    episodes, rng = random_episodes([30, 20]), np.random.default_rng(0)
+    for episode in episodes:
+        episode["actions"] = rng.integers(3, size=len(episode["rewards"]))
+    return str(d4rl_file(tmp_path_factory.mktemp("data") / "d.hdf5", episodes))
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +40,9 @@ def updater_of(file, block=1, captures=False, device="cpu", **flags):
     """A fresh agent's updater."""
     config = tiny(env=file, batch_size=8, seed=[0, 1], **flags)
     data = cql.Dataset(config, device)
-    dims = data.task.observation_dim, len(data.task.action_low)
-    agent = cql.ContinuousCQL(config, *dims, device)
-    updater = cql.Updater(agent, data, cql.Metrics())
+    agent = cql.make_agent(config, data.task, device)
+    replay = cql.Replay(config, data, agent, device)
+    updater = cql.Updater(agent, replay, cql.Metrics())
     updater.block = updater.used = block
     updater.captures = captures
     return updater
@@ -37,6 +52,17 @@ def run(updater, n):
     for _ in range(n):
         updater()
     return updater
+
+
+def go_online(updater, n=12):
+    """Episodes for both runs, and the online weight, between updates."""
+    agent, replay = updater.agent, updater.data
+    agent.sweep.cql_alpha.fill_(agent.config.cql_alpha_online)
+    rng = np.random.default_rng(n)
+    for r in (0, 1):
+        shapes = (n + 1, agent.observation_dim), (n, agent.action_dim), n, n
+        episode = [rng.uniform(-1, 1, shape) for shape in shapes]
+        replay.add(r, *episode[:3], episode[3] < -0.9)
 
 
 def assert_same(updater, other, **tolerance):
@@ -81,6 +107,31 @@ def test_replays_are_updates(file, replays):
     assert captured.agent.step == captured.metrics.count == 40
 
 
+@pytest.mark.parametrize("ratio", [-1, 0.5])
+def test_replays_see_the_online_phase(file, replays, ratio):
+    """What changes between updates changes in place, where a graph reads it."""
+    runs = [
+        updater_of(file, 4, captures, mixing_ratio=ratio, **ONLINE)
+        for captures in (False, True)
+    ]
+    for updater in runs:
+        tensors = [*updater.data.own, updater.data.sizes, *updater.agent.sweep]
+        places = [tensor.data_ptr() for tensor in tensors]
+        run(updater, 8)
+        go_online(updater)
+        before = updater.agent.critic.layers[0].weight.detach().clone()
+        run(updater, 4)
+        go_online(updater, 35)  # the buffer goes round
+        run(updater, 8)
+        assert not torch.equal(before, updater.agent.critic.layers[0].weight)
+        tensors = [*updater.data.own, updater.data.sizes, *updater.agent.sweep]
+        assert places == [tensor.data_ptr() for tensor in tensors]
+    assert_same(*runs)
+    offline = run(updater_of(file, 4, mixing_ratio=ratio, **ONLINE), 20)
+    weights = [u.agent.critic.layers[0].weight for u in (offline, runs[0])]
+    assert not torch.equal(*weights)
+
+
 def test_an_update_is_update(file):
     """The updater does what `update` does with the same noise, block by block."""
     updater, other = (updater_of(file, block=b, **STAGES) for b in (4, 4))
@@ -119,13 +170,29 @@ def test_without_a_graph_updates_go_on(file, monkeypatch, capsys):
 
 @NEEDS_GPU
 @pytest.mark.parametrize(
-    "flags", [{}, STAGES, dict(cql_backward_actions=1), dict(precision="bf16")], ids=str
+    "flags",
+    [
+        *({}, STAGES, dict(cql_backward_actions=1), dict(precision="bf16")),
+        *(
+            dict(n_critics=3, n_target_critics=2),
+            ONLINE,
+            {**ONLINE, "mixing_ratio": 0.5},
+        ),
+        dict(discrete=True, n_critics=3, n_target_critics=2),
+    ],
+    ids=str,
 )
-def test_a_graph_equals_eager_updates(file, flags):
+def test_a_graph_equals_eager_updates(file, discrete_file, flags):
+    flags = dict(flags)
+    source = discrete_file if flags.pop("discrete", False) else file
     eager, captured = (
-        updater_of(file, 32, captures, "cuda", **flags) for captures in (False, True)
+        updater_of(source, 32, captures, "cuda", **flags) for captures in (False, True)
     )
-    run(eager, 100), run(captured, 100)
+    for updater in (eager, captured):
+        run(updater, 50)
+        if "online_iterations" in flags:
+            go_online(updater)
+        run(updater, 50)
     assert captured.graphs and not eager.graphs
     assert_same(captured, eager, rtol=1e-5, atol=1e-5)
     torch.cuda.set_sync_debug_mode("error")
