@@ -39,6 +39,7 @@ import time
 import urllib.request
 import uuid
 import warnings
+import zipfile
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -340,14 +341,21 @@ def validate(config: TrainConfig) -> None:
         )
     if (config.n_target_critics or 1) > config.n_critics:
         n = config.n_target_critics
-        raise UserError(f"--n_target_critics {n}: of {config.n_critics} critics")
+        raise UserError(f"--n_target_critics {n}: more than --n_critics has")
     if config.is_sparse_reward and config.discount == 1:
         raise UserError("--is_sparse_reward: needs a --discount below 1")
     if config.cql_clip_diff_min > config.cql_clip_diff_max:
         raise UserError("--cql_clip_diff_min is above --cql_clip_diff_max")
-    if -1 < config.mixing_ratio < 0:
-        raise UserError(f"--mixing_ratio {config.mixing_ratio}: must be -1 or in [0, 1]")
+    if config.mixing_ratio != -1 and not 0 < config.mixing_ratio < 1:
+        raise UserError(
+            f"--mixing_ratio {config.mixing_ratio}: must be -1 or inside (0, 1)"
+        )
+    if config.online_iterations and config.buffer_size < config.batch_size:
+        raise UserError(f"--buffer_size {config.buffer_size}: less than a batch")
     if config.env is None:
+        if 0 < config.online_iterations < config.batch_size:
+            n = config.online_iterations
+            raise UserError(f"--online_iterations {n}: no batch of {config.batch_size}")
         model = config.load_model
         for name, wrong, hint in (
             ("eval_env", config.eval_env is None, "an environment's id"),
@@ -362,10 +370,13 @@ def validate(config: TrainConfig) -> None:
         where = f"--record_dataset {config.record_dataset}"
         try:
             path = recorded_directory(config)
-            local = config.record_dataset[0] in "./"
+            local = config.record_dataset[:1] in ("", *"./")
             parse_dataset_id(path.name if local else config.record_dataset)
         except (ValueError, TypeError):  # the latter without a version
-            raise UserError(f"{where}: no Minari id such as my/data-v0") from None
+            hint = "my/data-v0 or ./data-v0"
+            raise UserError(
+                f"{where}: must be a Minari id or path like {hint}"
+            ) from None
         if config.online_iterations == 0:
             raise UserError(f"{where}: needs --online_iterations above 0")
         begun = config.resume and os.path.exists(Path(config.resume, "checkpoint.pt"))
@@ -397,7 +408,7 @@ def offline_updates(config: TrainConfig) -> int:
 def recorded_directory(config: TrainConfig) -> Path:
     """Where record_dataset goes: a path that starts with . or /, or a Minari id."""
     name = config.record_dataset
-    return Path(name) if name[0] in "./" else get_dataset_path(name)
+    return Path(name) if name[:1] in ("", *"./") else get_dataset_path(name)
 
 
 def product_of_runs(config: TrainConfig) -> List[dict]:
@@ -907,7 +918,11 @@ class Replay:
         lead = len(agent.runs), min(config.buffer_size, config.online_iterations)
         shapes = (agent.observation_dim,), (agent.action_dim,), ()
         shapes = [(*lead, *shape) for shape in (*shapes, shapes[0], (), ())]
-        self.own = Batch(*(torch.zeros(shape, device=device) for shape in shapes))
+        try:
+            self.own = Batch(*(torch.zeros(shape, device=device) for shape in shapes))
+        except RuntimeError as error:
+            where = f"--buffer_size {config.buffer_size}"
+            raise UserError(f"{where}: no memory for {lead[1]} transitions") from error
         self.added = torch.zeros(lead[0], dtype=torch.long)  # in all
         self.sizes = self.added.clone().to(device)  # present
 
@@ -2030,6 +2045,13 @@ class Online:
         self.observations = np.zeros((n, 1, task.observation_dim))
         self.success = [math.nan] * n
         self.finished = [[] for _ in range(n)]  # returns and successes since a row
+        if config.record_dataset is not None:
+            parent = recorded_directory(config).parent
+            try:
+                parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                where = f"--record_dataset {config.record_dataset}"
+                raise UserError(f"{where}: {brief(error)}") from None
         self.totals = np.zeros((n, 3))  # episodes, sums of their returns, successes
         self.recorded = []
 
@@ -2137,16 +2159,23 @@ class Online:
         self.replay.load(state["replay"])
         self.begun, self.finished = state["begun"], state["finished"]
         self.totals, self.recorded = np.array(state["totals"]), state["recorded"]
+        before = sum(len(episode[2]) for episode in self.recorded)
+        if self.config.record_dataset and before < int(self.replay.added.sum()):
+            say("record_dataset: the episodes before this resume are not recorded")
         for r, episode in enumerate(state["partial"]):
             if episode is not None:
                 self.keep(r, *(array.numpy() for array in episode))
 
     def write(self, reference) -> None:
-        """Write the recorded episodes as a Minari dataset. Raises MachineError."""
+        """Write the recorded episodes, cut ones included, as a Minari dataset. Raises
+        MachineError."""
         path = recorded_directory(self.config).resolve()
         root = path.parent if self.config.record_dataset[0] in "./" else None
+        cut_ones = (self.partial(r) for r, steps in enumerate(self.steps) if steps)
+        for episode in cut_ones:
+            self.recorded.append([torch.as_tensor(array) for array in episode])
         if not self.recorded:
-            return say("recorded: nothing, as no episode ended")
+            return say("recorded: nothing, as no run got online")
         if path.exists():  # by this run, when it ended before
             return say(f"recorded: {path} exists already")
         env, buffers = make_env(self.task, self.config.eval_env), []
@@ -2167,7 +2196,6 @@ class Online:
         low, high = reference or (None, None)
         variables = {"MINARI_DATASETS_PATH": str(root)} if root else {}
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             with mock.patch.dict(os.environ, variables), quiet():
                 minari.create_dataset_from_buffers(
                     path.name if root else self.config.record_dataset,
@@ -2241,7 +2269,11 @@ def read_checkpoint(path: Union[str, Path]) -> dict:
     try:
         path = Path(path, "checkpoint.pt") if os.path.isdir(path) else path
         written = os.stat(path).st_mtime_ns
+        if zipfile.ZipFile(path).testzip():  # torch checks no checksums
+            raise UserError(f"checkpoint {path}: damaged")
         payload = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"checkpoint {path}: cannot be read: {brief(error)}") from None
     except Exception:  # torch's own words advise to let it run code
@@ -2266,7 +2298,7 @@ def load_agent(agent: nn.Module, checkpoint: dict) -> None:
         agent.load_state_dict(checkpoint["agent"])
     except (RuntimeError, ValueError, KeyError) as error:
         saved, now = checkpoint["config"], vars(agent.config)
-        other = [f"{k} {saved[k]}" for k in INHERITED if saved[k] != now[k]]
+        other = [f"its --{k} is {saved[k]}" for k in INHERITED if saved[k] != now[k]]
         reason = ", ".join(other) or brief(error)
         raise UserError(f"{where}: of another shape: {reason}") from None
 
@@ -2794,6 +2826,11 @@ def load(config: TrainConfig, checkpoint: Optional[dict], resumed: bool, device)
     agent = make_agent(config, task, device, *statistics)
     if checkpoint:
         bounds = task.action_low, task.action_high
+        if checkpoint["kind"] != type(agent).__name__:
+            raise UserError(
+                f"checkpoint {checkpoint['path']}: holds a {checkpoint['kind']}, the data "
+                f"need a {type(agent).__name__}"
+            )
         old = checkpoint["task"]["action_low"], checkpoint["task"]["action_high"]
         if old != bounds:
             raise UserError(f"--load_model: action bounds {old}, the data's {bounds}")
@@ -2821,7 +2858,7 @@ def train(config: TrainConfig, checkpoint: Optional[dict] = None) -> int:
             raise UserError(f"--eval_env {now}: the run is online in {was}")
         if offline != before:
             where = f"--max_timesteps {offline}"
-            raise UserError(f"{where}: the run is online since {before}")
+            raise UserError(f"{where}: the run went online after {before} updates")
     data, task, evaluator, agent = load(config, checkpoint, resumed, device)
     directory, n_runs = run_directory(config), len(agent.runs)
     hidden = not sys.stderr.isatty()

@@ -8,6 +8,7 @@ what cql.load_policy returns, normaliser and bounds included, deterministic.
 """
 
 import argparse
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -41,6 +42,8 @@ class HostPolicy(nn.Module):
 def export(checkpoint: str, path: str, run: int = 0) -> None:
     """Raises cql.UserError for a checkpoint or run that is not there."""
     policy = cql.load_policy(checkpoint, run)
+    if not Path(path).absolute().parent.is_dir():
+        raise cql.UserError(f"{path}: no such directory")
     task, agent = policy.task, policy.agent
     module = HostPolicy(agent, run, task.action_shape).eval()
     torch.onnx.export(
@@ -52,6 +55,7 @@ def export(checkpoint: str, path: str, run: int = 0) -> None:
         dynamic_shapes={"observation": {0: torch.export.Dim("n")}},
         dynamo=True,
         verbose=False,
+        external_data=False,
     )
 
 

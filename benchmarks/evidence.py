@@ -3,9 +3,9 @@
     python benchmarks/evidence.py OUT.png EXACT_DIR OTHER_DIR [OTHER_DIR ...]
 
 Each directory is a run of the same seeds. Prints, for each: mean Q of the data's actions
-and mean gap over the last quarter of the updates (means over critics and seeds), their
-ratios to the exact runs', and the mean over seeds of a seed's mean score after the first
-half, with its standard error. Draws the three, a line a seed and the mean of the seeds.
+and mean gap over the last quarter of the updates (means over critics and seeds, with the
+standard error over seeds), their ratios to the exact runs', and likewise the mean score
+after the first half. Draws the three, a line a seed and the mean of the seeds.
 """
 
 import sys
@@ -44,22 +44,27 @@ def main(out: str, *directories: str) -> None:
         for panel, (title, pattern) in zip(panels, patterns.items()):
             steps = metrics[0]["step"]
             curves = [mean_over_critics(run, pattern) for run in metrics.values()]
-            ends.append(np.mean([last(steps, curve, 0.25) for curve in curves]))
+            ends.append(over_seeds(last(steps, curve, 0.25) for curve in curves))
             panel.set(title=title, xlabel="updates")
             draw(panel, steps, curves, f"C{i}", directory.name)
         steps = evaluations[0]["step"]
         curves = [run["d4rl_normalized_score"] for run in evaluations.values()]
         draw(panels[2], steps, curves, f"C{i}", directory.name)
-        late = [last(steps, curve, 0.5) for curve in curves]
-        error = np.std(late, ddof=1) / len(late) ** 0.5
-        base = base or ends
-        cells = [f"{x:.2f} | {x / y:.4f}" for x, y in zip(ends, base)]
-        print(f"| {directory.name} | {' | '.join(cells)} |", end="")
-        print(f" {np.mean(late):.1f} +- {error:.1f} |")
+        score, error = over_seeds(last(steps, curve, 0.5) for curve in curves)
+        base, cells = base or ends, [directory.name]
+        for (value, spread), (exact, _) in zip(ends, base):
+            cells += [f"{value:.2f} +- {spread:.2f}", f"{value / exact:.4f}"]
+        print(f"| {' | '.join(cells)} | {score:.1f} +- {error:.1f} |")
     panels[2].set(title="D4RL score, 10 episodes each", xlabel="updates")
     panels[2].legend()
     figure.tight_layout()
     figure.savefig(out, dpi=110)
+
+
+def over_seeds(values):
+    """Mean and its standard error."""
+    values = list(values)
+    return np.mean(values), np.std(values, ddof=1) / len(values) ** 0.5
 
 
 def draw(panel, steps, curves, colour, label) -> None:

@@ -17,6 +17,9 @@ BASE = dict(
     policy_lr=1e-3, qf_lr=1e-3, cql_alpha=1, max_timesteps=6, online_iterations=50,
     eval_freq=20, log_freq=10, n_episodes=2,
 )  # fmt: skip
+NOTHING = dict(
+    env="null", eval_env="CqlGoal-v0", normalize=False, cql_alpha=0, max_timesteps=0
+)
 SCORES = {"ref_min_score": -5.0, "ref_max_score": 15.0}
 
 
@@ -509,11 +512,13 @@ def test_recorded_episodes_are_a_dataset(go, tmp_path, form):
         data = cql.Dataset(config)
         assert data.task.env_id == "CqlToy-v0" and data.task.reference == [-5.0, 15.0]
     online = saved(directory)["online"]
-    assert int(data.lengths.sum()) == int(online["replay"]["added"].sum())
+    assert int(data.lengths.sum()) == 2 * 60  # the cut ones too
     own = online["replay"]["own"]
     n = [int(x) for x in online["replay"]["added"]]
-    rewards = torch.cat([own[2][r][: n[r]] for r in range(2)])
-    assert sorted((3 * data.rewards).tolist()) == pytest.approx(sorted(rewards.tolist()))
+    rewards = [own[2][r][: n[r]] for r in range(2)]
+    rewards += [3 * x[2] for x in online["partial"] if x is not None]
+    rewards = sorted(torch.cat(rewards).tolist())
+    assert sorted((3 * data.rewards).tolist()) == pytest.approx(rewards)
     if form == "id":
         with datasets_path(tmp_path / "minari"):
             assert minari.load_dataset(name).total_episodes == len(data.lengths)
@@ -538,6 +543,16 @@ def test_recorded_episodes_are_a_dataset(go, tmp_path, form):
         ({"record_dataset": "mine"}, "--record_dataset"),
         ({"record_dataset": "./a.b/c"}, "--record_dataset"),
         ({"record_dataset": "a.b/c-v0"}, "--record_dataset"),
+        ({"record_dataset": ""}, "--record_dataset"),
+        ({"record_dataset": "/proc/x/y-v0"}, "--record_dataset"),
+        ({"mixing_ratio": 1}, "--mixing_ratio"),
+        ({"mixing_ratio": 0}, "--mixing_ratio"),
+        ({"buffer_size": 4}, "--buffer_size"),
+        ({"buffer_size": 10**12, "online_iterations": 10**12}, "--buffer_size"),
+        (
+            {**NOTHING, "online_iterations": 20, "batch_size": 30},
+            "--online_iterations",
+        ),
         ({"record_dataset": "mine-v0", "online_iterations": 0}, "--online_iterations"),
         ({"mixing_ratio": -0.5}, "--mixing_ratio"),
         ({"utd": 0}, "--utd"),
