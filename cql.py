@@ -2826,11 +2826,10 @@ def load(config: TrainConfig, checkpoint: Optional[dict], resumed: bool, device)
     agent = make_agent(config, task, device, *statistics)
     if checkpoint:
         bounds = task.action_low, task.action_high
-        if checkpoint["kind"] != type(agent).__name__:
-            raise UserError(
-                f"checkpoint {checkpoint['path']}: holds a {checkpoint['kind']}, the data "
-                f"need a {type(agent).__name__}"
-            )
+        kinds = checkpoint["kind"], type(agent).__name__
+        if kinds[0] != kinds[1]:
+            where = f"checkpoint {checkpoint['path']}: holds a {kinds[0]}"
+            raise UserError(f"{where}, the data need a {kinds[1]}")
         old = checkpoint["task"]["action_low"], checkpoint["task"]["action_high"]
         if old != bounds:
             raise UserError(f"--load_model: action bounds {old}, the data's {bounds}")
@@ -2861,6 +2860,7 @@ def train(config: TrainConfig, checkpoint: Optional[dict] = None) -> int:
             raise UserError(f"{where}: the run went online after {before} updates")
     data, task, evaluator, agent = load(config, checkpoint, resumed, device)
     directory, n_runs = run_directory(config), len(agent.runs)
+    run = Run(config, agent, task, data, evaluator, directory)
     hidden = not sys.stderr.isatty()
     look = {"unit": "update", "disable": hidden, "leave": False, "dynamic_ncols": True}
     with locked(directory), noted_signals() as noted, tqdm(total=total, **look) as bar:
@@ -2872,7 +2872,6 @@ def train(config: TrainConfig, checkpoint: Optional[dict] = None) -> int:
             say(f"model: {checkpoint['path']}, update {checkpoint['step']:,}")
         elif config.resume and not resumed:
             say(f"no checkpoint in {directory} yet: starting there")
-        run = Run(config, agent, task, data, evaluator, directory)
         run.open(checkpoint if resumed else None, total)
         bar.initial = bar.n = run.step
         plural = f"{n_runs} runs" if n_runs > 1 else "1 run"
