@@ -3,8 +3,8 @@
     pip install onnx==1.23.2 onnxscript==0.7.2
     python export_onnx.py runs/quick policy.onnx       # of a stacked run: --run 1
 
-Input `observation` [n, O], raw, float32; output `action` [n, ...], the environment's: what
-cql.load_policy returns, normaliser and bounds included, deterministic.
+Input `observation` [n, O], raw, float32; output `action` [n, ...], for the environment:
+what cql.load_policy returns, normaliser and bounds included, deterministic.
 """
 
 import argparse

@@ -311,6 +311,7 @@ def draw(table: Path, figure: Path) -> None:
     axes = {"R": "runs in one process", "K": "cql_n_actions", "O": "observation dims"}
     fig, panels = plt.subplots(1, 3, figsize=(10, 3), sharey=True)
     for panel, (letter, label) in zip(panels, axes.items()):
+        ticks = set()
         for peer in dict.fromkeys(row["peer"] for row in rows):
             points = {}
             for row in (row for row in rows if row["peer"] == peer):
@@ -320,8 +321,11 @@ def draw(table: Path, figure: Path) -> None:
                     x = int(size[1]) if size else base
                     points.setdefault(x, []).append(1000 / float(row["updates_per_s"]))
             xs = sorted(points)
+            ticks.update(xs)
             panel.plot(xs, [np.median(points[x]) for x in xs], "o-", label=peer)
-        panel.set(xscale="log", yscale="log", xlabel=label, xticks=xs, xticklabels=xs)
+        ticks = sorted(ticks)
+        panel.set(xscale="log", yscale="log", xlabel=label)
+        panel.set(xticks=ticks, xticklabels=ticks)
         panel.minorticks_off()
     panels[0].set_ylabel("ms an update of all runs")
     panels[0].legend()
