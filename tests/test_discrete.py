@@ -332,7 +332,7 @@ def test_load_model_refuses_the_other_kind(cartpole, tmp_path, refused):
         tmp_path / "box.hdf5", random_episodes([20], obs_dim=4, action_dim=1)
     )
     flags = {"env": path, "batch_size": 8, "load_model": tmp_path / "run"}
-    refused(None, "--load_model", **flags)
+    refused(None, "holds a DiscreteCQL", **flags)
 
 
 def test_learns_what_the_data_show(double):
