@@ -310,8 +310,8 @@ def layered_config(given: dict) -> Tuple[TrainConfig, Optional[dict]]:
     return TrainConfig(**{**base, **given}), checkpoint
 
 
-def validate(config: TrainConfig) -> None:
-    """Raise UserError for values out of range and for flags that contradict."""
+def check_ranges(config: TrainConfig) -> None:
+    """Raise UserError for values out of range."""
     ranges = {name: ends for ends, names in RANGES.items() for name in names.split()}
     for name in FIELDS:
         value = getattr(config, name)
@@ -328,24 +328,10 @@ def validate(config: TrainConfig) -> None:
                 raise UserError(f"--{name} {number}: must {ends}")
             if math.isinf(number) and "clip" not in name:
                 raise UserError(f"--{name} {number}: must be finite")
-    if config.precision not in ("fp32", "tf32", "bf16"):
-        raise UserError(f"--precision {config.precision}: must be fp32, tf32 or bf16")
-    if config.cql_backward_actions > 3 * config.cql_n_actions:
-        k, most = config.cql_backward_actions, 3 * config.cql_n_actions
-        raise UserError(f"--cql_backward_actions {k}: of {most} proposals; 0 takes all")
-    if config.penalty not in PENALTIES:
-        raise UserError(f"--penalty {config.penalty}: must be one of {PENALTIES}")
-    if config.penalty != "logsumexp" and not config.cql_importance_sample:
-        raise UserError(
-            f"--penalty {config.penalty}: not with --cql_importance_sample false"
-        )
-    if (config.n_target_critics or 1) > config.n_critics:
-        n = config.n_target_critics
-        raise UserError(f"--n_target_critics {n}: more than --n_critics has")
-    if config.is_sparse_reward and config.discount == 1:
-        raise UserError("--is_sparse_reward: needs a --discount below 1")
-    if config.cql_clip_diff_min > config.cql_clip_diff_max:
-        raise UserError("--cql_clip_diff_min is above --cql_clip_diff_max")
+
+
+def check_online(config: TrainConfig) -> None:
+    """Raise UserError for flags of the online phase that contradict."""
     if config.mixing_ratio != -1 and not 0 < config.mixing_ratio < 1:
         raise UserError(
             f"--mixing_ratio {config.mixing_ratio}: must be -1 or inside (0, 1)"
@@ -382,6 +368,30 @@ def validate(config: TrainConfig) -> None:
         begun = config.resume and os.path.exists(Path(config.resume, "checkpoint.pt"))
         if path.exists() and not begun:
             raise UserError(f"{where}: exists already")
+
+
+def validate(config: TrainConfig) -> None:
+    """Raise UserError for values out of range and for flags that contradict."""
+    check_ranges(config)
+    check_online(config)
+    if config.precision not in ("fp32", "tf32", "bf16"):
+        raise UserError(f"--precision {config.precision}: must be fp32, tf32 or bf16")
+    if config.cql_backward_actions > 3 * config.cql_n_actions:
+        k, most = config.cql_backward_actions, 3 * config.cql_n_actions
+        raise UserError(f"--cql_backward_actions {k}: of {most} proposals; 0 takes all")
+    if config.penalty not in PENALTIES:
+        raise UserError(f"--penalty {config.penalty}: must be one of {PENALTIES}")
+    if config.penalty != "logsumexp" and not config.cql_importance_sample:
+        raise UserError(
+            f"--penalty {config.penalty}: not with --cql_importance_sample false"
+        )
+    if (config.n_target_critics or 1) > config.n_critics:
+        n = config.n_target_critics
+        raise UserError(f"--n_target_critics {n}: more than --n_critics has")
+    if config.is_sparse_reward and config.discount == 1:
+        raise UserError("--is_sparse_reward: needs a --discount below 1")
+    if config.cql_clip_diff_min > config.cql_clip_diff_max:
+        raise UserError("--cql_clip_diff_min is above --cql_clip_diff_max")
     twice = config.offline_iterations is not None
     if twice and config.max_timesteps != FIELDS["max_timesteps"].default:
         raise UserError(
