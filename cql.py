@@ -41,7 +41,7 @@ import uuid
 import warnings
 import zipfile
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -422,16 +422,53 @@ def recorded_directory(config: TrainConfig) -> Path:
 
 
 def product_of_runs(config: TrainConfig) -> List[dict]:
-    """The swept flags of each run: the product of their lists."""
+    """Number and swept flags of each run: the product of their lists."""
     values = (getattr(config, name) for name in SWEPT)
     lists = (value if isinstance(value, list) else [value] for value in values)
-    return [dict(zip(SWEPT, run)) for run in itertools.product(*lists)]
+    product = enumerate(itertools.product(*lists))
+    return [{"run": i, **dict(zip(SWEPT, run))} for i, run in product]
+
+
+def rank_and_ranks() -> Tuple[int, int]:
+    """This process's place among those that torchrun started; (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def split_over_ranks(given: dict) -> dict:
+    """The flags of this process: under torchrun every rank has a directory of its own
+    in `resume`'s, from which the same command goes on. Raises UserError."""
+    rank, ranks = rank_and_ranks()
+    if ranks == 1:
+        return given
+    if "WANDB_SWEEP_ID" in os.environ:
+        raise UserError("torchrun: not under a sweep agent, whose trial is one process")
+    if not given.get("resume"):
+        raise UserError("torchrun: needs --resume DIR, one directory for all ranks")
+    own = {"resume": str(Path(given["resume"], f"rank{rank}"))}
+    model = Path(given.get("load_model") or "", f"rank{rank}")
+    if given.get("load_model") and model.is_dir():
+        own["load_model"] = str(model)
+    return {**given, **own}
+
+
+def share_of_runs(config: TrainConfig, checkpoint: Optional[dict]) -> List[dict]:
+    """The runs that this process trains: all, those of a model of the same product, or
+    under torchrun every n-th. Raises UserError."""
+    (rank, ranks), runs = rank_and_ranks(), product_of_runs(config)
+    if ranks > len(runs):
+        raise UserError(f"torchrun: {ranks} processes for {len(runs)} runs")
+    if checkpoint is None:
+        return runs[rank::ranks]
+    same = runs == product_of_runs(TrainConfig(**checkpoint["config"]))
+    return checkpoint["runs"] if same and ranks == 1 else runs[rank::ranks]
 
 
 def pick_device(name: str, precision: str = "fp32") -> torch.device:
     """The device that `--device` names, set to the precision. Raises UserError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and rank_and_ranks()[1] > 1:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
         raise UserError(f"--device {name}: must be auto, cpu, cuda or cuda:N")
     device = torch.device(name)
@@ -453,8 +490,9 @@ def keep_freed_memory() -> None:
 
 def say(text: str) -> None:
     """Print a line without breaking the progress bar."""
+    rank, ranks = rank_and_ranks()
     try:
-        tqdm.write(text, file=sys.stdout)
+        tqdm.write(f"[rank {rank}] {text}" if ranks > 1 else text, file=sys.stdout)
         sys.stdout.flush()
     except BrokenPipeError:  # nobody reads any longer (`| head`): train on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -756,8 +794,9 @@ def minari_directory(name: str) -> Path:
         try:
             if "MINARI_REMOTE" not in os.environ:  # offline, Minari retries for minutes
                 urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=20)
-            with quiet():
-                minari.download_dataset(name)
+            with holding(get_dataset_path(), wait=True), quiet():  # one rank of many
+                if not (directory / "metadata.json").exists():
+                    minari.download_dataset(name)
         except Exception as error:
             raise UserError(
                 f"--env {name}: no directory here, not under {get_dataset_path()}, and "
@@ -1452,11 +1491,12 @@ class Agent(nn.Module):
         action_high=1.0,
         observation_mean=0.0,
         observation_std=1.0,
+        runs: Optional[List[dict]] = None,  # of the product; null: all
     ):
         super().__init__()
         self.config, self.device = config, device
         self.observation_dim, self.action_dim = observation_dim, action_dim
-        self.runs = product_of_runs(config)
+        self.runs = product_of_runs(config) if runs is None else runs
         generators = [seeded(run["seed"], 0) for run in self.runs]
         groups = self.build(generators, config, len(self.runs))
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
@@ -1671,12 +1711,12 @@ class DiscreteCQL(Agent):
         action_low=0,
         observation_mean=0.0,
         observation_std=1.0,
+        runs: Optional[List[dict]] = None,
     ):
         self.n_actions = n_actions
         high = float(np.ravel(action_low)[0]) + n_actions - 1
-        bounds = (action_low, high)
-        statistics = observation_mean, observation_std
-        super().__init__(config, observation_dim, 1, device, *bounds, *statistics)
+        rest = (action_low, high, observation_mean, observation_std, runs)
+        super().__init__(config, observation_dim, 1, device, *rest)
 
     def build(self, generators, config: TrainConfig, n_runs: int) -> List[dict]:
         dims = config, n_runs, self.observation_dim, self.n_actions
@@ -1707,7 +1747,7 @@ class DiscreteCQL(Agent):
         return partial(host_greedy, *arrays, host_layers(self.critic))
 
 
-def make_agent(config: TrainConfig, task: Task, device="cpu", *statistics) -> Agent:
+def make_agent(config, task: Task, device="cpu", statistics=(0.0, 1.0), runs=None):
     """The agent of a dataset's action space."""
     low, high = task.action_low, task.action_high
     if task.discrete:
@@ -1716,9 +1756,9 @@ def make_agent(config: TrainConfig, task: Task, device="cpu", *statistics) -> Ag
                 raise UserError(f"--{name}: not for discrete actions")
         n_actions = int(high[0] - low[0]) + 1
         dims = task.observation_dim, n_actions, device
-        return DiscreteCQL(config, *dims, low, *statistics)
+        return DiscreteCQL(config, *dims, low, *statistics, runs)
     dims = task.observation_dim, len(low), device
-    return ContinuousCQL(config, *dims, low, high, *statistics)
+    return ContinuousCQL(config, *dims, low, high, *statistics, runs)
 
 
 def host_layers(network: EnsembleMLP) -> List[Tuple[np.ndarray, np.ndarray]]:
@@ -1986,10 +2026,7 @@ class Evaluator:
         shares = [(act, alive, seeds[w::n_workers]) for w in range(n_workers)]
         pairs = zip(self.workers, shares)
         here = Future()
-        signals = {
-            signal.SIGINT,
-            signal.SIGTERM,
-        }  # workers inherit that they are blocked
+        signals = {signal.SIGINT, signal.SIGTERM}  # workers inherit their blocking
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signals if shares else ())
         try:
             futures = [worker.submit(served, *share) for worker, share in pairs]
@@ -2255,7 +2292,7 @@ def normalized_score(returns, reference) -> float:
 # Logging and checkpoints
 # ======================================================================================
 
-VERSION = 3  # of the checkpoint's layout
+VERSION = 4  # of the checkpoint's layout
 
 
 def save_checkpoint(path: Path, payload: dict) -> None:
@@ -2293,7 +2330,7 @@ def read_checkpoint(path: Union[str, Path]) -> dict:
     version = payload.get("version")
     if version != VERSION:
         raise UserError(f"checkpoint {path}: of version {version}, not {VERSION}")
-    missing = {"kind", "config", "task", "agent"} - payload.keys()
+    missing = {"kind", "config", "task", "agent", "runs"} - payload.keys()
     if missing:
         raise UserError(f"checkpoint {path}: lacks {', '.join(sorted(missing))}")
     return {**payload, "path": str(path), "written": written}
@@ -2309,6 +2346,8 @@ def load_agent(agent: nn.Module, checkpoint: dict) -> None:
     except (RuntimeError, ValueError, KeyError) as error:
         saved, now = checkpoint["config"], vars(agent.config)
         other = [f"its --{k} is {saved[k]}" for k in INHERITED if saved[k] != now[k]]
+        n, n_here = len(checkpoint["runs"]), len(agent.runs)
+        other += [f"it holds {n} of the runs, not {n_here}"] * (n != n_here)
         reason = ", ".join(other) or brief(error)
         raise UserError(f"{where}: of another shape: {reason}") from None
 
@@ -2320,7 +2359,7 @@ def load_policy(path: Union[str, Path], run: int = 0, device: str = "cpu"):
     UserError."""
     checkpoint = read_checkpoint(path)
     config, task = TrainConfig(**checkpoint["config"]), Task(**checkpoint["task"])
-    agent = make_agent(config, task, device)
+    agent = make_agent(config, task, device, runs=checkpoint["runs"])
     load_agent(agent, checkpoint)
     space, n_runs = recorded_space(task.observation_space), len(agent.runs)
     if not 0 <= run < n_runs:
@@ -2386,6 +2425,21 @@ class Table:
             raise MachineError(f"could not write {self.path}: {brief(error)}") from None
 
 
+def merge_tables(directory: Path) -> None:
+    """Join the tables of the ranks, whose directories this one holds."""
+    with holding(directory, wait=True):
+        for name in ("metrics.csv", "evaluations.csv"):
+            ranks = (directory / f"rank{rank}" for rank in range(rank_and_ranks()[1]))
+            texts = [path.joinpath(name) for path in ranks]
+            texts = [path.read_text() for path in texts if path.exists()]
+            tables = [text.splitlines(keepends=True) for text in texts if text]
+            rows = [row for table in tables for row in table[1:] if row.endswith("\n")]
+            rows.sort(key=lambda row: [int(number) for number in row.split(",")[:2]])
+            temporary = directory / f"{name}.tmp"
+            temporary.write_text("".join([*tables[0][:1], *rows] if tables else []))
+            os.replace(temporary, directory / name)
+
+
 class Metrics:
     """Sums on the device; they cross to the host when a row is due, not before."""
 
@@ -2428,11 +2482,14 @@ class WandbLogger:
         runs = [{}] if self.sweep else runs
         fresh = ids if len(ids) == len(runs) else [uuid.uuid4().hex[:8] for _ in runs]
         self.ids = [os.environ["WANDB_RUN_ID"]] if self.sweep else fresh
+        ranked = rank_and_ranks()[1] > 1
+        base = (directory.parent if ranked else directory).name
+        several = ranked or len(runs) > 1
         for i, run in enumerate(runs):
             options = {
                 "project": config.project,
                 "group": config.group,
-                "name": f"{directory.name}-{i}" if len(runs) > 1 else directory.name,
+                "name": f"{base}-{run['run']}" if several else base,
                 "config": {**dataclasses.asdict(config), **run},
                 "dir": str(directory),
                 "id": self.ids[i],
@@ -2480,24 +2537,27 @@ def run_directory(config: TrainConfig) -> Optional[Path]:
 
 
 @contextmanager
+def holding(directory: Path, wait: bool):
+    """Make the directory and hold its lock. Raises BlockingIOError if another process
+    does and `wait` is not set."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / ".lock", "a") as file:  # NFS locks no directory
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+
+
+@contextmanager
 def locked(directory: Optional[Path]):
-    """Make the directory and hold it, while this process lives at most. Raises
-    UserError."""
-    descriptor = None
-    try:
+    """Hold a run's directory, while this process lives at most. Raises UserError."""
+    with ExitStack() as stack:
         try:
             if directory is not None:
-                directory.mkdir(parents=True, exist_ok=True)
-                descriptor = os.open(directory, os.O_RDONLY)
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stack.enter_context(holding(directory, wait=False))
         except BlockingIOError:
             raise UserError(f"{directory}: in use by another live process") from None
         except OSError as error:
             raise UserError(f"{directory}: cannot be written: {brief(error)}") from None
         yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
 
 
 @contextmanager
@@ -2542,6 +2602,7 @@ class Run:
         if config.online_iterations > 0:
             self.online = Online(task, config, agent, replay)
         self.step, self.evaluated = 0, -1
+        self.numbers = [run["run"] for run in agent.runs]  # under torchrun not 0, 1, ...
         self.diverged = [-1] * len(agent.runs)  # update by which a run went non-finite
         self.warned = [False] * len(agent.runs)  # of Q running away
         self.started = self.saved_at = self.logged_at = time.monotonic()
@@ -2608,7 +2669,8 @@ class Run:
             if broken:
                 del rows[r]
                 self.diverged[r] = self.step
-                say(f"run {r} diverged by update {self.step}: {broken[0]} not finite")
+                where = f"run {self.numbers[r]} diverged by update {self.step}"
+                say(f"{where}: {broken[0]} not finite")
         return rows
 
     def log(self, reset: bool = True) -> None:
@@ -2616,7 +2678,9 @@ class Run:
         rows, reference = self.check_finite(), self.reference()
         for r, row in rows.items() if self.online else ():
             row.update(self.online.metrics(r, reference, reset))
-        table = [{"step": self.step, "run": r, **row} for r, row in rows.items()]
+        table = [
+            {"step": self.step, "run": self.numbers[r], **row} for r, row in rows.items()
+        ]
         self.tables["metrics"].append(table)
         self.wandb.log(self.step, rows)
         if self.metrics.count and not (self.online and self.online.started):
@@ -2639,9 +2703,10 @@ class Run:
         if max(policy, policy - data) > self.q_range and not self.warned[r]:
             self.warned[r] = True
             say(
-                f"run {r}: Q runs away: {policy:.4g} for the policy's actions, "
-                f"{data:.4g} for the data's, and rewards allow {self.q_range:.4g}. "
-                "Poor returns follow; a larger cql_alpha holds Q down"
+                f"run {self.numbers[r]}: Q runs away: {policy:.4g} for the policy's "
+                f"actions, {data:.4g} for the data's, and rewards allow "
+                f"{self.q_range:.4g}. Poor returns follow; a larger cql_alpha holds Q "
+                "down"
             )
 
     def evaluate(self, noted: List[int]) -> None:
@@ -2677,7 +2742,7 @@ class Run:
             }
             if self.online:
                 rows[r] = self.online_results(r, step, rows[r], successes)
-            keys = {"step": step, "run": r, **self.agent.runs[r]}
+            keys = {"step": step, **self.agent.runs[r]}
             table.append({**keys, "episodes": len(returns), **rows[r]})
         self.tables["evaluations"].append(table)
         self.evaluations += table
@@ -2701,7 +2766,7 @@ class Run:
     def online_results(self, r: int, step: int, row: dict, successes) -> dict:
         """The row with success rate, and regret of the online phase's evaluations."""
         row, first = {**row, "success_rate": float(successes.mean())}, self.offline
-        mine = [e for e in self.evaluations if int(e["run"]) == r]
+        mine = [e for e in self.evaluations if int(e["run"]) == self.numbers[r]]
         mine = [e for e in (*mine, {"step": step, **row}) if int(e["step"]) > first]
         means = []
         for column in ("d4rl_normalized_score", "success_rate"):
@@ -2725,6 +2790,7 @@ class Run:
             "config": dataclasses.asdict(self.config),
             "task": dataclasses.asdict(self.task),
             "agent": self.agent.state_dict(),
+            "runs": self.agent.runs,
             "phase": "online" if self.online and self.online.started else "offline",
             "online": self.online.state() if self.online else None,
             "metrics": vars(self.metrics),
@@ -2737,6 +2803,8 @@ class Run:
             dead = torch.as_tensor(np.flatnonzero(~self.alive()))
             keep_slices(payload["agent"], read_checkpoint(path)["agent"], dead)
         save_checkpoint(path, payload)
+        if rank_and_ranks()[1] > 1:
+            merge_tables(self.directory.parent)
         self.saved_at = time.monotonic()
         self.seconds["checkpoint_seconds"] += self.saved_at - before
 
@@ -2751,13 +2819,14 @@ class Run:
         head = " ".join(f"{name:>9}" for name in (*names, "last", "best"))
         say(f" run {head}  {column}")
         for r, run in enumerate(self.agent.runs):
-            mine = [e[column] for e in self.evaluations if int(e["run"]) == r]
+            mine = [e for e in self.evaluations if int(e["run"]) == run["run"]]
+            mine = [e[column] for e in mine]
             values = [float(value) for value in mine if value != ""]
             ends = (values[-1], max(values)) if values else ()
             last, best = [f"{value:.2f}" for value in ends] or "--"
             note = f"  diverged by {self.diverged[r]}" if self.diverged[r] >= 0 else ""
             keys = " ".join(f"{run[name]:>{max(9, len(name))}g}" for name in names)
-            say(f"{r:>4} {keys} {last:>9} {best:>9}{note}")
+            say(f"{run['run']:>4} {keys} {last:>9} {best:>9}{note}")
         say(f"files: {self.directory or 'none'}")
 
 
@@ -2833,7 +2902,13 @@ def load(config: TrainConfig, checkpoint: Optional[dict], resumed: bool, device)
         if task.discrete:
             raise UserError("--online_iterations: not yet for discrete actions")
     statistics = data.statistics() if data and config.normalize else (0.0, 1.0)
-    agent = make_agent(config, task, device, *statistics)
+    runs = share_of_runs(config, None if resumed else checkpoint)
+    if resumed and checkpoint["runs"] != runs:
+        numbers = ([run["run"] for run in each] for each in (checkpoint["runs"], runs))
+        held, here = numbers
+        where = f"--resume {config.resume}"
+        raise UserError(f"{where}: holds runs {held}, this process would train {here}")
+    agent = make_agent(config, task, device, statistics, runs)
     if checkpoint:
         bounds = task.action_low, task.action_high
         kinds = checkpoint["kind"], type(agent).__name__
@@ -2872,6 +2947,7 @@ def train(config: TrainConfig, checkpoint: Optional[dict] = None) -> int:
     directory, n_runs = run_directory(config), len(agent.runs)
     run = Run(config, agent, task, data, evaluator, directory)
     hidden = not sys.stderr.isatty()
+    hidden = hidden or rank_and_ranks()[0] > 0
     look = {"unit": "update", "disable": hidden, "leave": False, "dynamic_ncols": True}
     with locked(directory), noted_signals() as noted, tqdm(total=total, **look) as bar:
         if config.resume and latest.exists():  # by another process, while this one read?
@@ -2914,6 +2990,8 @@ def train(config: TrainConfig, checkpoint: Optional[dict] = None) -> int:
                 return 128 + noted[0]
             if config.record_dataset is not None:
                 run.online.write(run.reference())
+            if rank_and_ranks()[1] > 1:  # again, for those that left no checkpoint
+                merge_tables(directory.parent)
             run.summary()
         finally:
             run.wandb.finish()
@@ -2926,6 +3004,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     """The command line; returns the exit status (0, 1, 2, 3, 130 or 143)."""
     try:
         given = read_command_line(sys.argv[1:] if argv is None else argv)
+        given = split_over_ranks(given)
         config, checkpoint = layered_config(given)
         validate(config)
         return train(config, checkpoint)
