@@ -13,7 +13,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from curves import read
+from plot import read
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

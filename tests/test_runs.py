@@ -510,7 +510,9 @@ def test_run_directory_runs_again(toy, tmp_path, whole):
     (directory,) = (tmp_path / "runs").iterdir()
     assert re.fullmatch(r"a-b-.*random-v0-[0-9a-f]{8}", directory.name)
     assert f"files: runs/{directory.name}" in out
-    names = "config.yaml cql.py metrics.csv evaluations.csv timing.csv checkpoint.pt"
+    names = (
+        ".lock config.yaml cql.py metrics.csv evaluations.csv timing.csv checkpoint.pt"
+    )
     assert {path.name for path in directory.iterdir()} == set(names.split())
     assert (directory / "cql.py").read_bytes() == SCRIPT.read_bytes()
     again = [directory / "cql.py", "--config_path", directory / "config.yaml"]
