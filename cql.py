@@ -2333,6 +2333,15 @@ def read_checkpoint(path: Union[str, Path]) -> dict:
     missing = {"kind", "config", "task", "agent", "runs"} - payload.keys()
     if missing:
         raise UserError(f"checkpoint {path}: lacks {', '.join(sorted(missing))}")
+    try:  # of the types that are relied on from here on
+        config = pyrallis.decode(TrainConfig, payload["config"])
+        task = pyrallis.decode(Task, payload["task"])
+        check_spaces(recorded_space(task.observation_space), gym.spaces.Discrete(2))
+        assert len(task.action_low) == len(task.action_high) > 0
+        known = product_of_runs(config)
+        assert payload["runs"] and all(run in known for run in payload["runs"])
+    except Exception as error:
+        raise UserError(f"checkpoint {path}: garbled: {brief(error)}") from None
     return {**payload, "path": str(path), "written": written}
 
 
@@ -2343,7 +2352,7 @@ def load_agent(agent: nn.Module, checkpoint: dict) -> None:
         raise UserError(f"{where}: holds a {checkpoint['kind']}, not a {kind}")
     try:
         agent.load_state_dict(checkpoint["agent"])
-    except (RuntimeError, ValueError, KeyError) as error:
+    except Exception as error:  # torch has many for what does not fit
         saved, now = checkpoint["config"], vars(agent.config)
         other = [f"its --{k} is {saved[k]}" for k in INHERITED if saved[k] != now[k]]
         n, n_here = len(checkpoint["runs"]), len(agent.runs)

@@ -1,0 +1,285 @@
+"""Bad input by the thousand: random flags, files and datasets. Whatever is given, the
+script ends with 0, 2 (one line) or 3 (a diverged run), never with a traceback, never
+with NaN among what a finished run has logged.
+
+The examples are the same each time; CQL_EXAMPLES=20 tries twenty times as many."""
+
+import csv
+import dataclasses
+import json
+import os
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import h5py
+import numpy as np
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from make_data import d4rl_file, minari_dataset, random_episodes, run, toy_dataset
+
+import cql
+
+TIMES = int(os.environ.get("CQL_EXAMPLES", 1))
+FIELDS = {field.name: field for field in dataclasses.fields(cql.TrainConfig)}
+
+
+def examples(n):
+    return settings(
+        max_examples=n * TIMES,
+        deadline=None,
+        database=None,
+        derandomize=TIMES == 1,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+def honest(outcome, allowed=(0, 2)):
+    """The promise about every end of the script."""
+    status, out, err = outcome
+    assert status in allowed, outcome
+    if status == 2:
+        assert err.startswith("cql.py: error: ") and err.count("\n") == 1, err
+        assert err.endswith("\n") and len(err) < 1500, err
+    else:
+        assert err == "", err
+    assert "Traceback" not in out + err
+
+
+# --- flags and files ------------------------------------------------------------------
+
+numbers = st.one_of(
+    st.integers(-3, 12),
+    st.integers(),
+    st.floats(),
+    st.sampled_from([0, -1, 1e-300, 1e300, 2**63, 2**64, -0.0, 1e6]),
+)
+words = st.one_of(
+    st.text(max_size=12),
+    st.sampled_from(
+        "true false null ~ nan inf -inf .inf -.inf 1e6 1_000 0x10 '' [] {} [0,1] [0,0] "
+        "[[0]] {a:1} cpu cuda cuda:0 ../x / . logsumexp mean fp32 bf16 nul\0".split()
+    ),
+)
+scalars = st.one_of(numbers, words, st.booleans(), st.none())
+values = st.one_of(
+    scalars,
+    st.lists(scalars, max_size=3),
+    st.dictionaries(st.text(max_size=4), scalars, max_size=2),
+)
+names = st.one_of(st.sampled_from(sorted(FIELDS)), st.text(max_size=10))
+
+
+def parsed(argv):
+    """The script up to the training, in an empty directory."""
+    with tempfile.TemporaryDirectory() as directory:
+        before = os.getcwd()
+        os.chdir(directory)
+        try:
+            with mock.patch.object(cql, "train", lambda *_: 0):
+                outcome = run(argv)
+            assert not os.listdir(directory)
+        finally:
+            os.chdir(before)
+    return outcome
+
+
+@examples(1500)
+@given(st.dictionaries(names, values, max_size=4), st.booleans())
+def test_command_lines(flags, joined):
+    argv = []
+    for name, value in flags.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        argv += [f"--{name}={text}"] if joined else [f"--{name}", text]
+    if {"-h", "--help", "--h", "--he", "--hel"} & set(argv):
+        return
+    honest(parsed(argv))
+
+
+@examples(700)
+@given(st.lists(words, max_size=4))
+def test_loose_words(argv):
+    if {"-h", "--help"} & set(argv):
+        return
+    honest(parsed(argv))
+
+
+@examples(1000)
+@given(st.dictionaries(names, values, max_size=5))
+def test_config_files(flags):
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "flags.yaml")
+        path.write_text(yaml.safe_dump(flags), "utf-8")
+        honest(parsed(["--config_path", str(path)]))
+
+
+@examples(500)
+@given(st.binary(max_size=60))
+def test_any_bytes_as_a_config_file(content):
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "flags.yaml")
+        path.write_bytes(content)
+        honest(parsed([f"--config_path={path}"]))
+
+
+# --- training -------------------------------------------------------------------------
+
+
+def finite(directory):
+    """No row of a finished run holds NaN or infinity."""
+    if not (directory / "metrics.csv").exists():  # no update
+        return
+    with open(directory / "metrics.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            row = {k: v for k, v in row.items() if not k.startswith("train_")}
+            numbers = np.array([float(value or "nan") for value in row.values()])
+            assert np.isfinite(numbers).all(), row
+
+
+def trained(directory, data, **flags):
+    tiny = {"hidden_dim": 4, "q_n_hidden_layers": 1, "batch_size": 4, "log_freq": 1}
+    outcome = run(env=data, resume=directory, **{**tiny, **flags})
+    honest(outcome, allowed=(0, 2, 3))
+    if outcome[0] == 0:
+        finite(Path(directory))
+    return outcome[0]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return toy_dataset(tmp_path_factory.mktemp("toy"))
+
+
+rates = st.sampled_from([0.0, 1e-8, 1e-3, 1.0, 1e4])
+weights = st.sampled_from([0.0, 1e-3, 1.0, 1e3, 1e12])
+kinds = {
+    "seed": st.sampled_from([0, 7, [0, 1]]),
+    "cql_alpha": st.one_of(weights, st.just([0.0, 5.0])),
+    "cql_temp": st.sampled_from([1e-8, 0.1, 1.0, 100.0, [0.5, 1.0]]),
+    "cql_target_action_gap": st.sampled_from([-1e6, -1.0, 0.0, 5.0]),
+    "discount": st.sampled_from([0.0, 0.5, 0.99, 1.0]),
+    "soft_target_update_rate": st.sampled_from([0.0, 5e-3, 1.0]),
+    "target_update_period": st.integers(1, 3),
+    "policy_lr": rates,
+    "qf_lr": rates,
+    "alpha_multiplier": weights,
+    "cql_n_actions": st.integers(1, 4),
+    "cql_backward_actions": st.integers(0, 12),
+    "cql_clip_diff_min": st.sampled_from([-1e6, -1.0, 0.0, "-.inf"]),
+    "cql_clip_diff_max": st.sampled_from([-1.0, 0.0, 1e6, ".inf"]),
+    "n_critics": st.integers(1, 3),
+    "n_target_critics": st.integers(1, 3),
+    "penalty": st.sampled_from(cql.PENALTIES),
+    "reward_scale": st.sampled_from([0.0, -1.0, 1.0, 1e20, 1e38]),
+    "reward_bias": st.sampled_from([0.0, -5.0, 1e38]),
+    "policy_log_std_multiplier": st.sampled_from([0.0, 1.0, -3.0, 1e6]),
+    "bc_steps": st.integers(0, 3),
+    "mixing_ratio": st.sampled_from([-1, 0.5, 0.01, 0.99]),
+    "online_iterations": st.integers(0, 6),
+    "utd": st.integers(1, 3),
+    "buffer_size": st.integers(1, 30),
+    "precision": st.sampled_from(["fp32", "bf16"]),
+    "max_timesteps": st.integers(0, 4),
+    "eval_freq": st.integers(1, 4),
+    **dict.fromkeys(
+        "use_automatic_entropy_tuning backup_entropy cql_importance_sample cql_lagrange "
+        "cql_max_target_backup orthogonal_init normalize cal_ql "
+        "is_sparse_reward".split(),
+        st.booleans(),
+    ),
+}
+
+
+@examples(150)
+@given(st.fixed_dictionaries({}, optional=kinds))
+def test_settings(toy, flags):
+    with tempfile.TemporaryDirectory() as directory:
+        trained(directory, toy, **flags)
+
+
+@examples(120)
+@given(
+    lengths=st.lists(st.integers(0, 9), max_size=6),
+    dims=st.tuples(st.sampled_from([1, 2, 11, 348]), st.sampled_from([1, 3, 17])),
+    scales=st.tuples(*[st.sampled_from([0.0, 1e-6, 1.0, 1e6, 1e18, 1e37])] * 2),
+    ends=st.sampled_from(["terminal", "timeout", "cut", "mixed"]),
+    batch=st.sampled_from([1, 4, 30]),
+    normalize=st.booleans(),
+    flat=st.booleans(),
+)
+def test_datasets(lengths, dims, scales, ends, batch, normalize, flat):
+    """Of odd shapes and sizes: no or single transitions, constant or huge numbers."""
+    episodes = random_episodes(lengths, 0, *dims, ends=ends)
+    for episode in episodes:
+        episode["observations"] *= np.float32(scales[0])
+        episode["rewards"] *= scales[1]
+    with tempfile.TemporaryDirectory() as root:
+        if flat:
+            none = {"observations": np.zeros((1, dims[0])), "actions": np.zeros((0, 1))}
+            none |= dict.fromkeys(
+                ("rewards", "terminations", "truncations"), np.zeros(0)
+            )
+            data = d4rl_file(Path(root, "data.hdf5"), episodes or [none])
+        elif sum(lengths) == 0 or 0 in lengths:
+            return  # Minari writes no such dataset
+        else:
+            data = minari_dataset(root, "random/data-v0", episodes)
+        flags = {"batch_size": batch, "normalize": normalize}
+        status = trained(Path(root, "run"), data, **flags)
+        tame = max(scales) <= 1e6 and batch <= sum(lengths)
+        assert status == 0 or not tame
+
+
+@examples(120)
+@given(st.data())
+def test_damaged_arrays(data):
+    """One array of a file replaced by something else."""
+    arrays = "observations actions rewards terminals timeouts next_observations".split()
+    name = data.draw(st.sampled_from(arrays))
+    shape = data.draw(
+        st.sampled_from([(), (0,), (1,), (40,), (40, 1), (40, 3), (9, 2, 2)])
+    )
+    fill = st.sampled_from([0.0, 1.0, 0.5, -2.0, np.nan, np.inf, 1e300])
+    kind = data.draw(st.sampled_from(["f4", "f8", "i4", "u1", "?", "S5", "c8"]))
+    value = data.draw(fill)
+    with np.errstate(all="ignore"):
+        array = np.full(shape, b"x" if kind == "S5" else 0, kind)
+        if kind in ("f4", "f8") or value in (0.0, 1.0):
+            array = np.full(shape, str(value) if kind == "S5" else value).astype(kind)
+    with tempfile.TemporaryDirectory() as root:
+        path = d4rl_file(Path(root, "data.hdf5"), random_episodes([20, 20]))
+        with h5py.File(path, "a") as file:
+            del file[name]
+            file[name] = array
+        trained(Path(root, "run"), path)
+
+
+@examples(60)
+@given(st.sampled_from(["config", "task", "agent", "metrics", "runs"]), st.data())
+def test_foreign_checkpoints(made, place, data):
+    """A part of a checkpoint that is not what it should be."""
+    import torch
+
+    payload = dict(torch.load(made / "checkpoint.pt", weights_only=True))
+    thing = payload[place]
+    if isinstance(thing, dict) and thing and data.draw(st.booleans()):
+        key = data.draw(st.sampled_from(sorted(thing)))
+        payload[place] = {**thing, key: data.draw(st.one_of(scalars, st.lists(scalars)))}
+    else:
+        payload[place] = data.draw(values)
+    with tempfile.TemporaryDirectory() as root:
+        path = Path(root, "checkpoint.pt")
+        torch.save(payload, path)
+        argv = [f"--load_model={path}", "--max_timesteps=0", "--n_episodes=1"]
+        argv += ["--checkpoints_path=null", "--device=cpu"]
+        status, out, err = run(argv)
+        honest((status, out, err), allowed=(0, 2))
+
+
+@pytest.fixture(scope="module")
+def made(toy, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("made")
+    assert run(env=toy, resume=directory, hidden_dim=4)[0] == 0
+    return directory
