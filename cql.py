@@ -881,7 +881,7 @@ class Dataset:
         self.reward_factor = reward_factor(whole_returns, self.task, config)
 
         def joined(arrays) -> Tensor:
-            array = np.concatenate(list(arrays)).astype(np.float32, copy=False)
+            array = single(np.concatenate(list(arrays)))
             return torch.as_tensor(array, device=device)
 
         self.observations = joined(e.observations for e in episodes)
@@ -2454,16 +2454,20 @@ class Metrics:
 
     def __init__(self):
         self.names, self.sums, self.count = [], None, 0
+        self.broken = None  # [R, columns] bool: what was not finite first
 
     def add(self, metrics: Dict[str, Tensor]) -> None:
         columns = [v if v.ndim == 2 else v.unsqueeze(1) for v in metrics.values()]
         values = torch.cat(columns, 1)  # [R, columns]
         if self.sums is None:
             self.sums = torch.zeros_like(values, dtype=torch.float64)
+            self.broken = torch.zeros_like(values, dtype=torch.bool)
             for name, column in zip(metrics, columns):
                 js = range(1, 1 + column.shape[1])
                 self.names += [name.replace("{j}", str(j)) for j in js]
         self.sums += values
+        # An update later all else is not finite either.
+        self.broken |= ~values.isfinite() & ~self.broken.any(1, keepdim=True)
 
     def means(self) -> List[Dict[str, float]]:
         """Interval means, one dict per run."""
@@ -2626,6 +2630,7 @@ class Run:
             vars(self.metrics).update(checkpoint["metrics"])
             if self.metrics.sums is not None:
                 self.metrics.sums = self.metrics.sums.to(self.agent.device)
+                self.metrics.broken = self.metrics.broken.to(self.agent.device)
             self.updater.load(checkpoint["updater"])
             if checkpoint["online"] is not None and self.online is not None:
                 self.online.load(checkpoint["online"])
@@ -2671,15 +2676,16 @@ class Run:
     def check_finite(self) -> Dict[int, Dict[str, float]]:
         """Metric means of the live runs; one in which a mean is not finite stops."""
         rows = {r: row for r, row in enumerate(self.metrics.means()) if self.alive()[r]}
-        for r, row in list(rows.items()):
-            broken = [name for name, value in row.items() if not math.isfinite(value)]
+        for r in list(rows):
+            columns = self.metrics.broken[r].tolist()
+            broken = list(itertools.compress(self.metrics.names, columns))
             if not all(w[r].isfinite().all() for w in self.agent.parameters()):
                 broken.append("a weight")
             if broken:
                 del rows[r]
                 self.diverged[r] = self.step
                 where = f"run {self.numbers[r]} diverged by update {self.step}"
-                say(f"{where}: {broken[0]} not finite")
+                say(f"{where}: first {', '.join(broken[:4])} not finite")
         return rows
 
     def log(self, reset: bool = True) -> None:
