@@ -1601,8 +1601,10 @@ class Agent(nn.Module):
         dtype = self.observation_mean.dtype
         x = torch.tensor(np.asarray(observations), dtype=dtype).to(self.device)
         shape, n_runs = x.shape[:-1], len(self.runs)
-        if (x.shape[0] if x.ndim == 3 else 1) != n_runs:
-            raise ValueError(f"observations {tuple(x.shape)} for {n_runs} runs")
+        lead = x.shape[0] if x.ndim == 3 else 1
+        if (lead, x.shape[-1]) != (n_runs, self.observation_dim):
+            expected = f"{n_runs} runs of {self.observation_dim} dimensions"
+            raise ValueError(f"observations {tuple(x.shape)} for {expected}")
         x = x.reshape(n_runs, -1, x.shape[-1])
         x = (x - self.observation_mean) / self.observation_std
         actions = self.choose(x, deterministic)
@@ -2000,10 +2002,11 @@ class Evaluator:
         if (*dims, space["discrete"]) != sizes or not np.allclose(
             [space["action_low"], space["action_high"]], expected
         ):
+            bounds = [space["action_low"], space["action_high"]]
             raise UserError(
-                f"--eval_env {self.name}: {env.observation_space}, {env.action_space}"
-                f" do not match the data's {task.observation_dim} observations and "
-                f"actions in {expected}"
+                f"--eval_env {self.name}: {dims[0]} observations and "
+                f"{'discrete ' * space['discrete']}actions in {bounds} do not match the "
+                f"data's, {sizes[0]} and {expected}"
             )
         arguments = task, config
         self.reference = None  # returns scored 0 and 100
@@ -2891,6 +2894,10 @@ def describe(config, task: Task, data: Optional[Dataset], evaluator) -> None:
     for name in ("buffer_size", "cql_alpha_online", "utd"):
         if config.online_iterations == 0 and name in changed:
             say(f"{name} has no effect offline")
+    if 0 < offline_updates(config) + config.online_iterations <= config.bc_steps:
+        say("bc_steps covers every update: this clones behaviour, and Q plays no part")
+    if config.cal_ql and not np.any(config.cql_alpha):
+        say("cal_ql has no effect with cql_alpha 0")
     if config.checkpoints_path is None and not config.resume:
         say("checkpoints_path is null: nothing will be written")
 

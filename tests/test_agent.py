@@ -606,6 +606,9 @@ def test_act_takes_observations_of_any_leading_shape():
     same = three.act(np.tile(x[:1], (3, 1, 1)))
     np.testing.assert_allclose(same[0], actions[0], rtol=1e-5)
     assert (same[1] != actions[0]).all() and (same[2] != same[1]).all()
+    for wrong in (x[0], x[:2], x[..., 1:], x[:, :, :, None]):
+        with pytest.raises(ValueError, match=f"3 runs of {OBS} dimensions"):
+            three.act(wrong)
 
 
 def test_shapes_of_other_runs_are_refused():

@@ -793,7 +793,7 @@ def wide():
     "name, fragments",
     [
         ("Pendulum-v1", "match"),  # one action
-        ("CartPole-v1", ""),  # discrete
+        ("CartPole-v1", "match discrete"),
         ("MountainCarContinuous-v0", "match"),  # two observations
         ("CqlWide-v0", "-2.0 -1.0"),  # other bounds
         ("Nowhere-v0", "Nowhere"),

@@ -1362,3 +1362,14 @@ def test_an_evaluation_without_survivors(train, monkeypatch, capsys):
     assert (
         code == 3 and "return  " not in out and rows(directory, "evaluations.csv") == []
     )
+
+
+def test_flags_that_make_another_useless_are_named(train, capsys):
+    quiet = dict(max_timesteps=4, cal_ql=True, bc_steps=3, cql_alpha=[0, 1])
+    assert train("quiet", **quiet)[0] == 0
+    assert "bc_steps" not in (out := capsys.readouterr().out) and "cal_ql" not in out
+    loud = {**quiet, "bc_steps": 4, "cql_alpha": [0]}
+    assert train("loud", **loud)[0] == 0
+    out = capsys.readouterr().out
+    assert "bc_steps covers every update" in out
+    assert "cal_ql has no effect with cql_alpha 0" in out
