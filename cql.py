@@ -10,6 +10,7 @@ dimension of every tensor.
     python cql.py --env mujoco/hopper/medium-v0 --seed '[0,1,2]' --cql_alpha '[1,5,10]'
     python cql.py --config_path configs/hopper.yaml --resume runs/hopper   # or go on
     python cql.py --load_model runs/hopper/checkpoint.pt --max_timesteps 0
+    torchrun --nproc_per_node 2 cql.py --seed '[0,1,2,3]' --resume runs/split
 
 Letters in shape comments: R runs, N critics, B batch, K = cql_n_actions, M actions of a
 state, T target actions of a state (1 or K), O observation dims, A action dims.
@@ -392,6 +393,9 @@ def validate(config: TrainConfig) -> None:
         raise UserError("--is_sparse_reward: needs a --discount below 1")
     if config.cql_clip_diff_min > config.cql_clip_diff_max:
         raise UserError("--cql_clip_diff_min is above --cql_clip_diff_max")
+    ranks, n_runs = rank_and_ranks()[1], len(product_of_runs(config))
+    if ranks > n_runs:
+        raise UserError(f"torchrun: {ranks} processes for {n_runs} runs")
     twice = config.offline_iterations is not None
     if twice and config.max_timesteps != FIELDS["max_timesteps"].default:
         raise UserError(
@@ -431,7 +435,10 @@ def product_of_runs(config: TrainConfig) -> List[dict]:
 
 def rank_and_ranks() -> Tuple[int, int]:
     """This process's place among those that torchrun started; (0, 1) without it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, ranks = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    if not (rank.isdigit() and ranks.isdigit() and int(ranks) > 1):
+        return 0, 1
+    return int(rank), int(ranks)
 
 
 def split_over_ranks(given: dict) -> dict:
@@ -440,27 +447,52 @@ def split_over_ranks(given: dict) -> dict:
     rank, ranks = rank_and_ranks()
     if ranks == 1:
         return given
+    if rank >= ranks:
+        raise UserError(f"torchrun: RANK {rank} of WORLD_SIZE {ranks}")
     if "WANDB_SWEEP_ID" in os.environ:
         raise UserError("torchrun: not under a sweep agent, whose trial is one process")
+    if given.get("record_dataset"):
+        raise UserError("--record_dataset: not under torchrun, for one process only")
     if not given.get("resume"):
         raise UserError("torchrun: needs --resume DIR, one directory for all ranks")
-    own = {"resume": str(Path(given["resume"], f"rank{rank}"))}
+    directory = Path(given["resume"])
+    if any((directory / name).exists() for name in ("config.yaml", "checkpoint.pt")):
+        raise UserError(f"--resume {directory}: holds the run of a single process")
+    own = {"resume": str(directory / f"rank{rank}")}
     model = Path(given.get("load_model") or "", f"rank{rank}")
     if given.get("load_model") and model.is_dir():
         own["load_model"] = str(model)
     return {**given, **own}
 
 
-def share_of_runs(config: TrainConfig, checkpoint: Optional[dict]) -> List[dict]:
-    """The runs that this process trains: all, those of a model of the same product, or
-    under torchrun every n-th. Raises UserError."""
+def settle_ranks(directory: Path) -> None:
+    """Refuse another number of ranks than the directory was begun with, whose runs
+    would be others. Raises UserError."""
+    ranks, path = str(rank_and_ranks()[1]), directory / ".ranks"
+    with holding(directory, wait=True):
+        before = path.read_text() if path.exists() else ranks
+        path.write_text(before)
+    if ranks != before:
+        raise UserError(
+            f"torchrun: {ranks} processes; {directory} was begun by {before}"
+        )
+
+
+def share_of_runs(config: TrainConfig, checkpoint: Optional[dict], resumed: bool):
+    """The runs that this process trains: all, those of a checkpoint of the same
+    product, or under torchrun every n-th. Raises UserError."""
     (rank, ranks), runs = rank_and_ranks(), product_of_runs(config)
-    if ranks > len(runs):
-        raise UserError(f"torchrun: {ranks} processes for {len(runs)} runs")
     if checkpoint is None:
         return runs[rank::ranks]
     same = runs == product_of_runs(TrainConfig(**checkpoint["config"]))
-    return checkpoint["runs"] if same and ranks == 1 else runs[rank::ranks]
+    share = checkpoint["runs"] if same and ranks == 1 else runs[rank::ranks]
+    if resumed and checkpoint["runs"] != share:
+        held, here = (
+            [run["run"] for run in each] for each in (checkpoint["runs"], share)
+        )
+        where = f"--resume {config.resume}"
+        raise UserError(f"{where}: holds runs {held}, this process would train {here}")
+    return share
 
 
 def pick_device(name: str, precision: str = "fp32") -> torch.device:
@@ -476,6 +508,8 @@ def pick_device(name: str, precision: str = "fp32") -> torch.device:
         raise UserError(f"--device {name}: there is no such GPU; pass --device cpu")
     if precision == "tf32" and device.type != "cuda":
         raise UserError("--precision tf32: only GPUs have it; pass fp32 or bf16")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     return device
 
@@ -655,11 +689,12 @@ def read_task(directory: Path) -> Tuple[Task, int]:
         reference = [metadata.get(f"ref_{end}_score") for end in ("min", "max")]
         if None not in reference and not float(reference[0]) < float(reference[1]):
             raise UserError(f"reference scores {reference}, which are not min and max")
+        text, limit = metadata["observation_space"], spec.get("max_episode_steps")
         task = Task(
-            metadata["observation_space"],
+            text if isinstance(text, str) else json.dumps(text),
             env_id=spec.get("id"),
             env_kwargs=kwargs,
-            max_episode_steps=spec.get("max_episode_steps"),
+            max_episode_steps=None if limit is None else int(limit),
             reference=None if None in reference else [float(x) for x in reference],
             **action_bounds(spaces[1]),
         )
@@ -789,13 +824,17 @@ def minari_directory(name: str) -> Path:
             f"--env {name} is a name of D4RL's, whose data Minari does not hold: pass "
             f"the file, --env path/to/{name}.hdf5{other} (which is other data)"
         )
-    if not directory.is_dir():
+
+    def missing():  # or half there: a download killed, or another rank's
+        return not directory.is_dir() or len(os.listdir(directory)) < 2
+
+    if missing():
         say(f"downloading {name} ...")
         try:
             if "MINARI_REMOTE" not in os.environ:  # offline, Minari retries for minutes
                 urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=20)
-            with holding(get_dataset_path(), wait=True), quiet():  # one rank of many
-                if not (directory / "metadata.json").exists():
+            with holding(get_dataset_path(), wait=True), quiet():
+                if missing():
                     minari.download_dataset(name)
         except Exception as error:
             raise UserError(
@@ -1815,6 +1854,10 @@ class Updater:
     def __init__(self, agent: Agent, data: Union[Dataset, Replay], metrics: "Metrics"):
         self.agent, self.data, self.metrics = agent, data, metrics
         on_gpu = torch.device(agent.device).type == "cuda"
+        if on_gpu:  # from here on, because the default stream cannot be captured
+            stream = torch.cuda.Stream(agent.device)
+            stream.wait_stream(torch.cuda.current_stream(agent.device))
+            torch.cuda.set_stream(stream)
         self.captures, self.block = on_gpu, 32 if on_gpu else 1  # updates drawn at once
         self.used, self.noise, self.before = self.block, None, None
         self.cursor = torch.zeros(1, dtype=torch.long, device=agent.device)
@@ -2013,7 +2056,9 @@ class Evaluator:
         self.pending, self.simulator = None, Simulator(*arguments)
         n_workers = config.eval_workers
         if n_workers is None:  # on a CPU they would take training's cores
-            n_workers = os.cpu_count() - 1 if torch.device(device).type == "cuda" else 0
+            on_gpu = torch.device(device).type == "cuda"
+            cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            n_workers = max(cores - 1, 0) if on_gpu else 0
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of the workers' NumPy
         options = multiprocessing.get_context("spawn"), serve, arguments
         n_workers = min(n_workers, config.n_episodes)
@@ -2333,19 +2378,28 @@ def read_checkpoint(path: Union[str, Path]) -> dict:
     version = payload.get("version")
     if version != VERSION:
         raise UserError(f"checkpoint {path}: of version {version}, not {VERSION}")
-    missing = {"kind", "config", "task", "agent", "runs"} - payload.keys()
+    keys = (
+        "kind config task agent runs phase online metrics updater transitions wandb_ids"
+    )
+    missing = {*keys.split(), *Run.SAVED} - payload.keys()
     if missing:
         raise UserError(f"checkpoint {path}: lacks {', '.join(sorted(missing))}")
     try:  # of the types that are relied on from here on
         config = pyrallis.decode(TrainConfig, payload["config"])
         task = pyrallis.decode(Task, payload["task"])
         check_spaces(recorded_space(task.observation_space), gym.spaces.Discrete(2))
-        assert len(task.action_low) == len(task.action_high) > 0
-        known = product_of_runs(config)
-        assert payload["runs"] and all(run in known for run in payload["runs"])
+        numbers = [payload[name] for name in ("step", "transitions", "evaluated")]
+        numbers = [strict(int, number) for number in (*numbers, *payload["diverged"])]
+        runs, known = payload["runs"], product_of_runs(config)
+        n_low, n_high = len(task.action_low), len(task.action_high)
+        if min(numbers) < -1 or n_low != n_high or not n_low or not runs:
+            raise ValueError("numbers that do not go together")
+        if any(run not in known for run in runs):
+            raise ValueError("runs that are not its config's")
     except Exception as error:
         raise UserError(f"checkpoint {path}: garbled: {brief(error)}") from None
-    return {**payload, "path": str(path), "written": written}
+    plain = {"config": dataclasses.asdict(config), "task": dataclasses.asdict(task)}
+    return {**payload, **plain, "path": str(path), "written": written}
 
 
 def load_agent(agent: nn.Module, checkpoint: dict) -> None:
@@ -2374,8 +2428,9 @@ def load_policy(path: Union[str, Path], run: int = 0, device: str = "cpu"):
     agent = make_agent(config, task, device, runs=checkpoint["runs"])
     load_agent(agent, checkpoint)
     space, n_runs = recorded_space(task.observation_space), len(agent.runs)
-    if not 0 <= run < n_runs:
-        raise UserError(f"checkpoint {path}: runs 0 to {n_runs - 1}, no {run}")
+    numbers = [each["run"] for each in agent.runs]
+    if run not in numbers:
+        raise UserError(f"checkpoint {path}: holds runs {numbers}, no {run}")
 
     def policy(observation, deterministic: bool = True) -> np.ndarray:
         whole = isinstance(observation, (dict, tuple))
@@ -2383,7 +2438,7 @@ def load_policy(path: Union[str, Path], run: int = 0, device: str = "cpu"):
             observation = gym.spaces.flatten(space, observation)
         one = np.ndim(observation) == 1
         everywhere = np.stack([np.atleast_2d(observation)] * n_runs)  # [R, n, O]
-        actions = agent.act(everywhere, deterministic)[run]
+        actions = agent.act(everywhere, deterministic)[numbers.index(run)]
         actions = actions.reshape(-1, *task.action_shape)
         return actions[0] if one else actions
 
@@ -2629,14 +2684,11 @@ class Run:
         ids, every = [], {"log_freq": 1, "eval_freq": 1}
         if checkpoint:
             ids, every = checkpoint["wandb_ids"], checkpoint["config"]
-            vars(self).update({name: checkpoint[name] for name in self.SAVED})
-            vars(self.metrics).update(checkpoint["metrics"])
-            if self.metrics.sums is not None:
-                self.metrics.sums = self.metrics.sums.to(self.agent.device)
-                self.metrics.broken = self.metrics.broken.to(self.agent.device)
-            self.updater.load(checkpoint["updater"])
-            if checkpoint["online"] is not None and self.online is not None:
-                self.online.load(checkpoint["online"])
+            try:
+                self.take_up(checkpoint)
+            except Exception as error:
+                where = f"checkpoint {checkpoint['path']}"
+                raise UserError(f"{where}: garbled: {brief(error)}") from None
         self.logged_step, self.tables, kept = self.step, {}, {}
         freqs = {"metrics": "log_freq", "evaluations": "eval_freq", "timing": "log_freq"}
         for name, freq in freqs.items():
@@ -2662,6 +2714,19 @@ class Run:
                 shutil.copyfile(__file__, self.directory / "cql.py")
         self.wandb = WandbLogger(self.config, self.directory, self.agent.runs, ids)
 
+    def take_up(self, checkpoint: dict) -> None:
+        """The state of a run to go on with, but for its agent's."""
+        vars(self).update({name: checkpoint[name] for name in self.SAVED})
+        if not len(self.diverged) == len(self.warned) == len(self.agent.runs):
+            raise ValueError("diverged or warned of other runs")
+        vars(self.metrics).update(checkpoint["metrics"])
+        if self.metrics.sums is not None:
+            self.metrics.sums = self.metrics.sums.to(self.agent.device)
+            self.metrics.broken = self.metrics.broken.to(self.agent.device)
+        self.updater.load(checkpoint["updater"])
+        if checkpoint["online"] is not None and self.online is not None:
+            self.online.load(checkpoint["online"])
+
     def advance(self) -> None:
         """An update, or online a step of the environments and utd updates."""
         n = 1
@@ -2682,13 +2747,15 @@ class Run:
         for r in list(rows):
             columns = self.metrics.broken[r].tolist()
             broken = list(itertools.compress(self.metrics.names, columns))
-            if not all(w[r].isfinite().all() for w in self.agent.parameters()):
-                broken.append("a weight")
+            finite = (w[r].isfinite().all() for w in self.agent.parameters())
+            if not broken and not all(finite):
+                broken = ["a weight"]
             if broken:
                 del rows[r]
                 self.diverged[r] = self.step
                 where = f"run {self.numbers[r]} diverged by update {self.step}"
-                say(f"{where}: first {', '.join(broken[:4])} not finite")
+                more = ", ..." * (len(broken) > 4)
+                say(f"{where}: first {', '.join(broken[:4])}{more} not finite")
         return rows
 
     def log(self, reset: bool = True) -> None:
@@ -2924,12 +2991,7 @@ def load(config: TrainConfig, checkpoint: Optional[dict], resumed: bool, device)
         if task.discrete:
             raise UserError("--online_iterations: not yet for discrete actions")
     statistics = data.statistics() if data and config.normalize else (0.0, 1.0)
-    runs = share_of_runs(config, None if resumed else checkpoint)
-    if resumed and checkpoint["runs"] != runs:
-        numbers = ([run["run"] for run in each] for each in (checkpoint["runs"], runs))
-        held, here = numbers
-        where = f"--resume {config.resume}"
-        raise UserError(f"{where}: holds runs {held}, this process would train {here}")
+    runs = share_of_runs(config, checkpoint, resumed)
     agent = make_agent(config, task, device, statistics, runs)
     if checkpoint:
         bounds = task.action_low, task.action_high
@@ -2968,13 +3030,15 @@ def train(config: TrainConfig, checkpoint: Optional[dict] = None) -> int:
     data, task, evaluator, agent = load(config, checkpoint, resumed, device)
     directory, n_runs = run_directory(config), len(agent.runs)
     run = Run(config, agent, task, data, evaluator, directory)
-    hidden = not sys.stderr.isatty()
-    hidden = hidden or rank_and_ranks()[0] > 0
+    rank, ranks = rank_and_ranks()
+    hidden = rank > 0 or not sys.stderr.isatty()
     look = {"unit": "update", "disable": hidden, "leave": False, "dynamic_ncols": True}
     with locked(directory), noted_signals() as noted, tqdm(total=total, **look) as bar:
         if config.resume and latest.exists():  # by another process, while this one read?
             if not resumed or latest.stat().st_mtime_ns != checkpoint["written"]:
                 raise UserError(f"{directory}: changed meanwhile; try once more")
+        if ranks > 1:
+            settle_ranks(directory.parent)
         describe(config, task, data, evaluator)
         if checkpoint and not resumed:
             say(f"model: {checkpoint['path']}, update {checkpoint['step']:,}")
@@ -3007,19 +3071,22 @@ def train(config: TrainConfig, checkpoint: Optional[dict] = None) -> int:
             bar.close()
             if noted:
                 run.checkpoint()
-                more = f"; --resume {directory} goes on" if directory else ""
+                again = directory and (directory.parent if ranks > 1 else directory)
+                more = f"; --resume {again} goes on" if directory else ""
                 say(f"interrupted at update {run.step:,}{more}")
                 return 128 + noted[0]
             if config.record_dataset is not None:
                 run.online.write(run.reference())
-            if rank_and_ranks()[1] > 1:  # again, for those that left no checkpoint
+            if ranks > 1:  # again, for a rank that left no checkpoint
                 merge_tables(directory.parent)
             run.summary()
         finally:
             run.wandb.finish()
             if evaluator:
                 evaluator.close()
-    return 0 if run.alive().all() else 3
+    if ranks > 1 and not run.alive().all():
+        say("exit status 0 all the same: at any other torchrun stops the other ranks")
+    return 0 if run.alive().all() or ranks > 1 else 3
 
 
 def main(argv: Optional[List[str]] = None) -> int:

@@ -45,7 +45,8 @@ def export(checkpoint: str, path: str, run: int = 0) -> None:
     if not Path(path).absolute().parent.is_dir():
         raise cql.UserError(f"{path}: no such directory")
     task, agent = policy.task, policy.agent
-    module = HostPolicy(agent, run, task.action_shape).eval()
+    place = [each["run"] for each in agent.runs].index(run)
+    module = HostPolicy(agent, place, task.action_shape).eval()
     torch.onnx.export(
         module,
         (torch.zeros(2, task.observation_dim),),

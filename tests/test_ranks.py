@@ -73,7 +73,7 @@ def test_ranks_are_one_process(toy, one, tmp_path, ranks):
         lines = outs[rank].read_text().splitlines()
         assert lines and all(line.startswith(f"[rank {rank}] ") for line in lines)
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [
-        *(".lock", "evaluations.csv", "metrics.csv")
+        *(".lock", ".ranks", "evaluations.csv", "metrics.csv")
     ]
 
 
@@ -112,14 +112,39 @@ def refused(monkeypatch, capsys, argv, *fragments, rank=0, ranks=2):
     assert all(part in err for part in fragments) and err.count("\n") == 1, err
 
 
-def test_bad_use(toy, one, tmp_path, monkeypatch, capsys):
+def test_bad_use(toy, tmp_path, monkeypatch, capsys):
     argv = command(toy, tmp_path / "run", **PRODUCT)
     without = [flag for flag in argv if not flag.startswith("--resume")]
     refused(monkeypatch, capsys, without, "torchrun", "--resume DIR")
     refused(monkeypatch, capsys, argv, "7 processes for 6 runs", ranks=7)
-    monkeypatch.setenv("WANDB_SWEEP_ID", "1")
-    refused(monkeypatch, capsys, argv, "sweep agent")
+    refused(monkeypatch, capsys, argv, "RANK 5 of WORLD_SIZE 2", rank=5)
+    record = [*argv, "--online_iterations=9", "--record_dataset=./mine-v0"]
+    refused(monkeypatch, capsys, record, "--record_dataset", "torchrun")
+    with monkeypatch.context() as patch:
+        patch.setenv("WANDB_SWEEP_ID", "1")
+        refused(patch, capsys, argv, "sweep agent")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_of_one_process(toy, one, monkeypatch, capsys):
+    before = (one / "metrics.csv").read_bytes()
+    argv = command(toy, one, **PRODUCT)
+    refused(monkeypatch, capsys, argv, "holds the run of a single process")
+    assert (one / "metrics.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "rank, ranks",
+    [("1", None), (None, "2"), ("", ""), ("0", "0"), ("0", "1"), ("x", "2")],
+)
+def test_variables_that_are_not_torchrun_s(monkeypatch, rank, ranks):
+    for name, value in (("RANK", rank), ("WORLD_SIZE", ranks)):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    assert cql.rank_and_ranks() == (0, 1)
+    assert cql.split_over_ranks({"seed": 1}) == {"seed": 1}
 
 
 def test_another_number_of_ranks(toy, tmp_path, monkeypatch, capsys):
@@ -130,11 +155,29 @@ def test_another_number_of_ranks(toy, tmp_path, monkeypatch, capsys):
     assert cql.main(argv) == 0
     capsys.readouterr()
     refused(monkeypatch, capsys, argv, "holds runs [1, 3, 5]", "[1, 4]", rank=1, ranks=3)
+    refused(monkeypatch, capsys, argv, "3 processes", "begun by 2", rank=2, ranks=3)
+    merged = rows(tmp_path, "evaluations.csv")
+    assert [row["run"] for row in merged] == ["1", "3", "5"] * 3
     for name in be_rank:
         monkeypatch.delenv(name)
-    alone = command(toy, tmp_path / "rank1", **PRODUCT)
-    assert cql.main(alone) == 2
-    assert "holds runs [1, 3, 5]" in capsys.readouterr().err
+    alone = command(toy, tmp_path / "rank1", **{**PRODUCT, "max_timesteps": 16})
+    assert cql.main(alone) == 0  # a rank may go on by itself
+    table = rows(tmp_path / "rank1", "evaluations.csv")
+    assert {(row["step"], row["run"]) for row in table} >= {("16", "1"), ("16", "5")}
+
+
+def test_a_diverged_rank_stops_no_other(toy, tmp_path, monkeypatch, capsys):
+    """torchrun ends all ranks when one ends with another status than 0."""
+    changes = {"seed": [0], "cql_alpha": [1, 3e38], "eval_env": PRODUCT["eval_env"]}
+    argv = command(toy, tmp_path, **changes)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "10":
+        monkeypatch.setenv("RANK", rank)
+        assert cql.main(argv) == 0
+        out = capsys.readouterr().out
+        assert ("run 1 diverged" in out) == ("exit status 0 all the same" in out)
+        assert ("run 1 diverged" in out) == (rank == "1")
+    assert {row["run"] for row in rows(tmp_path, "evaluations.csv")} == {"0"}
 
 
 def test_a_model_of_a_rank(toy, tmp_path, monkeypatch):
@@ -151,7 +194,12 @@ def test_a_model_of_a_rank(toy, tmp_path, monkeypatch):
     model = tmp_path / "first" / "rank1"
     argv = [f"--load_model={model}", "--max_timesteps=0", "--n_episodes=2"]
     argv += ["--device=cpu", f"--resume={tmp_path / 'third'}"]
-    assert cql.main(argv) == 0
-    found = {row["run"] for row in rows(tmp_path / "third", "evaluations.csv")}
-    assert found == {"1", "3", "5"}
+    for _ in range(2):  # and the same command again
+        assert cql.main(argv) == 0
+        found = [row["run"] for row in rows(tmp_path / "third", "evaluations.csv")]
+        assert found == ["1", "3", "5"]
+    policy = cql.load_policy(model, run=3)
+    assert [run["run"] for run in policy.agent.runs] == [1, 3, 5]
+    with pytest.raises(cql.UserError, match="holds runs .1, 3, 5., no 0"):
+        cql.load_policy(model)
     assert len(rows(tmp_path / "second", "evaluations.csv")) == 6
