@@ -20,9 +20,6 @@ def pytest_configure(config):
     import torch
 
     torch.set_num_threads(1)
-    config.addinivalue_line(
-        "markers", "slow: takes many seconds (deselect: -m 'not slow')"
-    )
 
 
 def files_below(path):

@@ -955,7 +955,7 @@ def test_null_writes_nothing_and_says_so(toy, tmp_path, monkeypatch):
 
 
 def test_a_directory_in_use(refused, finished):
-    descriptor = os.open(finished, os.O_RDONLY)
+    descriptor = os.open(finished / ".lock", os.O_WRONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     try:
         refused(["--resume", finished, "--max_timesteps", "9"], finished, "in use")

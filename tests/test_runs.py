@@ -885,7 +885,7 @@ def test_directory_of_a_live_run_is_refused(toy, tmp_path):
     assert process.is_alive()
     process.terminate()
     assert finish(process) == 143
-    descriptor = os.open(tmp_path / "run", os.O_RDONLY)
+    descriptor = os.open(tmp_path / "run" / ".lock", os.O_WRONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # free again
     os.close(descriptor)
     step = checkpoint(tmp_path / "run")["step"]
