@@ -104,8 +104,7 @@ class TrainConfig:
     cql_n_actions: int = 10  # Actions a proposal; 3 x this enter the penalty
     cql_importance_sample: bool = True  # Divide each proposal by its density
     cql_lagrange: bool = False  # Learn the penalty weight towards the target gap
-    # Gap that cql_lagrange aims at [list]
-    cql_target_action_gap: Union[float, List[float]] = -1.0
+    cql_target_action_gap: Union[float, List[float]] = -1.0  # Aim of cql_lagrange [list]
     cql_temp: Union[float, List[float]] = 1.0  # Softmax temperature [list]
     cql_alpha: Union[float, List[float]] = 10.0  # Penalty, twice the paper's [list]
     cql_max_target_backup: bool = False  # TD target takes the best of K actions
@@ -128,8 +127,7 @@ class TrainConfig:
     online_iterations: int = 0  # Environment steps after the offline updates
     cql_alpha_online: Optional[float] = None  # Online penalty weight; null: cql_alpha
     mixing_ratio: float = -1.0  # Offline share of an online batch; -1: one buffer
-    # Cal-QL: failed episodes count as going on so for ever
-    is_sparse_reward: bool = False
+    is_sparse_reward: bool = False  # Cal-QL: failed episodes count as going on for ever
     log_freq: int = 1000  # Updates between rows of metrics.csv
     eval_env: Optional[str] = None  # Environment to evaluate in; null: the dataset's
     resume: Optional[str] = None  # Run directory to continue, or to start in if empty
@@ -142,8 +140,7 @@ class TrainConfig:
     precision: str = "fp32"  # Of matrix products: fp32, tf32 (GPU), bf16 (critics)
     cal_ql: bool = False  # Cal-QL: penalize no Q that is below the return-to-go
     utd: int = 1  # Updates per environment step
-    # Minari id or ./directory to write the online episodes to
-    record_dataset: Optional[str] = None
+    record_dataset: Optional[str] = None  # Minari id or ./path for the online episodes
     # Processes that evaluate beside the training; null: on a GPU all cores but one
     eval_workers: Optional[int] = None
 
@@ -195,15 +192,24 @@ def brief(error) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+@contextmanager
+def blaming(kind: type, where: str, errors=Exception, but=()):
+    """Raise what goes wrong, errors `but` some, as a UserError or MachineError."""
+    try:
+        yield
+    except but:
+        raise
+    except errors as error:
+        name = f"{type(error).__name__}: " if kind is MachineError else ""
+        raise kind(f"{where}: {name}{brief(error)}") from None
+
+
 def strict(kind: type, value):
     """`value` as kind; ValueError for a fraction as int, a string as bool."""
-    if isinstance(value, bool) != (kind is bool) or isinstance(value, (list, dict)):
-        raise ValueError(value)
     if kind is int and not isinstance(value, int):  # 1e6 is a string in YAML
-        if float(value) != int(float(value)):
-            raise ValueError(value)
-        return int(float(value))
-    if value is None:
+        value = float(value)
+    wrong = isinstance(value, (list, dict, type(None))) or (kind is int and value % 1)
+    if wrong or isinstance(value, bool) != (kind is bool):
         raise ValueError(value)
     return kind(value)
 
@@ -230,10 +236,8 @@ def decoded(name: str, value, where: str, parse: bool = False):
 
 def read_config_file(path: Union[str, Path]) -> dict:
     """Field values from a YAML file of flags. Raises UserError."""
-    try:
+    with blaming(UserError, f"--config_path {path}"):
         values = yaml.safe_load(Path(path).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"--config_path {path}: {brief(error)}") from None
     if not isinstance(values, dict):
         raise UserError(f"--config_path {path}: empty, or not a mapping of flags")
     if "program" in values:
@@ -249,12 +253,8 @@ def read_command_line(argv: List[str]) -> dict:
     for i in range(len(argv) - 1, 0, -1):  # argparse takes -.inf for a flag
         if re.match(r"-[.\d]|-inf\b", argv[i]) and re.fullmatch(r"--\w+", argv[i - 1]):
             argv[i - 1 : i + 1] = [f"{argv[i - 1]}={argv[i]}"]
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        add_help=False,
-        exit_on_error=False,
-        argument_default=argparse.SUPPRESS,
-    )
+    options = {"allow_abbrev": False, "add_help": False, "exit_on_error": False}
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, **options)
     for name in ("config_path", *FIELDS):
         parser.add_argument(f"--{name}")
     try:
@@ -295,10 +295,8 @@ def layered_config(given: dict) -> Tuple[TrainConfig, Optional[dict]]:
         for name in set(given) - RESUMABLE if base else ():
             was = base.get(name, FIELDS[name].default)  # a fork's flag may be new
             if given[name] != was:
-                raise UserError(
-                    f"--{name} {given[name]}: {directory}/config.yaml says {was!r}, "
-                    "and a resumed run cannot change it"
-                )
+                where = f"--{name} {given[name]}: {directory}/config.yaml says {was!r}"
+                raise UserError(f"{where}, and a resumed run cannot change it")
         if os.path.exists(directory / "checkpoint.pt"):
             checkpoint = read_checkpoint(directory / "checkpoint.pt")
     if base and {"max_timesteps", "offline_iterations"} & given.keys():
@@ -306,8 +304,7 @@ def layered_config(given: dict) -> Tuple[TrainConfig, Optional[dict]]:
     load_model = {**base, **given}.get("load_model")
     if load_model and checkpoint is None:
         checkpoint = read_checkpoint(load_model)
-        saved = checkpoint["config"]
-        base = {**{name: saved[name] for name in INHERITED + SWEPT}, **base}
+        base = {k: checkpoint["config"][k] for k in INHERITED + SWEPT} | base
     return TrainConfig(**{**base, **given}), checkpoint
 
 
@@ -333,10 +330,9 @@ def check_ranges(config: TrainConfig) -> None:
 
 def check_online(config: TrainConfig) -> None:
     """Raise UserError for flags of the online phase that contradict."""
-    if config.mixing_ratio != -1 and not 0 < config.mixing_ratio < 1:
-        raise UserError(
-            f"--mixing_ratio {config.mixing_ratio}: must be -1 or inside (0, 1)"
-        )
+    ratio = config.mixing_ratio
+    if ratio != -1 and not 0 < ratio < 1:
+        raise UserError(f"--mixing_ratio {ratio}: must be -1 or inside (0, 1)")
     if config.online_iterations and config.buffer_size < config.batch_size:
         raise UserError(f"--buffer_size {config.buffer_size}: less than a batch")
     if config.env is None:
@@ -356,18 +352,15 @@ def check_online(config: TrainConfig) -> None:
     if config.record_dataset is not None:
         where = f"--record_dataset {config.record_dataset}"
         try:
-            path = recorded_directory(config)
-            local = config.record_dataset[:1] in ("", *"./")
-            parse_dataset_id(path.name if local else config.record_dataset)
+            root, name = recorded_place(config)
+            parse_dataset_id(name)
         except (ValueError, TypeError):  # the latter without a version
-            hint = "my/data-v0 or ./data-v0"
-            raise UserError(
-                f"{where}: must be a Minari id or path like {hint}"
-            ) from None
+            hint = "an id or a path like my/data-v0 or ./data-v0"
+            raise UserError(f"{where}: must be {hint}") from None
         if config.online_iterations == 0:
             raise UserError(f"{where}: needs --online_iterations above 0")
         begun = config.resume and os.path.exists(Path(config.resume, "checkpoint.pt"))
-        if path.exists() and not begun:
+        if (root / name).exists() and not begun:
             raise UserError(f"{where}: exists already")
 
 
@@ -383,9 +376,7 @@ def validate(config: TrainConfig) -> None:
     if config.penalty not in PENALTIES:
         raise UserError(f"--penalty {config.penalty}: must be one of {PENALTIES}")
     if config.penalty != "logsumexp" and not config.cql_importance_sample:
-        raise UserError(
-            f"--penalty {config.penalty}: not with --cql_importance_sample false"
-        )
+        raise UserError(f"--penalty {config.penalty} needs --cql_importance_sample true")
     if (config.n_target_critics or 1) > config.n_critics:
         n = config.n_target_critics
         raise UserError(f"--n_target_critics {n}: more than --n_critics has")
@@ -398,9 +389,7 @@ def validate(config: TrainConfig) -> None:
         raise UserError(f"torchrun: {ranks} processes for {n_runs} runs")
     twice = config.offline_iterations is not None
     if twice and config.max_timesteps != FIELDS["max_timesteps"].default:
-        raise UserError(
-            "--max_timesteps and --offline_iterations say the same: give one"
-        )
+        raise UserError("--max_timesteps or --offline_iterations: give one, not both")
     if isinstance(config.cql_target_action_gap, list) and not config.cql_lagrange:
         raise UserError("--cql_target_action_gap: a list needs --cql_lagrange true")
     if re.search(r"[/\\#?%:]", config.project) or len(config.project) > 128:
@@ -419,10 +408,13 @@ def offline_updates(config: TrainConfig) -> int:
     return config.max_timesteps if given is None else given
 
 
-def recorded_directory(config: TrainConfig) -> Path:
-    """Where record_dataset goes: a path that starts with . or /, or a Minari id."""
+def recorded_place(config: TrainConfig) -> Tuple[Path, str]:
+    """Minari's root for record_dataset, a path that starts with . or /, or an id; and
+    the id below it."""
     name = config.record_dataset
-    return Path(name) if name[:1] in ("", *"./") else get_dataset_path(name)
+    if name[:1] in ("", *"./"):
+        return Path(name).parent, Path(name).name
+    return get_dataset_path(), name
 
 
 def product_of_runs(config: TrainConfig) -> List[dict]:
@@ -473,23 +465,17 @@ def settle_ranks(directory: Path) -> None:
         before = path.read_text() if path.exists() else ranks
         path.write_text(before)
     if ranks != before:
-        raise UserError(
-            f"torchrun: {ranks} processes; {directory} was begun by {before}"
-        )
+        raise UserError(f"torchrun: {ranks} processes; {directory} begun by {before}")
 
 
 def share_of_runs(config: TrainConfig, checkpoint: Optional[dict], resumed: bool):
     """The runs that this process trains: all, those of a checkpoint of the same
     product, or under torchrun every n-th. Raises UserError."""
     (rank, ranks), runs = rank_and_ranks(), product_of_runs(config)
-    if checkpoint is None:
-        return runs[rank::ranks]
-    same = runs == product_of_runs(TrainConfig(**checkpoint["config"]))
+    same = checkpoint and runs == product_of_runs(TrainConfig(**checkpoint["config"]))
     share = checkpoint["runs"] if same and ranks == 1 else runs[rank::ranks]
     if resumed and checkpoint["runs"] != share:
-        held, here = (
-            [run["run"] for run in each] for each in (checkpoint["runs"], share)
-        )
+        held, here = ([run["run"] for run in x] for x in (checkpoint["runs"], share))
         where = f"--resume {config.resume}"
         raise UserError(f"{where}: holds runs {held}, this process would train {here}")
     return share
@@ -612,25 +598,18 @@ def check_spaces(observation_space, action_space) -> None:
     leaves, nested = [observation_space], (gym.spaces.Dict, gym.spaces.Tuple)
     while leaves:
         space = leaves.pop()
+        array = isinstance(space, gym.spaces.Box) and len(space.shape) <= 2
         if isinstance(space, nested):
             leaves += space.values() if isinstance(space, nested[0]) else list(space)
-        elif (
-            not isinstance(space, gym.spaces.Box)
-            or len(space.shape) > 2
-            or is_image_space(space)
-        ):
-            raise UserError(
-                f"observations in {brief(space)} are not supported, only Box vectors "
-                "(no images) and dictionaries or tuples of them"
-            )
+        elif not array or is_image_space(space):
+            hint = "only Box vectors (no images) and dictionaries or tuples of them"
+            raise UserError(f"observations in {brief(space)} are not supported, {hint}")
     bounded = isinstance(action_space, gym.spaces.Box) and action_space.is_bounded()
     if isinstance(action_space, gym.spaces.Discrete) and action_space.n > 1:
         return
     if not bounded or (action_space.low >= action_space.high).any():
-        actions = brief(action_space)
-        raise UserError(
-            f"actions in {actions} are not supported, only a bounded Box and Discrete"
-        )
+        what = f"actions in {brief(action_space)} are not supported"
+        raise UserError(f"{what}, only a bounded Box and Discrete")
 
 
 def action_bounds(space) -> dict:
@@ -657,16 +636,13 @@ def recorded_space(text) -> gym.Space:
 
 def flat(space, group: h5py.Group, key: str) -> np.ndarray:
     """Observations of one episode as [T + 1, O], in the order of gym.spaces.flatten."""
-    parts = ()
-    if isinstance(space, gym.spaces.Dict):
-        parts = [flat(part, group[key], k) for k, part in space.spaces.items()]
-    elif isinstance(space, gym.spaces.Tuple):  # Minari's names of its parts
-        names = (f"_index_{i}" for i in range(len(space.spaces)))
-        parts = [flat(part, group[key], k) for k, part in zip(names, space.spaces)]
-    if parts:
-        return np.concatenate(parts, 1)
-    array = group[key][()]
-    return array.reshape(len(array), math.prod(space.shape))
+    if isinstance(space, gym.spaces.Box):
+        array = group[key][()]
+        return array.reshape(len(array), math.prod(space.shape))
+    parts = space.spaces
+    if isinstance(space, gym.spaces.Tuple):  # Minari's names of its parts
+        parts = {f"_index_{i}": part for i, part in enumerate(parts)}
+    return np.concatenate([flat(part, group[key], k) for k, part in parts.items()], 1)
 
 
 def read_task(directory: Path) -> Tuple[Task, int]:
@@ -675,7 +651,7 @@ def read_task(directory: Path) -> Tuple[Task, int]:
     entry point, to learn them, so such a dataset is refused. Raises UserError."""
     if not (directory / "metadata.json").is_file():
         raise UserError("holds no Minari dataset: no metadata.json")
-    try:
+    with blaming(UserError, "metadata.json lacks or garbles something", but=UserError):
         metadata = json.loads((directory / "metadata.json").read_text())
         if metadata.get("data_format", "hdf5") != "hdf5":
             raise UserError("only Minari's hdf5 format is supported")
@@ -684,25 +660,17 @@ def read_task(directory: Path) -> Tuple[Task, int]:
         check_spaces(*spaces)
         recorded = (metadata.get("eval_env_spec"), metadata.get("env_spec"), "{}")
         spec = json.loads(next(text for text in recorded if text))
-        kwargs = dict(spec.get("kwargs") or {})
-        kwargs.pop("render_mode", None)
         reference = [metadata.get(f"ref_{end}_score") for end in ("min", "max")]
         if None not in reference and not float(reference[0]) < float(reference[1]):
             raise UserError(f"reference scores {reference}, which are not min and max")
         text, limit = metadata["observation_space"], spec.get("max_episode_steps")
-        task = Task(
-            text if isinstance(text, str) else json.dumps(text),
-            env_id=spec.get("id"),
-            env_kwargs=kwargs,
-            max_episode_steps=None if limit is None else int(limit),
-            reference=None if None in reference else [float(x) for x in reference],
-            **action_bounds(spaces[1]),
-        )
+        text = text if isinstance(text, str) else json.dumps(text)
+        task = Task(text, **action_bounds(spaces[1]))
+        task.env_id, task.env_kwargs = spec.get("id"), dict(spec.get("kwargs") or {})
+        task.env_kwargs.pop("render_mode", None)
+        task.max_episode_steps = None if limit is None else int(limit)
+        task.reference = None if None in reference else [float(x) for x in reference]
         return task, int(metadata["total_episodes"])
-    except UserError:
-        raise
-    except Exception as error:  # anything may stand in a foreign file
-        raise UserError(f"metadata.json lacks or garbles {brief(error)}") from None
 
 
 def single(array) -> np.ndarray:
@@ -744,7 +712,7 @@ def d4rl_episodes(path: Path):
         data = {key: single(file[key][()]) for key in found}
     n = len(data["rewards"])
     if n == 0:
-        return
+        raise UserError("no episodes")
     if not {"timeouts", "next_observations"} & data.keys():
         say(f"{path.name}: without timeouts, so only terminals end an episode")
     if any(len(value) != n for value in data.values()):
@@ -786,19 +754,16 @@ def read_episodes(name: str) -> Tuple[List[Episode], Task]:
             task, n_episodes = read_task(path)
             episodes = list(minari_episodes(path, task, n_episodes))
         else:
-            episodes, n_actions = list(d4rl_episodes(path)), 0
-            with h5py.File(path, "r") as file:
-                if episodes and file["actions"].dtype.kind in "iu":  # discrete
-                    n_actions = int(np.max(file["actions"])) + 1
-            dims = [array.shape[1] for array in (episodes or [()])[0][:2]] or [1, 1]
+            episodes = list(d4rl_episodes(path))
+            dims = [array.shape[1] for array in episodes[0][:2]]
             space = gym.spaces.Box(-np.inf, np.inf, dims[:1], np.float32)
-            env = D4RL_ENVIRONMENTS.get(re.split("[-_]", path.stem)[0], (None, {}))
             actions = gym.spaces.Box(-1, 1, dims[1:])
-            if n_actions:
-                actions = gym.spaces.Discrete(n_actions)
-            bounds = action_bounds(actions)
-            bounds |= {"env_id": env[0], "env_kwargs": env[1]}
-            task = Task(serialize_space(space), **bounds)
+            with h5py.File(path, "r") as file:
+                if file["actions"].dtype.kind in "iu":
+                    actions = gym.spaces.Discrete(int(np.max(file["actions"])) + 1)
+            env = D4RL_ENVIRONMENTS.get(re.split("[-_]", path.stem)[0], (None, {}))
+            task = Task(serialize_space(space), **action_bounds(actions))
+            task.env_id, task.env_kwargs = env
     except UserError as error:
         raise UserError(f"--env {name}: {error}") from None
     except Exception as error:
@@ -813,34 +778,28 @@ def read_episodes(name: str) -> Tuple[List[Episode], Task]:
 def minari_directory(name: str) -> Path:
     """Where a Minari id's data lies, downloaded if it must be. Raises UserError."""
     if not re.fullmatch(r"([-\w]+/)*[-\w]+-v\d+", name):
-        raise UserError(
-            f"--env {name}: no such directory or .hdf5 file, nor a Minari id such as "
-            "mujoco/hopper/medium-v0"
-        )
+        hint = "nor a Minari id such as mujoco/hopper/medium-v0"
+        raise UserError(f"--env {name}: no such directory or .hdf5 file, {hint}")
     directory, d4rl = get_dataset_path(name) / "data", D4RL_NAME.fullmatch(name)
     if d4rl and not directory.is_dir():
         other = f", or Minari's own mujoco/{d4rl[1]}/medium-v0" if d4rl[1] else ""
-        raise UserError(
-            f"--env {name} is a name of D4RL's, whose data Minari does not hold: pass "
-            f"the file, --env path/to/{name}.hdf5{other} (which is other data)"
-        )
+        where = f"--env {name} is a name of D4RL's, whose data Minari does not hold"
+        hint = f"pass the file, --env path/to/{name}.hdf5{other} (which is other data)"
+        raise UserError(f"{where}: {hint}")
 
     def missing():  # or half there: a download killed, or another rank's
         return not directory.is_dir() or len(os.listdir(directory)) < 2
 
     if missing():
         say(f"downloading {name} ...")
-        try:
+        where = f"--env {name}: no directory here, not under {get_dataset_path()}"
+        hint = "pass a directory or .hdf5 file, as its download failed"
+        with blaming(UserError, f"{where}; {hint}"):
             if "MINARI_REMOTE" not in os.environ:  # offline, Minari retries for minutes
                 urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=20)
             with holding(get_dataset_path(), wait=True), quiet():
                 if missing():
                     minari.download_dataset(name)
-        except Exception as error:
-            raise UserError(
-                f"--env {name}: no directory here, not under {get_dataset_path()}, and "
-                f"its download failed ({brief(error)}); pass a directory or .hdf5 file"
-            ) from None
     return directory
 
 
@@ -854,7 +813,8 @@ def task_of(env_name: str) -> Task:
 
 def check_episodes(name: str, episodes: List[Episode], task: Task) -> None:
     """Raise UserError unless the episodes fit the task, in bounds and finite."""
-    low, high = np.array([task.action_low, task.action_high])
+    bounds = [task.action_low, task.action_high]
+    low, high = np.array(bounds)
     rounding = 1e-4 * (high - low)
     for i, episode in enumerate(episodes):
         T, where = len(episode.rewards), f"--env {name}: episode {i}"
@@ -869,10 +829,8 @@ def check_episodes(name: str, episodes: List[Episode], task: Task) -> None:
         if task.discrete and (actions % 1).any():
             raise UserError(f"{where}: discrete actions that are no whole numbers")
         if (actions < low - rounding).any() or (actions > high + rounding).any():
-            raise UserError(
-                f"{where}: actions outside {[low.tolist(), high.tolist()]}; rescale "
-                "them, or name their environment with --eval_env"
-            )
+            hint = "rescale them, or name their environment with --eval_env"
+            raise UserError(f"{where}: actions outside {bounds}; {hint}")
 
 
 class Dataset:
@@ -890,38 +848,27 @@ class Dataset:
         for name, part, task in zip(names, parts, tasks):
             if task.env_id not in (None, self.task.env_id):
                 raise UserError(f"--env {name}: {task.env_id} is not {self.task.env_id}")
-            bounds = [
-                (t.action_low, t.action_high, t.discrete) for t in (task, self.task)
-            ]
-            if task.env_id and bounds[0] != bounds[1]:
-                where = f"--env {name}: actions in {bounds[0][:2]}"
+            ends = [(t.action_low, t.action_high, t.discrete) for t in (task, self.task)]
+            if task.env_id and ends[0] != ends[1]:
+                where = f"--env {name}: actions in {ends[0][:2]}"
                 raise UserError(f"{where}, unlike the first's")
             if task.env_id and task.env_kwargs != self.task.env_kwargs:
-                say(
-                    f"{name}: recorded with settings {task.env_kwargs}; evaluation is in"
-                )
-                say(f"  those of the first, {self.task.env_kwargs}")
+                say(f"{name}: recorded with settings {task.env_kwargs};")
+                say(f"  evaluation is in those of the first, {self.task.env_kwargs}")
             check_episodes(name, part, self.task)
-        episodes = [
-            episode for part in parts for episode in part if len(episode.rewards)
-        ]
+        episodes = [e for part in parts for e in part if len(e.rewards)]
         self.lengths = np.array([len(e.rewards) for e in episodes], int)
         if self.lengths.sum() < config.batch_size:
             n = f"{self.lengths.sum()} transitions in {len(episodes)} episodes"
-            raise UserError(
-                f"--env {names}: {n} are no batch of {config.batch_size}; pass "
-                "a smaller --batch_size"
-            )
+            what = f"{n} are no batch of {config.batch_size}"
+            raise UserError(f"--env {names}: {what}; pass a smaller --batch_size")
         self.task.longest = int(self.lengths.max())
-        self.returns = np.array([e.total for e in episodes])
-        whole = np.array([e.whole for e in episodes])
-        self.returns = self.returns[whole] if whole.any() else self.returns
-        whole_returns = self.returns if whole.any() else []
-        self.reward_factor = reward_factor(whole_returns, self.task, config)
+        whole = np.array([e.total for e in episodes if e.whole])
+        self.returns = whole if len(whole) else np.array([e.total for e in episodes])
+        self.reward_factor = reward_factor(whole, self.task, config)
 
         def joined(arrays) -> Tensor:
-            array = single(np.concatenate(list(arrays)))
-            return torch.as_tensor(array, device=device)
+            return torch.as_tensor(single(np.concatenate([*arrays])), device=device)
 
         self.observations = joined(e.observations for e in episodes)
         self.actions = joined(e.actions for e in episodes)
@@ -974,11 +921,8 @@ def returns_to_go(rewards: np.ndarray, config: TrainConfig, worst: float) -> np.
     earned nothing but the data's least reward is taken to go on so for ever."""
     if config.is_sparse_reward and (rewards == worst).all():
         return np.full(len(rewards), worst / (1 - config.discount))
-    returns, total = np.empty(len(rewards)), 0.0
-    for t in range(len(rewards) - 1, -1, -1):
-        total = rewards[t] + config.discount * total
-        returns[t] = total
-    return returns
+    returns = itertools.accumulate(rewards[::-1], lambda G, r: r + config.discount * G)
+    return np.array([*returns][::-1])
 
 
 def reward_factor(returns, task: Task, config: TrainConfig) -> float:
@@ -1006,19 +950,16 @@ class Replay:
         lead = len(agent.runs), min(config.buffer_size, config.online_iterations)
         shapes = (agent.observation_dim,), (agent.action_dim,), ()
         shapes = [(*lead, *shape) for shape in (*shapes, shapes[0], (), ())]
-        try:
+        where = f"--buffer_size {config.buffer_size}: no room for {lead[1]} transitions"
+        with blaming(UserError, where, RuntimeError):
             self.own = Batch(*(torch.zeros(shape, device=device) for shape in shapes))
-        except RuntimeError as error:
-            where = f"--buffer_size {config.buffer_size}"
-            raise UserError(f"{where}: no memory for {lead[1]} transitions") from error
         self.added = torch.zeros(lead[0], dtype=torch.long)  # in all
         self.sizes = self.added.clone().to(device)  # present
 
     def ready(self) -> bool:
         """Whether there is a batch for every run: updates are joint, so without data
         stacked runs wait for the slowest."""
-        size = self.offline + int(self.added.min())
-        return size >= self.config.batch_size
+        return self.offline + int(self.added.min()) >= self.config.batch_size
 
     def add(self, r: int, observations, actions, rewards, terminations) -> None:
         """An episode of run r, or a part of one: [T + 1, O], [T, A], [T], [T]."""
@@ -1662,9 +1603,8 @@ class Agent(nn.Module):
         for index, tensors in state["optimizer"].items():
             for name, tensor in tensors.items():
                 own[index][name].copy_(tensor)
-        for generator, saved in zip(
-            self.generators + self.explorers, state["generators"] + state["explorers"]
-        ):
+        mine = self.generators + self.explorers
+        for generator, saved in zip(mine, state["generators"] + state["explorers"]):
             if saved.shape == generator.get_state().shape:  # else another device kind
                 generator.set_state(saved)
 
@@ -1790,16 +1730,14 @@ class DiscreteCQL(Agent):
 
 def make_agent(config, task: Task, device="cpu", statistics=(0.0, 1.0), runs=None):
     """The agent of a dataset's action space."""
-    low, high = task.action_low, task.action_high
+    dims, low, high = (config, task.observation_dim), task.action_low, task.action_high
     if task.discrete:
         for name in ("penalty", "cal_ql"):
             if getattr(config, name) != FIELDS[name].default:
                 raise UserError(f"--{name}: not for discrete actions")
         n_actions = int(high[0] - low[0]) + 1
-        dims = task.observation_dim, n_actions, device
-        return DiscreteCQL(config, *dims, low, *statistics, runs)
-    dims = task.observation_dim, len(low), device
-    return ContinuousCQL(config, *dims, low, high, *statistics, runs)
+        return DiscreteCQL(*dims, n_actions, device, low, *statistics, runs)
+    return ContinuousCQL(*dims, len(low), device, low, high, *statistics, runs)
 
 
 def host_layers(network: EnsembleMLP) -> List[Tuple[np.ndarray, np.ndarray]]:
@@ -1867,8 +1805,7 @@ class Updater:
         """Draw a block's noise, into the same memory each time."""
         self.before = [generator.get_state() for generator in self.agent.generators]
         noise = self.agent.draw(self.agent.config.batch_size, self.block)
-        if self.noise is None:
-            self.noise = noise
+        self.noise = self.noise or noise
         for old, new in zip(self.noise, noise):
             old.copy_(new)
         self.used = 0
@@ -1919,8 +1856,7 @@ class Updater:
 @contextmanager
 def quiet():
     """Without the notes that libraries write on both streams."""
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"), redirect_stdout(io.StringIO()):
         with redirect_stderr(io.StringIO()):
             yield
 
@@ -1932,34 +1868,26 @@ def make_env(task: Task, eval_env: Optional[str] = None) -> gym.Env:
     user's own word and may. Raises UserError."""
     name, kwargs = eval_env or task.env_id, {} if eval_env else dict(task.env_kwargs)
     if not eval_env and not re.fullmatch(r"[\w/.-]+", str(name)):
-        raise UserError(
-            f"the data's environment {name!r} is no plain id; see --eval_env"
-        )
+        raise UserError(f"the data's environment {name!r}: no plain id; see --eval_env")
     if not eval_env and isinstance(task.max_episode_steps, int):
         kwargs["max_episode_steps"] = task.max_episode_steps
-    try:
-        with quiet():
-            if ":" in name:
-                sys.path.append(os.getcwd())  # where the user's module may be
-            elif name not in gym.registry:
-                import gymnasium_robotics  # slow to import, and rarely needed
+    where = f"--eval_env {name}" if eval_env else f"environment {name} (--eval_env)"
+    with blaming(UserError, f"{where} cannot be made"), quiet():
+        if ":" in name:
+            sys.path.append(os.getcwd())  # where the user's module may be
+        elif name not in gym.registry:
+            import gymnasium_robotics  # slow to import, and rarely needed
 
-                gym.register_envs(gymnasium_robotics)
-            env = gym.make(name, disable_env_checker=True, **kwargs)
-            check_spaces(env.observation_space, env.action_space)
-            if not isinstance(env.observation_space, gym.spaces.Box):
-                space = env.observation_space
-                if "subspaces" in task.observation_space:
-                    space = recorded_space(task.observation_space)  # parts by names
-                gym.spaces.flatten(space, env.observation_space.sample())
-                env = gym.wrappers.TransformObservation(
-                    env,
-                    partial(gym.spaces.flatten, space),
-                    gym.spaces.flatten_space(space),
-                )
-    except Exception as error:
-        where = f"--eval_env {name}" if eval_env else f"environment {name} (--eval_env)"
-        raise UserError(f"{where} cannot be made: {brief(error)}") from None
+            gym.register_envs(gymnasium_robotics)
+        env = gym.make(name, disable_env_checker=True, **kwargs)
+        check_spaces(env.observation_space, env.action_space)
+        if not isinstance(env.observation_space, gym.spaces.Box):
+            space = env.observation_space
+            if "subspaces" in task.observation_space:
+                space = recorded_space(task.observation_space)  # parts by names
+            gym.spaces.flatten(space, env.observation_space.sample())
+            flatten = partial(gym.spaces.flatten, space), gym.spaces.flatten_space(space)
+            env = gym.wrappers.TransformObservation(env, *flatten)
     return env
 
 
@@ -1974,8 +1902,7 @@ class Simulator:
         """First observation of run r's i-th episode here."""
         if (r, i) not in self.envs:
             env = make_env(self.task, self.config.eval_env)
-            limit = env.spec and env.spec.max_episode_steps
-            if limit is None:  # an episode might never end
+            if (env.spec and env.spec.max_episode_steps) is None:  # it might never end
                 env = gym.wrappers.TimeLimit(env, self.task.longest)
             self.envs[r, i] = env
         return self.envs[r, i].reset(seed=seed)[0].ravel()
@@ -1991,13 +1918,12 @@ class Simulator:
         for j in running:
             rows[j][:] = self.reset(*divmod(j, n), seeds[j % n])
         steps = {j: self.envs[divmod(j, n)].step for j in running}
-        action_shape = self.task.action_shape
         returns, lengths, t = [0.0] * len(rows), [0] * len(rows), 0
         successes = [math.nan] * len(rows)
         while running:
             if noted:
                 return None
-            actions = act(observations).reshape(-1, *action_shape)
+            actions = act(observations).reshape(-1, *self.task.action_shape)
             t += 1
             for j in running.copy():
                 observation, reward, ended, cut, info = steps[j](actions[j])
@@ -2040,17 +1966,14 @@ class Evaluator:
         space = action_bounds(env.action_space)
         task = dataclasses.replace(task, action_shape=space["action_shape"])
         dims = math.prod(env.observation_space.shape), len(space["action_low"])
+        bounds = [space["action_low"], space["action_high"]]
         expected = [task.action_low, task.action_high]
         sizes = task.observation_dim, len(task.action_low), task.discrete
-        if (*dims, space["discrete"]) != sizes or not np.allclose(
-            [space["action_low"], space["action_high"]], expected
-        ):
-            bounds = [space["action_low"], space["action_high"]]
-            raise UserError(
-                f"--eval_env {self.name}: {dims[0]} observations and "
-                f"{'discrete ' * space['discrete']}actions in {bounds} do not match the "
-                f"data's, {sizes[0]} and {expected}"
-            )
+        if (*dims, space["discrete"]) != sizes or not np.allclose(bounds, expected):
+            kind = "discrete actions" if space["discrete"] else "actions"
+            here = f"{dims[0]} observations and {kind} in {bounds}"
+            data = f"the data's, {sizes[0]} and {expected}"
+            raise UserError(f"--eval_env {self.name}: {here} do not match {data}")
         arguments = task, config
         self.reference = None  # returns scored 0 and 100
         self.pending, self.simulator = None, Simulator(*arguments)
@@ -2072,20 +1995,18 @@ class Evaluator:
         states = (np.random.SeedSequence(each).generate_state(1) for each in entropies)
         act, seeds = agent.on_host(), [int(state[0]) for state in states]
         shares = [(act, alive, seeds[w::n_workers]) for w in range(n_workers)]
-        pairs = zip(self.workers, shares)
-        here = Future()
+        pairs, futures = zip(self.workers, shares), [Future()]
         signals = {signal.SIGINT, signal.SIGTERM}  # workers inherit their blocking
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signals if shares else ())
         try:
-            futures = [worker.submit(served, *share) for worker, share in pairs]
-            if not futures:
-                here.set_result(self.simulator.episodes(act, alive, seeds, noted))
+            if shares:
+                futures = [worker.submit(served, *share) for worker, share in pairs]
+            else:
+                futures[0].set_result(self.simulator.episodes(act, alive, seeds, noted))
         except Exception as error:  # `finish` will raise it
-            here.set_exception(error)
-            futures = []
+            futures[0].set_exception(error)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        futures = futures or [here]
         self.pending = step, alive, futures
 
     def finish(self, wait: bool):
@@ -2099,13 +2020,8 @@ class Evaluator:
         if not wait and not all(future.done() for future in futures):
             return None
         self.pending, n = None, len(futures)
-        try:
+        with blaming(MachineError, f"{self.name} failed at update {step}"):
             parts = [future.result() for future in futures]
-        except Exception as error:
-            reason = f"{type(error).__name__}: {brief(error)}"
-            raise MachineError(
-                f"{self.name} failed at update {step}: {reason}"
-            ) from None
         if parts[0] is None:
             return None
         results = np.empty((3, len(alive), self.config.n_episodes))
@@ -2141,12 +2057,10 @@ class Online:
         self.success = [math.nan] * n
         self.finished = [[] for _ in range(n)]  # returns and successes since a row
         if config.record_dataset is not None:
-            parent = recorded_directory(config).parent
-            try:
+            parent = Path(*recorded_place(config)).parent
+            where = f"--record_dataset {config.record_dataset}"
+            with blaming(UserError, where, OSError):
                 parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                where = f"--record_dataset {config.record_dataset}"
-                raise UserError(f"{where}: {brief(error)}") from None
         self.totals = np.zeros((n, 3))  # episodes, sums of their returns, successes
         self.recorded = []
 
@@ -2167,7 +2081,7 @@ class Online:
 
     def step(self, alive) -> None:
         """One environment step of every live run. Raises MachineError."""
-        try:
+        with blaming(MachineError, "the environment failed"):
             if not self.started:
                 self.start()
             for r in np.flatnonzero(alive).tolist():
@@ -2182,70 +2096,52 @@ class Online:
             for r in np.flatnonzero(alive).tolist():
                 if np.isfinite(actions[r]).all():  # else it has diverged
                     self.step_one(r, actions[r])
-        except Exception as error:
-            reason = f"{type(error).__name__}: {brief(error)}"
-            raise MachineError(f"the environment failed: {reason}") from None
 
     def step_one(self, r: int, action: np.ndarray) -> None:
-        step = self.simulator.envs[r, 0].step
-        observation, reward, ended, cut, info = step(
-            action.reshape(self.task.action_shape)
-        )
+        step, shape = self.simulator.envs[r, 0].step, self.task.action_shape
+        observation, reward, ended, cut, info = step(action.reshape(shape))
         before = self.observations[r, 0].copy()
         self.steps[r].append((before, action, float(reward), bool(ended)))
         self.observations[r, 0] = observation.ravel()
         self.success[r] = succeeded(info, self.success[r])
         if ended or cut:
-            self.end(r)
+            episode = self.partial(r)
+            self.keep(r, episode)
+            total = float(episode[2].sum())
+            self.finished[r].append((total, self.success[r]))
+            self.totals[r] += 1, total, self.success[r]
+            self.steps[r] = []
 
-    def partial(self, r: int) -> tuple:
+    def partial(self, r: int) -> List[Tensor]:
         """The episode in progress: [T + 1, O], [T, A], [T], [T]."""
-        observations, actions, rewards, terminations = zip(*self.steps[r])
+        observations, *columns = zip(*self.steps[r])
         observations = np.stack([*observations, self.observations[r, 0]])
-        return observations, np.stack(actions), np.array(rewards), np.array(terminations)
+        return [torch.as_tensor(np.array(x)) for x in (observations, *columns)]
 
-    def end(self, r: int) -> None:
-        episode = self.partial(r)
-        self.keep(r, *episode)
-        total = float(episode[2].sum())
-        self.finished[r].append((total, self.success[r]))
-        self.totals[r] += 1, total, self.success[r]
-        self.steps[r] = []
-
-    def keep(self, r: int, *episode) -> None:
+    def keep(self, r: int, episode: List[Tensor]) -> None:
         """Into the replay, and into what record_dataset will write."""
         self.replay.add(r, *episode)
         if self.config.record_dataset is not None:
-            self.recorded.append([torch.as_tensor(array) for array in episode])
+            self.recorded.append(episode)
 
     def metrics(self, r: int, reference, reset: bool) -> Dict[str, float]:
         """Of the episodes that ended since the last row, and regret of all so far."""
-        returns, successes = zip(*self.finished[r]) if self.finished[r] else ((), ())
-        mean = float(np.mean(returns)) if returns else math.nan
+        mean, rate = np.mean(self.finished[r] or [[math.nan] * 2], 0).tolist()
         count, *sums = self.totals[r]
         total, success = (x / count if count else math.nan for x in sums)
         self.finished[r] = [] if reset else self.finished[r]
         return {
             "train_return": mean,
             "train_score": normalized_score(mean, reference),
-            "train_success": float(np.mean(successes)) if returns else math.nan,
+            "train_success": rate,
             "train_regret": regret(normalized_score(total, reference), success),
         }
 
     def state(self) -> dict:
-        partial = [
-            [torch.as_tensor(x) for x in self.partial(r)] if steps else None
-            for r, steps in enumerate(self.steps)
-        ]
-        return {
-            "started": self.started,
-            "begun": self.begun,
-            "finished": self.finished,
-            "totals": self.totals.tolist(),
-            "recorded": self.recorded,
-            "partial": partial,
-            "replay": self.replay.state(),
-        }
+        partial = [self.partial(r) if x else None for r, x in enumerate(self.steps)]
+        state = {"totals": self.totals.tolist(), "replay": self.replay.state()}
+        names = ("started", "begun", "finished", "recorded")
+        return {**{k: getattr(self, k) for k in names}, **state, "partial": partial}
 
     def load(self, state: dict) -> None:
         """Episodes that were in progress end where the checkpoint found them."""
@@ -2259,16 +2155,14 @@ class Online:
             say("record_dataset: the episodes before this resume are not recorded")
         for r, episode in enumerate(state["partial"]):
             if episode is not None:
-                self.keep(r, *(array.numpy() for array in episode))
+                self.keep(r, episode)
 
     def write(self, reference) -> None:
         """Write the recorded episodes, cut ones included, as a Minari dataset. Raises
         MachineError."""
-        path = recorded_directory(self.config).resolve()
-        root = path.parent if self.config.record_dataset[0] in "./" else None
-        cut_ones = (self.partial(r) for r, steps in enumerate(self.steps) if steps)
-        for episode in cut_ones:
-            self.recorded.append([torch.as_tensor(array) for array in episode])
+        root, name = recorded_place(self.config)
+        path = (root / name).resolve()
+        self.recorded += [self.partial(r) for r, steps in enumerate(self.steps) if steps]
         if not self.recorded:
             return say("recorded: nothing, as no run got online")
         if path.exists():  # by this run, when it ended before
@@ -2280,28 +2174,19 @@ class Online:
         for observations, actions, rewards, ended in self.recorded:
             cut = torch.zeros_like(ended)
             cut[-1] = not ended[-1]
-            rest = {"terminations": ended.numpy(), "truncations": cut.numpy()}
-            shape = (-1, *self.task.action_shape)
+            columns = {"rewards": rewards, "terminations": ended, "truncations": cut}
+            columns |= {"actions": actions.reshape(-1, *self.task.action_shape)}
+            columns = {key: column.numpy() for key, column in columns.items()}
             parts = [gym.spaces.unflatten(space, row) for row in observations.numpy()]
             empty = gym.vector.utils.create_empty_array(space, len(parts))
-            columns = {"observations": gym.vector.utils.concatenate(space, parts, empty)}
-            columns |= {"actions": actions.reshape(shape).numpy()}
-            columns |= {"rewards": rewards.numpy(), "infos": {}}
-            buffers.append(EpisodeBuffer(**columns, **rest))
-        low, high = reference or (None, None)
-        variables = {"MINARI_DATASETS_PATH": str(root)} if root else {}
+            parts = gym.vector.utils.concatenate(space, parts, empty)
+            buffers.append(EpisodeBuffer(observations=parts, infos={}, **columns))
+        options = {"env": spec, "algorithm_name": "CQL, cql.py"}
+        options |= {"observation_space": space, "action_space": env.action_space}
+        options |= zip(("ref_min_score", "ref_max_score"), reference or ())
         try:
-            with mock.patch.dict(os.environ, variables), quiet():
-                minari.create_dataset_from_buffers(
-                    path.name if root else self.config.record_dataset,
-                    buffers,
-                    env=spec,
-                    observation_space=space,
-                    action_space=env.action_space,
-                    ref_min_score=low,
-                    ref_max_score=high,
-                    algorithm_name="CQL, cql.py",
-                )
+            with mock.patch.dict(os.environ, MINARI_DATASETS_PATH=str(root)), quiet():
+                minari.create_dataset_from_buffers(name, buffers, **options)
         except Exception as error:
             shutil.rmtree(path, ignore_errors=True)  # it was not there before
             raise MachineError(f"could not write {path}: {brief(error)}") from None
@@ -2365,10 +2250,8 @@ def read_checkpoint(path: Union[str, Path]) -> dict:
         path = Path(path, "checkpoint.pt") if os.path.isdir(path) else path
         written = os.stat(path).st_mtime_ns
         if zipfile.ZipFile(path).testzip():  # torch checks no checksums
-            raise UserError(f"checkpoint {path}: damaged")
+            raise RuntimeError
         payload = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
     except (OSError, ValueError) as error:
         raise UserError(f"checkpoint {path}: cannot be read: {brief(error)}") from None
     except Exception:  # torch's own words advise to let it run code
@@ -2378,13 +2261,11 @@ def read_checkpoint(path: Union[str, Path]) -> dict:
     version = payload.get("version")
     if version != VERSION:
         raise UserError(f"checkpoint {path}: of version {version}, not {VERSION}")
-    keys = (
-        "kind config task agent runs phase online metrics updater transitions wandb_ids"
-    )
-    missing = {*keys.split(), *Run.SAVED} - payload.keys()
+    keys = "kind config task agent runs phase online metrics updater wandb_ids".split()
+    missing = {"transitions", *keys, *Run.SAVED} - payload.keys()
     if missing:
         raise UserError(f"checkpoint {path}: lacks {', '.join(sorted(missing))}")
-    try:  # of the types that are relied on from here on
+    with blaming(UserError, f"checkpoint {path}: garbled"):  # the types relied on
         config = pyrallis.decode(TrainConfig, payload["config"])
         task = pyrallis.decode(Task, payload["task"])
         check_spaces(recorded_space(task.observation_space), gym.spaces.Discrete(2))
@@ -2396,8 +2277,6 @@ def read_checkpoint(path: Union[str, Path]) -> dict:
             raise ValueError("numbers that do not go together")
         if any(run not in known for run in runs):
             raise ValueError("runs that are not its config's")
-    except Exception as error:
-        raise UserError(f"checkpoint {path}: garbled: {brief(error)}") from None
     plain = {"config": dataclasses.asdict(config), "task": dataclasses.asdict(task)}
     return {**payload, **plain, "path": str(path), "written": written}
 
@@ -2477,7 +2356,7 @@ class Table:
         """Write rows through to the disk; floats with 8 digits, NaN as nothing."""
         if self.path is None or not rows:
             return
-        try:
+        with blaming(MachineError, f"could not write {self.path}", OSError):
             with open(self.path, "a", newline="") as file:
                 writer = csv.writer(file, lineterminator="\n")
                 if file.tell() == 0:
@@ -2488,17 +2367,14 @@ class Table:
                     writer.writerow("" if value == "nan" else value for value in values)
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError as error:
-            raise MachineError(f"could not write {self.path}: {brief(error)}") from None
 
 
 def merge_tables(directory: Path) -> None:
     """Join the tables of the ranks, whose directories this one holds."""
     with holding(directory, wait=True):
         for name in ("metrics.csv", "evaluations.csv"):
-            ranks = (directory / f"rank{rank}" for rank in range(rank_and_ranks()[1]))
-            texts = [path.joinpath(name) for path in ranks]
-            texts = [path.read_text() for path in texts if path.exists()]
+            paths = (directory / f"rank{r}" / name for r in range(rank_and_ranks()[1]))
+            texts = [path.read_text() for path in paths if path.exists()]
             tables = [text.splitlines(keepends=True) for text in texts if text]
             rows = [row for table in tables for row in table[1:] if row.endswith("\n")]
             rows.sort(key=lambda row: [int(number) for number in row.split(",")[:2]])
@@ -2556,26 +2432,18 @@ class WandbLogger:
         ranked = rank_and_ranks()[1] > 1
         base = (directory.parent if ranked else directory).name
         several = ranked or len(runs) > 1
-        for i, run in enumerate(runs):
-            options = {
-                "project": config.project,
-                "group": config.group,
-                "name": f"{base}-{run['run']}" if several else base,
-                "config": {**dataclasses.asdict(config), **run},
-                "dir": str(directory),
-                "id": self.ids[i],
-                "resume": "allow",
-                "reinit": "create_new",
-                "settings": wandb.Settings(
-                    silent=True, init_timeout=20, finish_timeout=60
-                ),
-            }
+        same = {"project": config.project, "group": config.group, "dir": str(directory)}
+        same |= {"resume": "allow", "reinit": "create_new"}
+        for run, key in zip(runs, self.ids):
+            name = f"{base}-{run['run']}" if several else base
+            options = same | {"name": name, "id": key, "config": {**vars(config), **run}}
+            settings = wandb.Settings(silent=True, init_timeout=20, finish_timeout=60)
             try:
-                self.trackers.append(wandb.init(mode=mode, **options))
+                self.trackers.append(wandb.init(mode=mode, settings=settings, **options))
             except wandb.errors.Error as error:
                 say(f"wandb: {brief(error)}")
                 mode = "offline"
-                self.trackers.append(wandb.init(mode=mode, **options))
+                self.trackers.append(wandb.init(mode=mode, settings=settings, **options))
         if mode == "offline":
             say(f"wandb: offline; `wandb sync {directory}/wandb/offline-run-*` uploads")
 
@@ -2684,11 +2552,8 @@ class Run:
         ids, every = [], {"log_freq": 1, "eval_freq": 1}
         if checkpoint:
             ids, every = checkpoint["wandb_ids"], checkpoint["config"]
-            try:
+            with blaming(UserError, f"checkpoint {checkpoint['path']}: garbled"):
                 self.take_up(checkpoint)
-            except Exception as error:
-                where = f"checkpoint {checkpoint['path']}"
-                raise UserError(f"{where}: garbled: {brief(error)}") from None
         self.logged_step, self.tables, kept = self.step, {}, {}
         freqs = {"metrics": "log_freq", "evaluations": "eval_freq", "timing": "log_freq"}
         for name, freq in freqs.items():
@@ -2698,9 +2563,8 @@ class Run:
                 extra = False  # the offline phase's last one stays
             self.tables[name] = Table(self.directory, f"{name}.csv")
             # So does one whose evaluation the checkpoint does not know to be done.
-            again = self.evaluated < self.step and (
-                name == "evaluations" or self.metrics.count > 0
-            )
+            again = name == "evaluations" or self.metrics.count > 0
+            again = again and self.evaluated < self.step
             last = self.step - (extra or again) if checkpoint else -1
             columns = self.ONLINE.get(name, ()) if self.online else ()
             kept[name] = self.tables[name].keep(last, columns)
@@ -2745,8 +2609,7 @@ class Run:
         """Metric means of the live runs; one in which a mean is not finite stops."""
         rows = {r: row for r, row in enumerate(self.metrics.means()) if self.alive()[r]}
         for r in list(rows):
-            columns = self.metrics.broken[r].tolist()
-            broken = list(itertools.compress(self.metrics.names, columns))
+            broken = list(itertools.compress(self.metrics.names, self.metrics.broken[r]))
             finite = (w[r].isfinite().all() for w in self.agent.parameters())
             if not broken and not all(finite):
                 broken = ["a weight"]
@@ -2763,9 +2626,7 @@ class Run:
         rows, reference = self.check_finite(), self.reference()
         for r, row in rows.items() if self.online else ():
             row.update(self.online.metrics(r, reference, reset))
-        table = [
-            {"step": self.step, "run": self.numbers[r], **row} for r, row in rows.items()
-        ]
+        table = [{"step": self.step, "run": self.numbers[r], **rows[r]} for r in rows]
         self.tables["metrics"].append(table)
         self.wandb.log(self.step, rows)
         if self.metrics.count and not (self.online and self.online.started):
@@ -2787,12 +2648,10 @@ class Run:
         policy, data = (np.mean([means[name.format(j)] for j in js]) for name in names)
         if max(policy, policy - data) > self.q_range and not self.warned[r]:
             self.warned[r] = True
-            say(
-                f"run {self.numbers[r]}: Q runs away: {policy:.4g} for the policy's "
-                f"actions, {data:.4g} for the data's, and rewards allow "
-                f"{self.q_range:.4g}. Poor returns follow; a larger cql_alpha holds Q "
-                "down"
-            )
+            here = f"{policy:.4g} for the policy's actions, {data:.4g} for the data's"
+            here += f", and rewards allow {self.q_range:.4g}"
+            hint = "Poor returns follow; a larger cql_alpha holds Q down"
+            say(f"run {self.numbers[r]}: Q runs away: {here}. {hint}")
 
     def evaluate(self, noted: List[int]) -> None:
         """Evaluate the present policy, maybe beside the updates that follow."""
@@ -2813,17 +2672,15 @@ class Run:
         if not done:
             return
         self.seconds["evaluation_seconds"] += time.monotonic() - before
-        self.evaluated, alive, *results = done
-        step, rows, table = self.evaluated, {}, []
+        step, alive, *results = done
+        self.evaluated, reference, rows, table = step, self.evaluator.reference, {}, []
         for r in np.flatnonzero(alive).tolist():
             returns, lengths, successes = (result[r] for result in results)
             rows[r] = {
                 "return_mean": float(returns.mean()),
                 "return_std": float(returns.std()),
                 "length_mean": float(lengths.mean()),
-                "d4rl_normalized_score": normalized_score(
-                    returns, self.evaluator.reference
-                ),
+                "d4rl_normalized_score": normalized_score(returns, reference),
             }
             if self.online:
                 rows[r] = self.online_results(r, step, rows[r], successes)
@@ -2831,14 +2688,14 @@ class Run:
             table.append({**keys, "episodes": len(returns), **rows[r]})
         self.tables["evaluations"].append(table)
         self.evaluations += table
-        if self.evaluator.reference is None:
+        if reference is None:
             for row in rows.values():
                 del row["d4rl_normalized_score"]
         self.wandb.log(self.step, rows)
         returns = [f"{e['return_mean']:.0f} +- {e['return_std']:.0f}" for e in table]
         scores = [e["d4rl_normalized_score"] for e in table]
         text = f"update {step:>9,}  return {' | '.join(returns)}"
-        if self.evaluator.reference is not None:
+        if reference is not None:
             text += "  score " + " | ".join(f"{score:.1f}" for score in scores)
             text += f" (mean {np.mean(scores):.1f})" if len(scores) > 1 else ""
         say(text)
@@ -2897,15 +2754,12 @@ class Run:
         """The closing table: last and best evaluation of each run, and the files."""
         scored = self.evaluator is not None and self.evaluator.reference is not None
         column = "d4rl_normalized_score" if scored else "return_mean"
-        lists = (
-            name for name in SWEPT[2:] if isinstance(getattr(self.config, name), list)
-        )
+        lists = (k for k in SWEPT[2:] if isinstance(getattr(self.config, k), list))
         names = [*SWEPT[:2], *lists]
         head = " ".join(f"{name:>9}" for name in (*names, "last", "best"))
         say(f" run {head}  {column}")
         for r, run in enumerate(self.agent.runs):
-            mine = [e for e in self.evaluations if int(e["run"]) == run["run"]]
-            mine = [e[column] for e in mine]
+            mine = [e[column] for e in self.evaluations if int(e["run"]) == run["run"]]
             values = [float(value) for value in mine if value != ""]
             ends = (values[-1], max(values)) if values else ()
             last, best = [f"{value:.2f}" for value in ends] or "--"
@@ -2952,10 +2806,8 @@ def describe(config, task: Task, data: Optional[Dataset], evaluator) -> None:
         say(f"{name} has no effect on discrete actions")
     gaps = [run["cql_target_action_gap"] for run in product_of_runs(config)]
     if config.cql_lagrange and min(gaps) < 0:
-        say(
-            "cql_target_action_gap < 0 with cql_lagrange is a real target, not 'off': it"
-        )
-        say("  pushes Q of the data above the soft maximum")
+        say("cql_target_action_gap < 0 with cql_lagrange is a real target, not 'off':")
+        say("  it pushes Q of the data above the soft maximum")
     elif "cql_target_action_gap" in changed:
         say("cql_target_action_gap has no effect without cql_lagrange")
     for name in ("buffer_size", "cql_alpha_online", "utd"):
@@ -2985,24 +2837,19 @@ def load(config: TrainConfig, checkpoint: Optional[dict], resumed: bool, device)
             raise UserError(f"--env {config.env}: {was}")
     has_env = task.env_id or config.eval_env
     evaluator = Evaluator(task, config, device) if has_env else None
-    if config.online_iterations > 0:
-        if evaluator is None:
-            raise UserError("--online_iterations: no environment; name an --eval_env")
-        if task.discrete:
-            raise UserError("--online_iterations: not yet for discrete actions")
+    if config.online_iterations > 0 and evaluator is None:
+        raise UserError("--online_iterations: no environment; name an --eval_env")
+    if config.online_iterations > 0 and task.discrete:
+        raise UserError("--online_iterations: not yet for discrete actions")
     statistics = data.statistics() if data and config.normalize else (0.0, 1.0)
     runs = share_of_runs(config, checkpoint, resumed)
     agent = make_agent(config, task, device, statistics, runs)
     if checkpoint:
+        load_agent(agent, checkpoint)
         bounds = task.action_low, task.action_high
-        kinds = checkpoint["kind"], type(agent).__name__
-        if kinds[0] != kinds[1]:
-            where = f"checkpoint {checkpoint['path']}: holds a {kinds[0]}"
-            raise UserError(f"{where}, the data need a {kinds[1]}")
         old = checkpoint["task"]["action_low"], checkpoint["task"]["action_high"]
         if old != bounds:
             raise UserError(f"--load_model: action bounds {old}, the data's {bounds}")
-        load_agent(agent, checkpoint)
         if not resumed:
             agent.restart()
     return data, task, evaluator, agent
@@ -3093,8 +2940,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     """The command line; returns the exit status (0, 1, 2, 3, 130 or 143)."""
     try:
         given = read_command_line(sys.argv[1:] if argv is None else argv)
-        given = split_over_ranks(given)
-        config, checkpoint = layered_config(given)
+        config, checkpoint = layered_config(split_over_ranks(given))
         validate(config)
         return train(config, checkpoint)
     except UserError as error:

@@ -235,7 +235,9 @@ def draw_weights(groups: List[Group], column: str, out: Path) -> None:
             interval(c, mean) if len(c) >= LEAST else (np.mean(c),) * 2 for c in columns
         ]
         errors = np.abs(np.array(ends).T - means)
-        panel.errorbar(places, means, errors, fmt="o-", capsize=3, label=label)
+        line = panel.errorbar(places, means, errors, fmt="o-", capsize=3, label=label)
+        for place, column in zip(places, columns):  # and each seed
+            panel.plot([place] * len(column), column, ".", color=line[0].get_color())
 
     mine = [[g for g in groups if g.alpha == alpha] for alpha in alphas]
     tables = [[t for g in gs for t in g.evaluations] for gs in mine]

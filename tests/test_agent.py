@@ -169,7 +169,7 @@ def test_stacked_runs_equal_solo_runs(dtype, tolerance, k, request):
     stacked = cql.ContinuousCQL(tiny(**flags, **PRODUCT), OBS, ACT)
     train(stacked, data, 100)
     for r in (0, 5, 10, 15):  # both values of every list
-        run = cql.product_of_runs(stacked.config)[r]
+        run = {name: stacked.runs[r][name] for name in cql.SWEPT}
         solo = cql.ContinuousCQL(tiny(**flags, **run), OBS, ACT)
         train(solo, data, 100)
         own = {name: value[r : r + 1] for name, value in trained(stacked).items()}
