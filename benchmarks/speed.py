@@ -43,7 +43,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHT, POLICY_LR, CRITIC_LR = 10.0, 3e-5, 3e-4
-POOL, STORED, WARMUP = 16, 100_000, 5  # prepared batches; transitions; updates, twice
+POOL, STORED = 16, 100_000  # prepared batches; transitions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +76,10 @@ CASES = {
     **{f"R{n}": Case(n_runs=n) for n in (4, 16)},
     **{f"K{n}": Case(n_actions=n) for n in (4, 50)},
     **{f"O{n}": Case(observation_dim=n) for n in (17, 111, 348)},
+}
+GRID = {  # --cases grid: every combination of them
+    f"R{r}-K{k}-O{o}": Case(n_runs=r, n_actions=k, observation_dim=o)
+    for r, k, o in itertools.product((1, 4, 16), (4, 10, 50), (11, 17, 111, 348))
 }
 
 
@@ -270,7 +274,7 @@ def compare(name: str, options):
     """Measure one case; yields a row for each round and peer."""
     peers = {"cql.py": sys.executable, options.peer: options.peer_python}
     workers, abouts, updates, ratios = {}, {}, {}, []
-    case = dataclasses.asdict(CASES[name])
+    case = dataclasses.asdict({**CASES, **GRID}[name])
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     env = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
     try:
@@ -279,8 +283,8 @@ def compare(name: str, options):
             command = [python, __file__, "--work", spec]
             workers[peer] = worker = subprocess.Popen(command, env=env, **pipes)
             abouts[peer] = ask(worker)
-            ask(worker, "run", WARMUP)
-            rate = WARMUP / ask(worker, "run", WARMUP)[0]
+            ask(worker, "run", options.warmup)
+            rate = options.warmup / ask(worker, "run", options.warmup)[0]
             updates[peer] = max(1, round(options.seconds * rate))
             print(f"{name}: {peer}: {abouts[peer]}, {updates[peer]} updates a round")
         for i in range(options.rounds):
@@ -338,10 +342,11 @@ def main() -> None:
     add = parser.add_argument
     add("--peer", default="d3rlpy", choices=[peer for peer in PEERS if peer != "cql.py"])
     add("--peer-python", default=sys.executable, help="interpreter that has the peer")
-    add("--cases", nargs="+", default=["hopper"], choices=list(CASES))
+    add("--cases", nargs="+", default=["hopper"], choices=[*CASES, "grid"])
     add("--threads", type=int, default=os.cpu_count(), help="of each side")
     add("--device", default="cpu")
     add("--rounds", type=int, default=10)
+    add("--warmup", type=int, default=5, help="updates, twice, before the rounds")
     add("--seconds", type=float, default=5.0, help="of a turn, about")
     add("--out", type=Path, default=ROOT / "benchmarks/results/speed.csv")
     add("--figure", type=Path, help="draw --out's table instead of measuring")
@@ -357,7 +362,8 @@ def main() -> None:
     about = {"device": options.device, "threads": options.threads, "cpu": cpu}
     about |= {"cores": os.cpu_count(), "commit": commit}
     print(about)
-    rows = [row | about for name in options.cases for row in compare(name, options)]
+    names = [x for n in options.cases for x in (GRID if n == "grid" else [n])]
+    rows = [row | about for name in names for row in compare(name, options)]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with open(options.out, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
