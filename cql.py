@@ -1267,10 +1267,12 @@ def temperature_loss(log_alpha: Tensor, log_pi: Tensor, target_entropy: float):
 
 
 def actor_loss(critic: Critic, batch: Batch, samples: Samples, alpha: Tensor):
-    """SAC eq. 9: alpha [R] weighs the entropy against the least of the critics."""
+    """SAC eq. 9: alpha [R] weighs the entropy against the least of the critics, or, with
+    REDQ's targets, their mean (arXiv 2101.05982, algorithm 1)."""
     weights = {name: weight.detach() for name, weight in critic.named_parameters()}
     inputs = batch.observations, samples.actions
-    q = torch.func.functional_call(critic, weights, inputs).amin(1).squeeze(2)  # [R, B]
+    q = torch.func.functional_call(critic, weights, inputs).squeeze(3)  # [R, N, B]
+    q = q.mean(1) if samples.keys.shape[1] else q.amin(1)
     loss = (alpha.unsqueeze(1) * samples.log_pi - q).mean(1)
     return loss, {"policy_loss": loss, "log_pi": samples.log_pi.mean(1)}
 

@@ -144,7 +144,9 @@ class Reference:
             if self.cloning:
                 worth = self.log_prob_of_data(state, data_action)
             else:
-                worth = least(self.critics("critic", state, action))
+                qs = self.critics("critic", state, action)
+                n = self.config.n_target_critics
+                worth = least(qs) if n in (None, len(qs)) else mean(qs)
             losses.append(self.alpha * log_pi - worth)
         return mean(losses)
 
