@@ -176,7 +176,7 @@ def draw_curves(groups: List[Group], column: str, out: Path, data_score=None) ->
     if data_score is not None:
         panel.axhline(data_score, color="grey", dashes=(4, 2), label="the data")
     names = {"d4rl_normalized_score": "D4RL score", "return_mean": "return"}
-    panel.set(xlabel="updates", ylabel=names[column])
+    panel.set(xlabel="step", ylabel=names[column])
     panel.legend()
     save(figure, out / "curves.png")
 
