@@ -68,5 +68,6 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     try:
         export(arguments.checkpoint, arguments.path, arguments.run)
+        print(f"wrote {arguments.path}")
     except cql.UserError as error:
         parser.error(str(error))

@@ -310,7 +310,7 @@ def main(argv=None) -> None:
     arguments = parser.parse_args(argv)
     for directory in arguments.directories:
         if not (directory / "evaluations.csv").is_file():
-            parser.error(f"{directory}: no evaluations.csv there")
+            parser.error(f"{directory}: no evaluations.csv there (yet?)")
     if len({path.resolve() for path in arguments.directories}) < len(
         arguments.directories
     ):
