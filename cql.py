@@ -634,10 +634,18 @@ def recorded_space(text) -> gym.Space:
     return deserialize_space(space)
 
 
+def entire(array: h5py.Dataset) -> np.ndarray:
+    """All of an array. Raises ValueError where the file cannot hold what it announces,
+    because it is damaged; that may be more than the memory."""
+    if array.nbytes > 1100 * os.path.getsize(array.file.filename):  # gzip: 1032 to 1
+        raise ValueError(f"{array.name} of {array.nbytes:,} bytes, more than the file's")
+    return array[()]
+
+
 def flat(space, group: h5py.Group, key: str) -> np.ndarray:
     """Observations of one episode as [T + 1, O], in the order of gym.spaces.flatten."""
     if isinstance(space, gym.spaces.Box):
-        array = group[key][()]
+        array = entire(group[key])
         return array.reshape(len(array), math.prod(space.shape))
     parts = space.spaces
     if isinstance(space, gym.spaces.Tuple):  # Minari's names of its parts
@@ -687,7 +695,7 @@ def minari_episodes(directory: Path, task: Task, n_episodes: int):
         for i in range(n_episodes):
             raw = file[f"episode_{i}"]
             keys = ("actions", "rewards", "terminations", "truncations")
-            actions, rewards, ended, cut = (single(raw[key][()]) for key in keys)
+            actions, rewards, ended, cut = (single(entire(raw[key])) for key in keys)
             if len(cut) != len(rewards):
                 raise UserError(f"episode {i}: {len(cut)} truncations")
             whole = bool(len(rewards) and (ended[-1] or cut[-1]))
@@ -709,7 +717,7 @@ def d4rl_episodes(path: Path):
         found = [key for key in keys if isinstance(file.get(key), h5py.Dataset)]
         if set(keys[:4]) - set(found):
             raise UserError(f"lacks {set(keys[:4]) - set(found)}; holds {list(file)}")
-        data = {key: single(file[key][()]) for key in found}
+        data = {key: single(entire(file[key])) for key in found}
     n = len(data["rewards"])
     if n == 0:
         raise UserError("no episodes")

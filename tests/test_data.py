@@ -710,3 +710,19 @@ def test_joined_data_of_other_settings(in_tmp):
     paths = [toy_dataset(in_tmp / str(p), env_kwargs={"push": p}) for p in (0.3, 0.9)]
     status, out, _ = run(env=paths, resume="out")
     assert status == 0 and "0.9" in out and "those of the first" in out
+
+
+@pytest.mark.parametrize("kind", ["d4rl", "minari", "observations"])
+def test_an_array_larger_than_its_file(tmp_path, refused, kind):
+    """As damaged files announce; to read it would take all memory."""
+    if kind == "d4rl":
+        path = file = d4rl_file(tmp_path / "data.hdf5")
+        name = "rewards"
+    else:
+        path = toy_dataset(tmp_path / "root")
+        [file] = path.rglob("*.hdf5")
+        name = "episode_1/" + ("rewards" if kind == "minari" else kind)
+    with h5py.File(file, "a") as data:
+        del data[name]
+        data.create_dataset(name, (10**12,), "?", chunks=(100,))
+    refused(None, "damaged", "1,000,000,000,000 bytes", env=path)
