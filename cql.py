@@ -635,10 +635,11 @@ def recorded_space(text) -> gym.Space:
 
 
 def entire(array: h5py.Dataset) -> np.ndarray:
-    """All of an array. Raises ValueError where the file cannot hold what it announces,
-    because it is damaged; that may be more than the memory."""
-    if array.nbytes > 1100 * os.path.getsize(array.file.filename):  # gzip: 1032 to 1
-        raise ValueError(f"{array.name} of {array.nbytes:,} bytes, more than the file's")
+    """All of an array. Raises ValueError where its bytes in the file cannot unpack to
+    what it announces, because it is damaged; that may be more than the memory."""
+    packed = array.id.get_storage_size() + 4096
+    if array.nbytes > 1100 * packed:  # gzip packs 1032 to 1 at most
+        raise ValueError(f"{array.name} of {array.nbytes:,} bytes, from {packed:,}")
     return array[()]
 
 
