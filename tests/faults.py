@@ -84,6 +84,12 @@ class Workshop:
         out, err = process.communicate(timeout=600)
         return process.returncode, out, err
 
+    def whole(self, updates: int) -> Path:
+        """The directory of a run that nothing befell."""
+        directory = self.root / "whole"
+        assert self.end(self.argv(directory, max_timesteps=updates))[0] == 0
+        return directory
+
 
 def saved(directory: Path) -> dict:
     return torch.load(directory / "checkpoint.pt", weights_only=True)
@@ -136,8 +142,7 @@ def kill(shop: Workshop, directory: Path, argv, in_a_save: bool) -> bool:
 
 def killed_offline(shop: Workshop, times: int):
     """SIGKILL offline, every other one during a save; the end bit for bit"""
-    whole, directory = shop.root / "whole", shop.root / "killed"
-    assert shop.end(shop.argv(whole))[0] == 0
+    whole, directory = shop.whole(BASE["max_timesteps"]), shop.root / "killed"
     argv = shop.argv(directory)
     killed = sum(kill(shop, directory, argv, bool(i % 2)) for i in range(times))
     assert shop.end(argv)[0] == 0
@@ -167,8 +172,7 @@ def killed_online(shop: Workshop, times: int):
 
 def signalled(shop: Workshop, times: int):
     """SIGTERM and SIGINT: exit 143 and 130 after a checkpoint; the end bit for bit"""
-    whole, survived = shop.root / "whole-s", 0
-    assert shop.end(shop.argv(whole, max_timesteps=800))[0] == 0
+    whole, survived = shop.whole(800), 0
     for i in range(times):
         directory = shop.root / f"signal{i}"
         number = (signal.SIGTERM, signal.SIGINT)[i % 2]
@@ -260,8 +264,7 @@ def damaged(shop: Workshop, times: int):
 def broken_simulator(shop: Workshop, times: int):
     """The environment raises during an evaluation: exit 1, one line; then on, bit for
     bit"""
-    whole, survived = shop.root / "whole-b", 0
-    assert shop.end(shop.argv(whole, max_timesteps=800))[0] == 0
+    whole, survived = shop.whole(800), 0
     for i in range(times):
         directory = shop.root / f"broken{i}"
         bad = shop.argv(directory, max_timesteps=800, eval_env="faults:CqlFailing-v0")
@@ -275,8 +278,7 @@ def broken_simulator(shop: Workshop, times: int):
 
 def dead_worker(shop: Workshop, times: int):
     """An evaluation worker dies: exit 1, one line; then on, bit for bit"""
-    whole, survived = shop.root / "whole-w", 0
-    assert shop.end(shop.argv(whole, max_timesteps=800))[0] == 0
+    whole, survived = shop.whole(800), 0
     for i in range(times):
         directory = shop.root / f"worker{i}"
         argv = shop.argv(directory, max_timesteps=800)
@@ -304,8 +306,7 @@ def no_network(shop: Workshop, times: int):
 
 def two_at_once(shop: Workshop, times: int):
     """A second process at a live run: exit 2, one line; the first unharmed"""
-    whole, survived = shop.root / "whole-t", 0
-    assert shop.end(shop.argv(whole, max_timesteps=2000))[0] == 0
+    whole, survived = shop.whole(2000), 0
     for i in range(times):
         directory = shop.root / f"two{i}"
         argv = shop.argv(directory, max_timesteps=2000)
