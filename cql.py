@@ -716,8 +716,9 @@ def d4rl_episodes(path: Path):
     keys = "observations actions rewards terminals timeouts next_observations".split()
     with h5py.File(path, "r") as file:
         found = [key for key in keys if isinstance(file.get(key), h5py.Dataset)]
-        if set(keys[:4]) - set(found):
-            raise UserError(f"lacks {set(keys[:4]) - set(found)}; holds {list(file)}")
+        lacking = [key for key in keys[:4] if key not in found]
+        if lacking:
+            raise UserError(f"lacks {', '.join(lacking)}; holds {list(file)}")
         data = {key: single(entire(file[key])) for key in found}
     n = len(data["rewards"])
     if n == 0:
@@ -735,12 +736,15 @@ def d4rl_episodes(path: Path):
     if following is not None:  # a jump is an episode's end, flagged or not
         ends[:-1] |= (following[:-1] != observations[1:]).reshape(n - 1, -1).any(1)
     ends[n - 1 :] = True
+    cuts = ends & (terminals == 0) & (following is None)
+    if cuts.any():
+        what = "no next_observations, so each cut episode lacks its last transition"
+        say(f"{path.name}: {what}, {cuts.sum()} in all")
     rewards, actions = data["rewards"].reshape(n), data["actions"]
     actions = actions.reshape(n, math.prod(actions.shape[1:]))
     first = 0
     for last in np.flatnonzero(ends):
-        cut = following is None and not terminals[last]
-        kept = slice(first, last + (not cut))
+        kept = slice(first, last + (not cuts[last]))
         end = (observations if following is None else following)[last : last + 1]
         total = float(rewards[first : last + 1].sum(dtype=np.float64))
         parts = actions[kept], rewards[kept], terminals[kept], bool(done[last]), total
@@ -2250,8 +2254,9 @@ def save_checkpoint(path: Path, payload: dict) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch turns the former into the latter
         temporary.unlink(missing_ok=True)
-        reason = f"{brief(error)}; the checkpoint before it is intact"
-        raise MachineError(f"could not save {path}: {reason}") from None
+        kept = "; the checkpoint before it is intact" * path.exists()
+        reason = brief(error.__context__ or error)
+        raise MachineError(f"could not save {path}: {reason}{kept}") from None
 
 
 def read_checkpoint(path: Union[str, Path]) -> dict:

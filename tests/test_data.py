@@ -92,7 +92,7 @@ def test_a_minari_dataset_by_id_and_by_directory(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("following", [True, False])
 @pytest.mark.parametrize("timeouts", [True, False])
-def test_a_d4rl_file(following, timeouts, tmp_path):
+def test_a_d4rl_file(following, timeouts, tmp_path, capsys):
     """Without next_observations, what follows a cut is unknown and its step left out."""
     ends = "mixed" if following else "terminal"
     episodes = random_episodes([4, 1, 7, 2, 1, 1, 9], ends=ends)
@@ -105,6 +105,11 @@ def test_a_d4rl_file(following, timeouts, tmp_path):
     file = d4rl_file(tmp_path / "some.hdf5", episodes, **left_out)
     dataset = load(file)
     same(everything(dataset), transitions(episodes, following), ends=following)
+    cuts = sum(bool(episode["truncations"][-1]) for episode in episodes)
+    told = re.findall(
+        r"lacks its last transition, (\d+) in all", capsys.readouterr().out
+    )
+    assert told == ([str(cuts)] if cuts and not following else [])
     assert dataset.task.env_id is None
     assert (dataset.task.action_low, dataset.task.action_high) == ([-1, -1], [1, 1])
 

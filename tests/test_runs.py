@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import errno
 import fcntl
+import io
 import json
 import multiprocessing
 import os
@@ -747,6 +748,18 @@ def half_written(payload, file):
     disk_full()
 
 
+class FullFile(io.BytesIO):
+    """Room for some kilobytes."""
+
+    def write(self, data):
+        return super().write(data) if self.tell() < 4096 else disk_full()
+
+
+def full_file(payload, file):
+    """As on a real disk: torch's own writer meets the error and words it anew."""
+    torch_save(payload, FullFile())
+
+
 def full_for(pattern, function):
     """function, failing where its first argument is a file whose name matches."""
 
@@ -761,7 +774,9 @@ def full_for(pattern, function):
     return wrapped
 
 
+torch_save = torch.save
 FAULTS = {
+    "within torch.save": ("torch.save", full_file),
     "torch.save": ("torch.save", disk_full),
     "half written": ("torch.save", half_written),
     "fsync": ("os.fsync", full_for(r"\.tmp$|checkpoint", os.fsync)),
