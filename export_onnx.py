@@ -71,3 +71,5 @@ if __name__ == "__main__":
         print(f"wrote {arguments.path}")
     except cql.UserError as error:
         parser.error(str(error))
+    except ModuleNotFoundError as error:
+        parser.error(f"{error}: {__doc__.splitlines()[2].strip()}")

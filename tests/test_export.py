@@ -1,5 +1,10 @@
 """The ONNX export beside load_policy."""
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -39,3 +44,17 @@ def test_an_exported_policy_acts_alike(kind, tmp_path):
     assert len(np.unique(actions)) > 1
     with pytest.raises(cql.UserError):
         export_onnx.export(str(directory), path, run=2)
+
+
+def test_without_its_packages(tmp_path):
+    """One line that says what to install."""
+    data, directory = toy_dataset(tmp_path), tmp_path / "run"
+    assert run(env=data, resume=directory, **SMALL)[0] == 0
+    code = "import runpy, sys; sys.modules['onnxscript'] = None; sys.argv = sys.argv[1:]"
+    code += "; runpy.run_path('export_onnx.py', run_name='__main__')"
+    command = [sys.executable, "-c", code, "export_onnx.py", directory, "policy.onnx"]
+    here = Path(export_onnx.__file__).parent
+    result = subprocess.run(command, cwd=here, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert re.search(r"error: .*onnxscript.*: pip install onnx==", result.stderr)
+    assert "Traceback" not in result.stderr
