@@ -1,0 +1,66 @@
+"""Film trained policies, side by side, as one GIF.
+
+    python benchmarks/watch.py runs/quick other/run --out hopper.gif
+
+Each run's first policy (`--run 1`: its second) acts as in evaluation, deterministic,
+from the same seed; an episode that ends is followed by the next one. The caption says
+the penalty weight and the return of the episode so far. Needs no display: where
+rendering fails, set MUJOCO_GL=egl or MUJOCO_GL=osmesa (Debian: libegl1, libosmesa6).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+from PIL import Image, ImageDraw
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import cql
+
+SIZE = 200  # pixels, either way
+
+
+def film(directory: str, options):
+    """Iterate over a policy's frames, for ever."""
+    policy = cql.load_policy(directory, options.run)
+    weight = next(r for r in policy.agent.runs if r["run"] == options.run)["cql_alpha"]
+    policy.task.env_kwargs["render_mode"] = "rgb_array"
+    if "mujoco" in str(gym.spec(policy.task.env_id).entry_point):
+        picture = {"width": SIZE, "height": SIZE, "camera_name": "track"}
+        policy.task.env_kwargs |= picture
+    env = cql.make_env(policy.task)
+    seed = options.seed
+    while True:
+        observation, total, ended, t = env.reset(seed=seed)[0], 0.0, False, 0
+        seed += 1
+        while not ended:
+            if t % options.every == 0:
+                image = Image.fromarray(env.render())
+                ImageDraw.Draw(image).text((6, 4), f"cql_alpha {weight:g}: {total:.0f}")
+                yield image
+            observation, reward, terminated, cut, _ = env.step(policy(observation))
+            total, ended, t = total + float(reward), terminated or cut, t + 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("directories", nargs="+", help="run directories or checkpoints")
+    parser.add_argument("--out", default="policies.gif")
+    parser.add_argument("--run", type=int, default=0, help="of the stacked runs")
+    parser.add_argument("--seed", type=int, default=0, help="of the first episode")
+    parser.add_argument("--frames", type=int, default=100)
+    parser.add_argument("--every", type=int, default=5, help="steps a frame")
+    options = parser.parse_args()
+    films = [film(directory, options) for directory in options.directories]
+    strips = []
+    for _ in range(options.frames):
+        strip = np.concatenate([np.asarray(next(each)) for each in films], 1)
+        strips.append(Image.fromarray(strip).quantize(32))
+    first, *rest = strips
+    first.save(options.out, save_all=True, append_images=rest, duration=40, loop=0)
+
+
+if __name__ == "__main__":
+    main()
