@@ -141,7 +141,7 @@ class TrainConfig:
     cal_ql: bool = False  # Cal-QL: penalize no Q that is below the return-to-go
     utd: int = 1  # Updates per environment step
     record_dataset: Optional[str] = None  # Minari id or ./path for the online episodes
-    # Processes that evaluate beside the training; null: on a GPU all cores but one
+    # Processes that evaluate beside the training; null: on a GPU a core each, up to 16
     eval_workers: Optional[int] = None
 
 
@@ -579,6 +579,7 @@ class Episode(NamedTuple):
     terminations: np.ndarray  # [T] bool
     whole: bool  # ended by termination or time limit, not by a cut
     total: float  # return, that of a last step left out included
+    cut: bool = False  # a last step is left out
 
 
 class Batch(NamedTuple):
@@ -734,12 +735,10 @@ def d4rl_episodes(path: Path):
     done = (terminals != 0) | (data.get("timeouts", terminals).reshape(n) != 0)
     ends = done.copy()
     if following is not None:  # a jump is an episode's end, flagged or not
-        ends[:-1] |= (following[:-1] != observations[1:]).reshape(n - 1, -1).any(1)
+        rounding = 1e-5 * np.abs(observations[1:]) + 1e-4 * observations.std(0)
+        ends[:-1] |= ~(np.abs(following[:-1] - observations[1:]) <= rounding).all(1)
     ends[n - 1 :] = True
     cuts = ends & (terminals == 0) & (following is None)
-    if cuts.any():
-        what = "no next_observations, so each cut episode lacks its last transition"
-        say(f"{path.name}: {what}, {cuts.sum()} in all")
     rewards, actions = data["rewards"].reshape(n), data["actions"]
     actions = actions.reshape(n, math.prod(actions.shape[1:]))
     first = 0
@@ -748,7 +747,7 @@ def d4rl_episodes(path: Path):
         end = (observations if following is None else following)[last : last + 1]
         total = float(rewards[first : last + 1].sum(dtype=np.float64))
         parts = actions[kept], rewards[kept], terminals[kept], bool(done[last]), total
-        yield Episode(np.concatenate([observations[kept], end]), *parts)
+        yield Episode(np.concatenate([observations[kept], end]), *parts, cuts[last])
         first = last + 1
 
 
@@ -869,6 +868,7 @@ class Dataset:
                 say(f"{name}: recorded with settings {task.env_kwargs};")
                 say(f"  evaluation is in those of the first, {self.task.env_kwargs}")
             check_episodes(name, part, self.task)
+        self.left_out = sum(episode.cut for part in parts for episode in part)
         episodes = [e for part in parts for e in part if len(e.rewards)]
         self.lengths = np.array([len(e.rewards) for e in episodes], int)
         if self.lengths.sum() < config.batch_size:
@@ -890,10 +890,10 @@ class Dataset:
         self.terminations = joined(e.terminations for e in episodes)
         self.mc_returns = None
         if config.cal_ql:
-            parts = self.rewards.cpu().double().split(self.lengths.tolist())
-            worst = float(self.rewards.min())
-            parts = (returns_to_go(part.numpy(), config, worst) for part in parts)
-            self.mc_returns = joined(parts)
+            columns = self.rewards.cpu().double().numpy(), self.terminations.cpu()
+            cuts, worst = np.cumsum(self.lengths)[:-1], float(self.rewards.min())
+            parts = zip(*(np.split(np.asarray(column), cuts) for column in columns))
+            self.mc_returns = joined(returns_to_go(*p, config, worst) for p in parts)
         rows = np.repeat(np.arange(len(episodes)), self.lengths)  # one more per episode
         self.rows = torch.as_tensor(rows + np.arange(len(rows)), device=device)
         # No two policies' values are further apart, going by the data's rewards.
@@ -927,22 +927,25 @@ def transformed(rewards, factor: float, config: TrainConfig):
     return rewards * factor * config.reward_scale + config.reward_bias
 
 
-def returns_to_go(rewards: np.ndarray, config: TrainConfig, worst: float) -> np.ndarray:
+def returns_to_go(rewards, terminations, config: TrainConfig, worst) -> np.ndarray:
     """Discounted sum of an episode's rewards [T] from each step on (Cal-QL, section 4).
 
-    What follows a time limit is left out. Under `is_sparse_reward`, an episode that
-    earned nothing but the data's least reward is taken to go on so for ever."""
+    What follows a time limit is left out, and a termination ends the sum. Under
+    `is_sparse_reward`, an episode that earned nothing but the data's least reward is
+    taken to go on so for ever."""
     if config.is_sparse_reward and (rewards == worst).all():
         return np.full(len(rewards), worst / (1 - config.discount))
-    returns = itertools.accumulate(rewards[::-1], lambda G, r: r + config.discount * G)
-    return np.array([*returns][::-1])
+    factors = config.discount * (1 - np.asarray(terminations, float))
+    steps = zip(rewards[::-1], factors[::-1])
+    returns = itertools.accumulate(steps, lambda G, s: s[0] + s[1] * G, initial=0.0)
+    return np.array([*returns][:0:-1])
 
 
 def reward_factor(returns, task: Task, config: TrainConfig) -> float:
     """What normalize_reward multiplies rewards by; returns of whole episodes."""
     if not config.normalize_reward:
         return 1.0
-    name = config.eval_env or task.env_id or ""
+    name = task.env_id or config.eval_env or ""
     if not re.match("Hopper|HalfCheetah|Walker2d", name):
         say("normalize_reward has no effect here: hopper, halfcheetah, walker2d only")
         return 1.0
@@ -978,7 +981,7 @@ class Replay:
         """An episode of run r, or a part of one: [T + 1, O], [T, A], [T], [T]."""
         rewards = torch.as_tensor(np.asarray(rewards, np.float32))  # as the data's
         rewards = transformed(rewards, self.factor, self.config).double().numpy()
-        returns = returns_to_go(rewards, self.config, self.worst)
+        returns = returns_to_go(rewards, terminations, self.config, self.worst)
         whole = observations[:-1], actions, rewards, observations[1:], terminations
         capacity, T = self.own.rewards.shape[1], len(rewards)
         kept = slice(max(T - capacity, 0), T)
@@ -1506,7 +1509,8 @@ class Agent(nn.Module):
             self.register_buffer(name, value.expand(size).clone())
         self.to(device)
         columns = ([run[name] for run in self.runs] for name in Sweep._fields)
-        self.sweep = Sweep(*(torch.tensor(column, device=device) for column in columns))
+        kind = {"dtype": torch.get_default_dtype(), "device": device}
+        self.sweep = Sweep(*(torch.tensor(column, **kind) for column in columns))
         self.restart()
         # One Adam for all: it is elementwise, so neither runs nor networks mix.
         groups[-1]["params"] += [self.log_alpha_prime] * config.cql_lagrange
@@ -1608,7 +1612,8 @@ class Agent(nn.Module):
     def get_extra_state(self) -> dict:
         names, optimizer = ("generators", "explorers"), self.optimizer.state_dict()
         states = {k: [g.get_state() for g in getattr(self, k)] for k in names}
-        return {"step": self.step, "optimizer": optimizer["state"], **states}
+        moments = {i: {**state} for i, state in optimizer["state"].items()}
+        return {"step": self.step, "optimizer": moments, **states}
 
     def set_extra_state(self, state: dict) -> None:
         """Copies into the live tensors; rebinding them would freeze what they feed."""
@@ -1881,6 +1886,7 @@ def make_env(task: Task, eval_env: Optional[str] = None) -> gym.Env:
 
     A recorded id is data, so it cannot name a module to import; `eval_env` is the
     user's own word and may. Raises UserError."""
+    eval_env = None if eval_env == task.env_id else eval_env  # then with its settings
     name, kwargs = eval_env or task.env_id, {} if eval_env else dict(task.env_kwargs)
     if not eval_env and not re.fullmatch(r"[\w/.-]+", str(name)):
         raise UserError(f"the data's environment {name!r}: no plain id; see --eval_env")
@@ -1995,8 +2001,9 @@ class Evaluator:
         n_workers = config.eval_workers
         if n_workers is None:  # on a CPU they would take training's cores
             on_gpu = torch.device(device).type == "cuda"
-            cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            n_workers = max(cores - 1, 0) if on_gpu else 0
+            mine = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))
+            cores = len(mine(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            n_workers = min(max(cores - 1, 0), 16) if on_gpu else 0
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of the workers' NumPy
         options = multiprocessing.get_context("spawn"), serve, arguments
         n_workers = min(n_workers, config.n_episodes)
@@ -2180,8 +2187,14 @@ class Online:
         self.recorded += [self.partial(r) for r, steps in enumerate(self.steps) if steps]
         if not self.recorded:
             return say("recorded: nothing, as no run got online")
-        if path.exists():  # by this run, when it ended before
-            return say(f"recorded: {path} exists already")
+        steps = sum(len(episode[2]) for episode in self.recorded)
+        if path.exists():  # by this run, when it ended before?
+            metadata = (path / "data" / "metadata.json").read_text()
+            there = json.loads(metadata)["total_steps"]
+            if there == steps:
+                return say(f"recorded: {path} exists already")
+            hint = "move it away and repeat the command"
+            raise MachineError(f"{path} holds {there} steps, this run {steps}: {hint}")
         env, buffers = make_env(self.task, self.config.eval_env), []
         spec = copy.deepcopy(env.spec)
         spec.additional_wrappers = ()  # what flattens cannot be written
@@ -2205,7 +2218,6 @@ class Online:
         except Exception as error:
             shutil.rmtree(path, ignore_errors=True)  # it was not there before
             raise MachineError(f"could not write {path}: {brief(error)}") from None
-        steps = sum(len(episode[2]) for episode in self.recorded)
         say(f"recorded: {len(buffers)} episodes, {steps:,} steps, in {path}")
 
 
@@ -2432,8 +2444,10 @@ class WandbLogger:
     def __init__(self, config: TrainConfig, directory, runs: List[dict], ids: List[str]):
         self.trackers, self.ids, self.sweep = [], ids, "WANDB_SWEEP_ID" in os.environ
         mode = os.environ.get("WANDB_MODE", "online").replace("dryrun", "offline")
-        if directory is None or mode == "disabled":
+        if directory is None:
             return
+        if mode == "disabled":
+            return say("wandb: disabled")
         try:
             with quiet():
                 known = self.sweep or mode == "offline" or wandb.login(prompt=False)
@@ -2460,23 +2474,37 @@ class WandbLogger:
                 say(f"wandb: {brief(error)}")
                 mode = "offline"
                 self.trackers.append(wandb.init(mode=mode, settings=settings, **options))
-        if mode == "offline":
-            say(f"wandb: offline; `wandb sync {directory}/wandb/offline-run-*` uploads")
+        where = f"`wandb sync {directory}/wandb/offline-run-*` uploads"
+        where = (
+            where if mode == "offline" else " ".join(f"{t.url}" for t in self.trackers)
+        )
+        say(f"wandb: {mode}; {where}")
 
-    def log(self, step: int, rows: Dict[int, dict]) -> None:
-        """rows: the metrics of each live run."""
+    def log(self, step: int, rows: Dict[int, dict], **more) -> None:
+        """rows: the metrics of each live run; more: what all runs share."""
         if self.sweep and rows:
             joined = {f"{k}/{r}": v for r, row in rows.items() for k, v in row.items()}
             scores = [row.get("d4rl_normalized_score", np.nan) for row in rows.values()]
             if not np.isnan(scores).any():
                 joined["d4rl_normalized_score"] = float(np.mean(scores))
             rows = {0: joined}
-        for r, row in rows.items() if self.trackers else ():
-            self.trackers[r].log(row, step=step)
+        with self.dispensable():
+            for r, row in rows.items() if self.trackers else ():
+                self.trackers[r].log({**row, **more}, step=step)
 
     def finish(self) -> None:
-        for tracker in self.trackers:
-            tracker.finish()
+        with self.dispensable():
+            for tracker in self.trackers:
+                tracker.finish()
+
+    @contextmanager
+    def dispensable(self):
+        """Without wandb, should it fail, training goes on."""
+        try:
+            yield
+        except Exception as error:
+            self.trackers = []
+            say(f"wandb: {brief(error)}; not logging to it any longer")
 
 
 def run_directory(config: TrainConfig) -> Optional[Path]:
@@ -2570,7 +2598,7 @@ class Run:
             ids, every = checkpoint["wandb_ids"], checkpoint["config"]
             with blaming(UserError, f"checkpoint {checkpoint['path']}: garbled"):
                 self.take_up(checkpoint)
-        self.logged_step, self.tables, kept = self.step, {}, {}
+        self.logged_step, self.tables, kept = self.agent.step, {}, {}
         freqs = {"metrics": "log_freq", "evaluations": "eval_freq", "timing": "log_freq"}
         for name, freq in freqs.items():
             # A last row between two regular ones goes when the run is made longer.
@@ -2649,10 +2677,10 @@ class Run:
             for r, row in rows.items():  # online, rewards unlike the data's may come
                 self.warn_of_drift(r, row)
         now = time.monotonic()
-        rate = (self.step - self.logged_step) / max(now - self.logged_at, 1e-9)
+        rate = (self.agent.step - self.logged_step) / max(now - self.logged_at, 1e-9)
         timing = {"seconds": now - self.started, "updates_per_s": rate, **self.seconds}
         self.tables["timing"].append([{"step": self.step, **timing}])
-        self.logged_at, self.logged_step = now, self.step
+        self.logged_at, self.logged_step = now, self.agent.step
         if reset and self.metrics.sums is not None:
             self.metrics.sums.zero_()
             self.metrics.count = 0
@@ -2707,7 +2735,7 @@ class Run:
         if reference is None:
             for row in rows.values():
                 del row["d4rl_normalized_score"]
-        self.wandb.log(self.step, rows)
+        self.wandb.log(self.step, rows, evaluation_step=step)
         returns = [f"{e['return_mean']:.0f} +- {e['return_std']:.0f}" for e in table]
         scores = [e["d4rl_normalized_score"] for e in table]
         text = f"update {step:>9,}  return {' | '.join(returns)}"
@@ -2780,7 +2808,8 @@ class Run:
             ends = (values[-1], max(values)) if values else ()
             last, best = [f"{value:.2f}" for value in ends] or "--"
             note = f"  diverged by {self.diverged[r]}" if self.diverged[r] >= 0 else ""
-            keys = " ".join(f"{run[name]:>{max(9, len(name))}g}" for name in names)
+            texts = [str(run["seed"]), *(f"{run[name]:g}" for name in names[1:])]
+            keys = " ".join(f"{t:>{max(9, len(n))}}" for t, n in zip(texts, names))
             say(f"{run['run']:>4} {keys} {last:>9} {best:>9}{note}")
         say(f"files: {self.directory or 'none'}")
 
@@ -2812,9 +2841,12 @@ def describe(config, task: Task, data: Optional[Dataset], evaluator) -> None:
         reference = evaluator.reference if evaluator else task.reference
         score = normalized_score(data.returns, reference)
         score = "" if math.isnan(score) else f" (score {score:.1f})"
-        size = f"{len(data):,} transitions, {len(data.lengths):,} episodes"
+        cuts = f" ({data.left_out:,} left out, of unknown next observations)"
+        size = f"{len(data):,} transitions{cuts * bool(data.left_out)}"
+        size += f", {len(data.lengths):,} episodes"
         say(f"data: {size}, mean return {data.returns.mean():.1f}{score}")
     changed = {k for k, v in vars(config).items() if v != FIELDS[k].default}
+    changed -= {"precision"} if config.precision == "tf32" else set()
     for name in sorted({"mixing_ratio", "is_sparse_reward"} & changed):
         if not config.cal_ql:
             say(f"{name} is set and cal_ql is not: this is CQL, not Cal-QL")
@@ -2865,7 +2897,8 @@ def load(config: TrainConfig, checkpoint: Optional[dict], resumed: bool, device)
         bounds = task.action_low, task.action_high
         old = checkpoint["task"]["action_low"], checkpoint["task"]["action_high"]
         if old != bounds:
-            raise UserError(f"--load_model: action bounds {old}, the data's {bounds}")
+            where = f"checkpoint {checkpoint['path']}"
+            raise UserError(f"{where}: action bounds {old}, here {bounds}")
         if not resumed:
             agent.restart()
     return data, task, evaluator, agent
@@ -2879,14 +2912,16 @@ def train(config: TrainConfig, checkpoint: Optional[dict] = None) -> int:
     total = offline + config.online_iterations
     latest = Path(config.resume or "", "checkpoint.pt")
     resumed = bool(checkpoint and config.resume and Path(checkpoint["path"]) == latest)
-    most = total if resumed and checkpoint["phase"] == "online" else offline
-    if resumed and checkpoint["step"] > most:
-        raise UserError(f"--max_timesteps {offline}: the run is at {checkpoint['step']}")
-    if resumed and checkpoint["phase"] == "online":
+    online = resumed and checkpoint["phase"] == "online"
+    flag = "online_iterations" if online else "max_timesteps"
+    if resumed and checkpoint["step"] > (total if online else offline):
+        where = f"--{flag} {total - offline if online else offline}"
+        raise UserError(f"{where}: the run is at {checkpoint['step']}")
+    now, was = config.eval_env, checkpoint and checkpoint["config"]["eval_env"]
+    if resumed and now != was and (online or config.normalize_reward):
+        raise UserError(f"--eval_env {now}: the run learns from rewards of {was}")
+    if online:
         before = offline_updates(TrainConfig(**checkpoint["config"]))
-        now, was = config.eval_env, checkpoint["config"]["eval_env"]
-        if now != was:
-            raise UserError(f"--eval_env {now}: the run is online in {was}")
         if offline != before:
             where = f"--max_timesteps {offline}"
             raise UserError(f"{where}: the run went online after {before} updates")

@@ -1,6 +1,7 @@
 """The online phase: replay, environments, Cal-QL's returns, resume, recording."""
 
 import csv
+import json
 import math
 
 import gymnasium as gym
@@ -156,6 +157,8 @@ def test_return_to_go_of_the_data(toy):
         wanted += loop_returns(rewards, 0.9)
         first += length
     np.testing.assert_allclose(data.mc_returns, wanted, rtol=1e-5)
+    ended = cql.returns_to_go(np.array([1.0, 2.0, 4.0]), [0, 1, 0], config, -9.0)
+    np.testing.assert_allclose(ended, [1 + 0.9 * 2, 2, 4])  # a termination on the way
     batch = data.gather(torch.tensor([[0, 5, 7]]))
     assert torch.equal(batch.mc_returns[0], data.mc_returns[[0, 5, 7]])
 
@@ -164,12 +167,12 @@ def test_sparse_rewards():
     """An episode of the data's least reward alone is worth r_min / (1 - discount); any
     other reward in it, and it is a plain sum."""
     config = cql.TrainConfig(is_sparse_reward=True, cal_ql=True, discount=0.9)
-    failed = cql.returns_to_go(np.full(4, -5.0), config, -5.0)
+    failed = cql.returns_to_go(np.full(4, -5.0), np.zeros(4), config, -5.0)
     np.testing.assert_allclose(failed, [-50.0] * 4)
-    succeeded = cql.returns_to_go(np.array([-5.0, -5.0, 5.0]), config, -5.0)
+    succeeded = cql.returns_to_go(np.array([-5.0, -5.0, 5.0]), [0, 0, 1], config, -5.0)
     np.testing.assert_allclose(succeeded, loop_returns([-5.0, -5.0, 5.0], 0.9))
     dense = cql.TrainConfig(cal_ql=True, discount=0.9)
-    plain = cql.returns_to_go(np.full(4, -5.0), dense, -5.0)
+    plain = cql.returns_to_go(np.full(4, -5.0), np.zeros(4), dense, -5.0)
     np.testing.assert_allclose(plain, loop_returns([-5.0] * 4, 0.9))
 
 
@@ -359,13 +362,14 @@ def first_observations(checkpoint):
     return [tuple(here[i].tolist()) for i in jumps]
 
 
-def test_the_online_weight_survives_a_resume(go):
-    flags = {"cql_alpha_online": 0.25, "log_freq": 5}
+@pytest.mark.parametrize("weight", [0.25, 0.0])
+def test_the_online_weight_survives_a_resume(go, weight):
+    flags = {"cql_alpha_online": weight, "log_freq": 5}
     go("run", online_iterations=24, **flags)
     directory = go("run", **flags)
     rows = [r for r in table(directory, "metrics.csv") if int(r["step"]) > 30]
     weights = [float(r["cql_min_qf1_loss"]) / float(r["cql_qf1_diff"]) for r in rows]
-    np.testing.assert_allclose(weights, 0.25, rtol=1e-5)
+    np.testing.assert_allclose(weights, weight, rtol=1e-5)
 
 
 def test_online_actions_are_sampled(go):
@@ -522,6 +526,22 @@ def test_recorded_episodes_are_a_dataset(go, tmp_path, form):
     if form == "id":
         with datasets_path(tmp_path / "minari"):
             assert minari.load_dataset(name).total_episodes == len(data.lengths)
+
+
+def test_a_longer_run_does_not_pass_over_its_recording(go, tmp_path):
+    name = tmp_path / "mine/toy-v0"
+    flags = {"record_dataset": str(name)}
+    go("run", online_iterations=20, **flags)
+    go("run", online_iterations=20, **flags)  # nothing new
+    go("run", expected=1, online_iterations=40, **flags)
+    name.rename(tmp_path / "mine/old-v0")
+    go("run", online_iterations=40, **flags)
+    steps = [minari_steps(tmp_path / "mine" / x) for x in ("old-v0", "toy-v0")]
+    assert steps == [20, 40]
+
+
+def minari_steps(directory):
+    return json.loads((directory / "data/metadata.json").read_text())["total_steps"]
 
 
 @pytest.mark.parametrize(

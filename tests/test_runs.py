@@ -27,7 +27,14 @@ import pytest
 import torch
 import torch._dynamo  # the optimizer would; here, so that no forked process has to
 import yaml
-from make_data import Toy, hopper_dataset, minari_dataset, random_episodes, toy_dataset
+from make_data import (
+    Toy,
+    d4rl_file,
+    hopper_dataset,
+    minari_dataset,
+    random_episodes,
+    toy_dataset,
+)
 
 import cql
 
@@ -988,6 +995,21 @@ def test_one_of_several_runs_diverges(train, whole, monkeypatch, capsys):
     np.testing.assert_array_equal(mine, own)
 
 
+def test_a_checkpoint_leaves_the_live_tensors(train, monkeypatch):
+    """A CUDA graph writes to the addresses that it has seen."""
+    places, checkpoint_of = [], cql.Run.checkpoint
+
+    def watched(run):
+        checkpoint_of(run)
+        moments = run.agent.optimizer.state.values()
+        tensors = [*run.agent.state_dict().values(), *(x["exp_avg"] for x in moments)]
+        places.append([x.data_ptr() for x in tensors if torch.is_tensor(x)])
+
+    monkeypatch.setattr(cql.Run, "checkpoint", watched)
+    assert train("run", cql_alpha=[1, 3e38], seed=[0])[0] == 3
+    assert len(places) > 1 and all(place == places[0] for place in places)
+
+
 def test_overflow_diverges(train, capsys):
     """No patching: this weight times any gap is not a number of 32 bits."""
     code, directory = train("run", cql_alpha=[1, 3e38], seed=[0])
@@ -1388,3 +1410,19 @@ def test_flags_that_make_another_useless_are_named(train, capsys):
     out = capsys.readouterr().out
     assert "bc_steps covers every update" in out
     assert "cal_ql has no effect with cql_alpha 0" in out
+
+
+def test_the_environment_of_normalized_rewards_stays(tmp_path, capsys):
+    episodes = random_episodes([20] * 4, obs_dim=11, action_dim=3, ends="terminal")
+    path = tmp_path / "mine.hdf5"
+    argv = command(d4rl_file(path, episodes), tmp_path / "run", normalize_reward=True)
+    argv = [word for word in argv if "eval_env" not in word]
+    assert cql.main([*argv, "--eval_env=Hopper-v5", "--max_timesteps=4"]) == 0
+    capsys.readouterr()
+    assert cql.main([*argv, "--eval_env=CqlHopper-v0"]) == 2
+    assert "--eval_env CqlHopper-v0: the run learns" in capsys.readouterr().err
+
+
+def test_the_closing_table_writes_seeds_in_full(train, capsys):
+    train("run", seed=[20240101, 20240102])
+    assert re.search(r"^ +0  20240101 ", capsys.readouterr().out, re.M)

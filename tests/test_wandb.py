@@ -96,6 +96,7 @@ class Tracker:
     def __init__(self, options):
         self.options, self.rows, self.finished = options, [], False
         self.offline, self.id = options.get("mode") == "offline", options.get("id")
+        self.url = f"https://wandb.test/{self.id}"
 
     def log(self, row, step=None):
         self.rows.append((step, dict(row)))
@@ -163,7 +164,7 @@ def test_sweep_trial_is_one_run(toy, tmp_path):
     score = "d4rl_normalized_score"
     for step in (4, 8):
         scores = [expected[step][f"{score}/{number}"] for number in range(4)]
-        expected[step][score] = sum(scores) / 4
+        expected[step] |= {score: sum(scores) / 4, "evaluation_step": step}
     assert history.keys() == expected.keys() == {3, 4, 6, 8}
     for step in expected:
         assert history[step] == pytest.approx(expected[step], rel=1e-6)
@@ -189,8 +190,9 @@ def test_names_and_options(toy, tmp_path, trackers):
             logged.setdefault(step, {}).update(row)
         expected = expected_history(tmp_path, number)
         assert logged.keys() == expected.keys()
-        for step in logged:
-            assert logged[step] == pytest.approx(expected[step], rel=1e-6)
+        for step, row in expected.items():
+            row |= {"evaluation_step": step} if "return_mean" in row else {}
+            assert logged[step] == pytest.approx(row, rel=1e-6)
 
 
 def test_ids_are_kept(toy, tmp_path, trackers):
@@ -321,3 +323,47 @@ def test_a_trial_that_is_resumed_by_hand(toy, tmp_path, trackers, monkeypatch):
     monkeypatch.delenv("WANDB_SWEEP_ID")
     assert cql.main([f"--resume={run}", "--max_timesteps=8"]) == 0
     assert len({tracker.id for tracker in trackers[1:]}) == 4
+
+
+@pytest.mark.parametrize("call", ["log", "finish"])
+def test_training_survives_wandb(toy, tmp_path, trackers, monkeypatch, capsys, call):
+    """Its service may die in the middle of a run."""
+
+    def fail(self, *arguments, **options):
+        failures.append(call)
+        raise ConnectionError("wandb-core is gone")
+
+    failures = []
+    monkeypatch.setattr(Tracker, call, fail)
+    assert cql.main(command(toy, tmp_path / "run", **STACKED)) == 0
+    out = capsys.readouterr().out
+    assert out.count("wandb: wandb-core is gone; not logging to it any longer") == 1
+    assert failures == [call]
+    assert [row["step"] for row in rows(tmp_path / "run", "evaluations.csv")][-1] == "8"
+
+
+def test_the_run_says_where_it_logs(toy, tmp_path, trackers, monkeypatch, capsys):
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setattr(wandb, "login", lambda prompt: True)
+    assert cql.main(command(toy, tmp_path / "one")) == 0
+    assert f"wandb: online; {trackers[0].url}\n" in capsys.readouterr().out
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert cql.main(command(toy, tmp_path / "two")) == 0
+    assert "wandb: disabled\n" in capsys.readouterr().out and len(trackers) == 1
+
+
+def test_the_step_of_a_late_evaluation(toy, tmp_path, trackers, monkeypatch):
+    """With workers an evaluation is logged when it is done: later than it began, which
+    its row tells."""
+    finish, asked = cql.Evaluator.finish, []
+
+    def finish_late(evaluator, wait):
+        asked.append(wait)
+        return finish(evaluator, wait) if wait else None
+
+    monkeypatch.setattr(cql.Evaluator, "finish", finish_late)
+    assert cql.main(command(toy, tmp_path / "run")) == 0
+    logged = [
+        (s, r["evaluation_step"]) for s, r in trackers[0].rows if "return_mean" in r
+    ]
+    assert logged == [(8, 4), (12, 8), (12, 12)] and not all(asked)

@@ -141,3 +141,38 @@ def test_workers_end_with_their_run(toy, tmp_path, number):
     finally:
         process.kill()
     wait_until(lambda: not any(map(alive, found)))
+
+
+def test_a_late_evaluation_is_not_taken_for_the_next(toy, tmp_path, monkeypatch, capsys):
+    """A run that fails where one evaluation has come in and the next begins does that
+    one when it is resumed."""
+    finish, start = cql.Evaluator.finish, cql.Evaluator.start
+
+    def finish_late(evaluator, wait):
+        return finish(evaluator, wait) if wait else None
+
+    def start_once(evaluator, agent, step, *rest):
+        if step == 8:
+            raise OSError("no more processes")
+        start(evaluator, agent, step, *rest)
+
+    directory = tmp_path / "run"
+    monkeypatch.setattr(cql.Evaluator, "finish", finish_late)
+    monkeypatch.setattr(cql.Evaluator, "start", start_once)
+    assert cql.main(command(toy, directory)) == 1
+    assert cql.read_checkpoint(directory)["step"] == 8
+    monkeypatch.undo()
+    assert cql.main(command(toy, directory)) == 0
+    with open(directory / "evaluations.csv") as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file)]
+    assert steps == [4, 4, 8, 8, 12, 12]
+
+
+def test_workers_by_default(toy, monkeypatch):
+    """On a GPU one for each core that this process may use, but one, and 16 at most."""
+    config = cql.TrainConfig(env=str(toy), batch_size=8, n_episodes=100)
+    task = cql.Dataset(config).task
+    for cores, expected in ((1, 0), (4, 3), (128, 16)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=cores: set(range(n)))
+        assert len(cql.Evaluator(task, config, "cuda").workers) == expected
+        assert len(cql.Evaluator(task, config, "cpu").workers) == 0
