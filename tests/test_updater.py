@@ -1,13 +1,16 @@
 """The captured update: blocks of noise, stages, resume within a block, and the graph.
 
-A CUDA graph cannot be made without a GPU. Its bookkeeping can: here a stand-in replays
-the captured function, and refuses to in another stage than that of the capture."""
+A CUDA graph cannot be made without a GPU. Here a stand-in records what the captured
+function launches and launches it again; it refuses to in another stage than that of the
+capture."""
 
 import numpy as np
 import pytest
 import torch
 from make_data import d4rl_file, random_episodes
 from reference import tiny, trained
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import cql
 
@@ -18,6 +21,20 @@ NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 # The online phase changes what a graph reads: the buffer, its sizes, the weight.
 ONLINE = dict(online_iterations=40, cql_alpha_online=0.5, cal_ql=True)
 REDQ = dict(n_critics=3, n_target_critics=2)
+
+
+MODES = [
+    {},
+    STAGES,
+    dict(cql_backward_actions=1),
+    dict(precision="bf16"),
+    dict(cql_lagrange=True, cql_target_action_gap=1.0),
+    dict(cql_max_target_backup=True, backup_entropy=True, penalty="policy_kl"),
+    REDQ,
+    ONLINE,
+    {**ONLINE, "mixing_ratio": 0.5},
+    {**REDQ, "discrete": True},
+]
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +90,44 @@ def assert_same(updater, other, **tolerance):
     assert updater.agent.step == other.agent.step
 
 
+class Recorded(TorchDispatchMode):
+    """A CUDA graph's stand-in: what the captured function launched, to be launched
+    again on the same memory with the same numbers, whatever Python would do by then."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.calls, self.before = [], []
+        with self:
+            function()
+        with torch.no_grad():  # a capture runs nothing
+            for tensor, value in reversed(self.before):
+                tensor.copy_(value)
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs, schema = kwargs or {}, op._schema
+        if op.namespace == "profiler":
+            return op(*args, **kwargs)
+        assert op is not torch.ops.aten._local_scalar_dense.default  # a host sync
+        assert torch.Tag.nondeterministic_seeded not in op.tags  # drawn outside
+        slots = {argument.name: argument.alias_info for argument in schema.arguments}
+        given = {**dict(zip(slots, args)), **kwargs}
+        writes = [name for name in given if slots[name] and slots[name].is_write]
+        for name in writes:
+            for tensor in tree_leaves(given[name]):
+                self.before.append((tensor, tensor.detach().clone()))
+        out = op(*args, **kwargs)
+        view = any(result.alias_info for result in schema.returns)
+        if writes or not view:
+            self.calls.append((op, args, kwargs, [] if writes else tree_leaves(out)))
+        return out
+
+    @torch.no_grad()
+    def replay(self):
+        for op, args, kwargs, places in self.calls:
+            for place, result in zip(places, tree_leaves(op(*args, **kwargs))):
+                place.copy_(result)
+
+
 @pytest.fixture
 def replays(monkeypatch):
     """Captures and replays, by stage."""
@@ -82,12 +137,12 @@ def replays(monkeypatch):
         agent = body.__self__.agent
         stage = agent.stage()
         assert stage not in seen  # one graph a stage
-        seen[stage] = 0
+        seen[stage], graph = 0, Recorded(body)
 
         def replay():
             assert agent.stage() == stage
             seen[stage] += 1
-            body()
+            graph.replay()
 
         return replay
 
@@ -126,6 +181,7 @@ def test_replays_see_the_online_phase(file, replays, ratio):
         assert not torch.equal(before, updater.agent.critic.layers[0].weight)
         tensors = [*updater.data.own, updater.data.sizes, *updater.agent.sweep]
         assert places == [tensor.data_ptr() for tensor in tensors]
+    assert sum(replays.values()) > 10
     assert_same(*runs)
     offline = run(updater_of(file, 4, mixing_ratio=ratio, **ONLINE), 20)
     weights = [u.agent.critic.layers[0].weight for u in (offline, runs[0])]
@@ -168,20 +224,23 @@ def test_without_a_graph_updates_go_on(file, monkeypatch, capsys):
     assert out.count("\n") == 1 and "no CUDA graph" in out and "not permitted" in out
 
 
+@pytest.mark.parametrize("flags", MODES, ids=str)
+def test_replays_in_every_mode(file, discrete_file, replays, flags):
+    flags = dict(flags)
+    source = discrete_file if flags.pop("discrete", False) else file
+    runs = [updater_of(source, 4, captures, **flags) for captures in (False, True)]
+    for updater in runs:
+        run(updater, 14)
+        # A checkpoint, of which a diverged run's part is another one's, and a resume.
+        old, payload = updater.agent.state_dict(), updater.agent.state_dict()
+        cql.keep_slices(payload, old, torch.tensor([1]))
+        run(updater, 14)
+    assert sum(replays.values()) >= 10
+    assert_same(*runs)
+
+
 @NEEDS_GPU
-@pytest.mark.parametrize(
-    "flags",
-    [
-        *({}, STAGES, dict(cql_backward_actions=1), dict(precision="bf16")),
-        *(
-            dict(n_critics=3, n_target_critics=2),
-            ONLINE,
-            {**ONLINE, "mixing_ratio": 0.5},
-        ),
-        dict(discrete=True, n_critics=3, n_target_critics=2),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("flags", MODES, ids=str)
 def test_a_graph_equals_eager_updates(file, discrete_file, flags):
     flags = dict(flags)
     source = discrete_file if flags.pop("discrete", False) else file
