@@ -72,6 +72,15 @@ CASES = {
     "hopper-bf16": Case(flags={"precision": "bf16"}),
     "hopper-k1": Case(flags={"cql_backward_actions": 1}),
     "hopper-bf16-k1": Case(flags={"precision": "bf16", "cql_backward_actions": 1}),
+    # The quickstart's sizes, where there is less to save:
+    **{
+        f"quickstart{name}": Case(n_actions=4, hidden=(128, 128), flags=flags)
+        for name, flags in {
+            "": {},
+            "-bf16": {"precision": "bf16"},
+            "-k1": {"cql_backward_actions": 1},
+        }.items()
+    },
     # One size at a time, the others as in "hopper" (R = 1, K = 10, O = 11):
     **{f"R{n}": Case(n_runs=n) for n in (4, 16)},
     **{f"K{n}": Case(n_actions=n) for n in (4, 50)},
