@@ -2830,7 +2830,7 @@ def keep_slices(new: dict, old: dict, dead: Tensor) -> None:
 # ======================================================================================
 
 
-def describe(config, task: Task, data: Optional[Dataset], evaluator) -> None:
+def describe(config, task: Task, data: Optional[Dataset], evaluator, device) -> None:
     """The opening lines, warnings included; settles the reference returns."""
     if evaluator is None:
         say("no environment recorded, no --eval_env: training without evaluation, Q on")
@@ -2852,6 +2852,12 @@ def describe(config, task: Task, data: Optional[Dataset], evaluator) -> None:
             say(f"{name} is set and cal_ql is not: this is CQL, not Cal-QL")
     for name in sorted(changed.intersection(CONTINUOUS)) if task.discrete else ():
         say(f"{name} has no effect on discrete actions")
+    chip = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    native = chip.get("avx512_bf16", True) or chip.get(
+        "amx_bf16", True
+    )
+    if config.precision == "bf16" and not (task.discrete or native):
+        say("precision bf16 is slower than fp32 here: this CPU has no avx512_bf16")
     gaps = [run["cql_target_action_gap"] for run in product_of_runs(config)]
     if config.cql_lagrange and min(gaps) < 0:
         say("cql_target_action_gap < 0 with cql_lagrange is a real target, not 'off':")
@@ -2937,7 +2943,7 @@ def train(config: TrainConfig, checkpoint: Optional[dict] = None) -> int:
                 raise UserError(f"{directory}: changed meanwhile; try once more")
         if ranks > 1:
             settle_ranks(directory.parent)
-        describe(config, task, data, evaluator)
+        describe(config, task, data, evaluator, device)
         if checkpoint and not resumed:
             say(f"model: {checkpoint['path']}, update {checkpoint['step']:,}")
         elif config.resume and not resumed:

@@ -1426,3 +1426,13 @@ def test_the_environment_of_normalized_rewards_stays(tmp_path, capsys):
 def test_the_closing_table_writes_seeds_in_full(train, capsys):
     train("run", seed=[20240101, 20240102])
     assert re.search(r"^ +0  20240101 ", capsys.readouterr().out, re.M)
+
+
+@pytest.mark.parametrize("chip", ["none", "avx512_bf16", "amx_bf16", "another"])
+def test_bf16_where_the_processor_has_none(train, monkeypatch, capsys, chip):
+    names = () if chip == "another" else ("avx512_bf16", "amx_bf16")
+    flags = {name: name == chip for name in names}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
+    train("run", precision="bf16")
+    said = "precision bf16 is slower than fp32 here" in capsys.readouterr().out
+    assert said == (chip == "none")
