@@ -2853,9 +2853,7 @@ def describe(config, task: Task, data: Optional[Dataset], evaluator, device) -> 
     for name in sorted(changed.intersection(CONTINUOUS)) if task.discrete else ():
         say(f"{name} has no effect on discrete actions")
     chip = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    native = chip.get("avx512_bf16", True) or chip.get(
-        "amx_bf16", True
-    )
+    native = chip.get("avx512_bf16", True) or chip.get("amx_bf16", True)
     if config.precision == "bf16" and not (task.discrete or native):
         say("precision bf16 is slower than fp32 here: this CPU has no avx512_bf16")
     gaps = [run["cql_target_action_gap"] for run in product_of_runs(config)]
