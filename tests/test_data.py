@@ -777,3 +777,21 @@ def test_the_run_says_what_is_left_out(in_tmp):
     status, out, _ = run(env=path, resume="out")
     assert status == 0
     assert "data: 15 transitions (3 left out, of unknown next observations), 3 ep" in out
+
+
+@pytest.mark.parametrize("fault", ["infinite", "huge", "complex", "one action"])
+def test_bad_numbers_are_told_in_one_line(in_tmp, recwarn, fault):
+    """No warning of NumPy's or torch's beside it."""
+    changes, episodes = {}, random_episodes([20, 20], ends="terminal")
+    states = np.concatenate([e["observations"][:-1] for e in episodes])
+    if fault == "complex":
+        changes["observations"] = states.astype(complex)
+    elif fault == "one action":
+        changes["actions"] = np.zeros((40, 1), int)
+    else:
+        states[3] = np.inf if fault == "infinite" else 3e38
+        changes["observations"] = states
+    path = d4rl_file(in_tmp / "bad.hdf5", episodes, **changes)
+    status, _, error = run(env=path, resume="out", normalize=False, max_timesteps=3)
+    assert (status, error.count("\n")) == ((3, 0) if fault == "huge" else (2, 1))
+    assert not [str(warning.message) for warning in recwarn]
