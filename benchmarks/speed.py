@@ -372,12 +372,14 @@ def main() -> None:
     about |= {"cores": os.cpu_count(), "commit": commit}
     print(about)
     names = [x for n in options.cases for x in (GRID if n == "grid" else [n])]
-    rows = [row | about for name in names for row in compare(name, options)]
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    with open(options.out, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    rows = []
+    for name in names:  # the table after each case, for who stops in the middle
+        rows += [row | about for row in compare(name, options)]
+        with open(options.out, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 if __name__ == "__main__":
