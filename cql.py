@@ -2485,10 +2485,9 @@ class WandbLogger:
                 say(f"wandb: {brief(error)}")
                 mode = "offline"
                 self.trackers.append(wandb.init(mode=mode, settings=settings, **options))
-        where = f"`wandb sync {directory}/wandb/offline-run-*` uploads"
-        where = (
-            where if mode == "offline" else " ".join(f"{t.url}" for t in self.trackers)
-        )
+        where = " ".join(str(tracker.url) for tracker in self.trackers)
+        if mode == "offline":
+            where = f"`wandb sync {directory}/wandb/offline-run-*` uploads"
         say(f"wandb: {mode}; {where}")
 
     def log(self, step: int, rows: Dict[int, dict], **more) -> None:

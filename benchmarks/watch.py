@@ -26,6 +26,8 @@ def film(directory: str, options):
     """Iterate over a policy's frames, for ever."""
     policy = cql.load_policy(directory, options.run)
     weight = next(r for r in policy.agent.runs if r["run"] == options.run)["cql_alpha"]
+    if policy.task.env_id is None:
+        raise cql.UserError(f"{directory}: its data records no environment")
     policy.task.env_kwargs["render_mode"] = "rgb_array"
     if "mujoco" in str(gym.spec(policy.task.env_id).entry_point):
         picture = {"width": SIZE, "height": SIZE, "camera_name": "track"}
@@ -55,9 +57,12 @@ def main() -> None:
     options = parser.parse_args()
     films = [film(directory, options) for directory in options.directories]
     strips = []
-    for _ in range(options.frames):
-        strip = np.concatenate([np.asarray(next(each)) for each in films], 1)
-        strips.append(Image.fromarray(strip).quantize(32))
+    try:
+        for _ in range(options.frames):
+            strip = np.concatenate([np.asarray(next(each)) for each in films], 1)
+            strips.append(Image.fromarray(strip).quantize(32))
+    except cql.UserError as error:
+        parser.error(str(error))
     first, *rest = strips
     first.save(options.out, save_all=True, append_images=rest, duration=40, loop=0)
 

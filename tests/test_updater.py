@@ -231,7 +231,7 @@ def test_replays_in_every_mode(file, discrete_file, replays, flags):
     runs = [updater_of(source, 4, captures, **flags) for captures in (False, True)]
     for updater in runs:
         run(updater, 14)
-        # A checkpoint, of which a diverged run's part is another one's, and a resume.
+        # A checkpoint in which a diverged run keeps its part of the one before.
         old, payload = updater.agent.state_dict(), updater.agent.state_dict()
         cql.keep_slices(payload, old, torch.tensor([1]))
         run(updater, 14)
