@@ -2181,6 +2181,9 @@ class Online:
         if state["started"]:
             self.start()
         self.replay.load(state["replay"])
+        names = ("begun", "finished", "totals", "partial")
+        if any(len(state[name]) != len(self.agent.runs) for name in names):
+            raise ValueError("online of other runs")
         self.begun, self.finished = state["begun"], state["finished"]
         self.totals, self.recorded = np.array(state["totals"]), state["recorded"]
         before = sum(len(episode[2]) for episode in self.recorded)
@@ -2264,6 +2267,22 @@ def normalized_score(returns, reference) -> float:
 # ======================================================================================
 
 VERSION = 4  # of the checkpoint's layout
+NATURAL, FROM_NONE = range(2**63), range(-1, 2**63)
+LAYOUT = dict(  # see check_layout
+    **dict(kind=str, config=dict, task=dict, runs=[dict], phase=str, wandb_ids=[str]),
+    **dict(step=NATURAL, transitions=NATURAL, evaluated=FROM_NONE),
+    **dict(diverged=[FROM_NONE], warned=[bool]),
+    agent={"_extra_state": dict(step=NATURAL, optimizer={}, generators=[Tensor])},
+    updater=dict(used=NATURAL, block=NATURAL, generators=([Tensor],)),
+    metrics=dict(names=[str], count=NATURAL, sums=(Tensor,), broken=(Tensor,)),
+    online=(
+        dict(
+            **dict(started=bool, begun=[NATURAL], totals=[[float]], finished=[[tuple]]),
+            **dict(partial=[([Tensor],)], recorded=[[Tensor]]),
+            replay=dict(own=[Tensor], added=Tensor),
+        ),
+    ),
+)
 
 
 def save_checkpoint(path: Path, payload: dict) -> None:
@@ -2300,24 +2319,37 @@ def read_checkpoint(path: Union[str, Path]) -> dict:
     version = payload.get("version")
     if version != VERSION:
         raise UserError(f"checkpoint {path}: of version {version}, not {VERSION}")
-    keys = "kind config task agent runs phase online metrics updater wandb_ids".split()
-    missing = {"transitions", *keys, *Run.SAVED} - payload.keys()
-    if missing:
-        raise UserError(f"checkpoint {path}: lacks {', '.join(sorted(missing))}")
-    with blaming(UserError, f"checkpoint {path}: garbled"):  # the types relied on
+    with blaming(UserError, f"checkpoint {path}: garbled"):
+        check_layout(payload, LAYOUT)
         config = pyrallis.decode(TrainConfig, payload["config"])
         task = pyrallis.decode(Task, payload["task"])
         check_spaces(recorded_space(task.observation_space), gym.spaces.Discrete(2))
-        numbers = [payload[name] for name in ("step", "transitions", "evaluated")]
-        numbers = [strict(int, number) for number in (*numbers, *payload["diverged"])]
-        runs, known = payload["runs"], product_of_runs(config)
         n_low, n_high = len(task.action_low), len(task.action_high)
-        if min(numbers) < -1 or n_low != n_high or not n_low or not runs:
-            raise ValueError("numbers that do not go together")
-        if any(run not in known for run in runs):
+        if n_low != n_high or not n_low:
+            raise ValueError("bounds that do not go together")
+        runs = [run for run in product_of_runs(config) if run in payload["runs"]]
+        if not runs or runs != payload["runs"]:
             raise ValueError("runs that are not its config's")
     plain = {"config": dataclasses.asdict(config), "task": dataclasses.asdict(task)}
-    return {**payload, **plain, "path": str(path), "written": written}
+    return {**payload, **plain, "runs": runs, "path": str(path), "written": written}
+
+
+def check_layout(value, layout, name: str = "") -> None:
+    """Raise ValueError unless value is as the layout says: of a type, an int in a range,
+    a list of one layout, a dictionary with these keys, or, in a tuple, maybe None."""
+    if isinstance(layout, tuple):
+        return None if value is None else check_layout(value, layout[0], name)
+    if isinstance(layout, range):
+        fits = type(value) is int and value in layout
+    else:
+        fits = isinstance(value, layout if isinstance(layout, type) else type(layout))
+    if not fits:
+        raise ValueError(f"{name} is {brief(repr(value))}")
+    if isinstance(layout, dict):
+        for key in layout:
+            check_layout(value.get(key), layout[key], f"{name} {key}".strip())
+    for each in value if isinstance(layout, list) else ():
+        check_layout(each, layout[0], name)
 
 
 def load_agent(agent: nn.Module, checkpoint: dict) -> None:
@@ -2635,12 +2667,16 @@ class Run:
     def take_up(self, checkpoint: dict) -> None:
         """The state of a run to go on with, but for its agent's."""
         vars(self).update({name: checkpoint[name] for name in self.SAVED})
-        if not len(self.diverged) == len(self.warned) == len(self.agent.runs):
+        n_runs = len(self.agent.runs)
+        if not len(self.diverged) == len(self.warned) == n_runs:
             raise ValueError("diverged or warned of other runs")
+        sums, broken = (checkpoint["metrics"][name] for name in ("sums", "broken"))
+        shape = n_runs, len(checkpoint["metrics"]["names"])
         vars(self.metrics).update(checkpoint["metrics"])
-        if self.metrics.sums is not None:
-            self.metrics.sums = self.metrics.sums.to(self.agent.device)
-            self.metrics.broken = self.metrics.broken.to(self.agent.device)
+        if sums is not None:
+            sums, broken = sums.reshape(shape), broken.reshape(shape)
+            self.metrics.sums = sums.to(self.agent.device, torch.float64)
+            self.metrics.broken = broken.to(self.agent.device, torch.bool)
         self.updater.load(checkpoint["updater"])
         if checkpoint["online"] is not None and self.online is not None:
             self.online.load(checkpoint["online"])
@@ -2698,8 +2734,9 @@ class Run:
     def warn_of_drift(self, r: int, means: Dict[str, float]) -> None:
         """Say once when Q of the policy's actions exceeds what rewards allow."""
         names = ("cql_q{}_current_actions", "average_qf{}")
-        js = range(1, self.config.n_critics + 1)
-        policy, data = (np.mean([means[name.format(j)] for j in js]) for name in names)
+        js, nan = range(1, self.config.n_critics + 1), math.nan  # a fork may lack them
+        lists = ([means.get(name.format(j), nan) for j in js] for name in names)
+        policy, data = map(np.mean, lists)
         if max(policy, policy - data) > self.q_range and not self.warned[r]:
             self.warned[r] = True
             here = f"{policy:.4g} for the policy's actions, {data:.4g} for the data's"

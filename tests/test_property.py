@@ -275,33 +275,49 @@ PARTS = (
 )
 
 
-@examples(150)
-@given(st.sampled_from(sorted(PARTS)), st.booleans(), st.data())
-def test_foreign_checkpoints(made, place, resumed, data):
+def altered(thing, draw):
+    """Something else in thing's place, or in a place some levels below it."""
+    if isinstance(thing, (dict, list, tuple)) and thing and draw(st.integers(0, 3)):
+        keys = sorted(thing) if isinstance(thing, dict) else range(len(thing))
+        key = draw(st.sampled_from(keys))
+        copied = dict(thing) if isinstance(thing, dict) else list(thing)
+        if draw(st.integers(0, 9)) == 0:
+            del copied[key]
+        else:
+            copied[key] = altered(thing[key], draw)
+        return tuple(copied) if isinstance(thing, tuple) else copied
+    return draw(st.one_of(values, st.lists(values, max_size=3)))
+
+
+@examples(200)
+@given(st.sampled_from(sorted(PARTS)), st.booleans(), st.booleans(), st.data())
+def test_foreign_checkpoints(made, place, online, resumed, data):
     """A part of a checkpoint that is not what it should be, or not there."""
     import torch
 
-    payload = dict(torch.load(made / "checkpoint.pt", weights_only=True))
-    thing = payload[place]
-    if data.draw(st.integers(0, 5)) == 0:
+    directory, n = made[online], 12 if online else 0
+    payload = dict(torch.load(directory / "checkpoint.pt", weights_only=True))
+    if data.draw(st.integers(0, 9)) == 0:
         del payload[place]
-    elif isinstance(thing, dict) and thing and data.draw(st.booleans()):
-        key = data.draw(st.sampled_from(sorted(thing)))
-        payload[place] = {**thing, key: data.draw(st.one_of(scalars, st.lists(scalars)))}
     else:
-        payload[place] = data.draw(values)
+        payload[place] = altered(payload[place], data.draw)
     with tempfile.TemporaryDirectory() as root:
         path = Path(root, "checkpoint.pt")
         torch.save(payload, path)
         argv = [f"--load_model={path}", "--max_timesteps=0", "--checkpoints_path=null"]
         if resumed:
-            shutil.copy(made / "config.yaml", root)
-            argv = [f"--resume={root}", "--max_timesteps=5"]
+            shutil.copy(directory / "config.yaml", root)
+            argv = [f"--resume={root}", f"--max_timesteps={3 if online else 5}"]
+            argv += [f"--online_iterations={n}"]
         honest(run([*argv, "--n_episodes=1", "--device=cpu"]), allowed=(0, 2, 3))
 
 
 @pytest.fixture(scope="module")
 def made(toy, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("made")
-    assert run(env=toy, resume=directory, hidden_dim=4)[0] == 0
-    return directory
+    """Run directories of an offline run and of one that is online."""
+    flags = {"hidden_dim": 4, "batch_size": 8, "max_timesteps": 3}
+    directories = [tmp_path_factory.mktemp("made") for _ in range(2)]
+    for n, directory in zip((0, 9), directories):
+        outcome = run(env=toy, resume=directory, online_iterations=n, **flags)
+        assert outcome[0] == 0, outcome
+    return directories
