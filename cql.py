@@ -141,6 +141,9 @@ class TrainConfig:
     cal_ql: bool = False  # Cal-QL: penalize no Q that is below the return-to-go
     utd: int = 1  # Updates per environment step
     record_dataset: Optional[str] = None  # Minari id or ./path for the online episodes
+    compile: bool = (
+        False  # torch.compile the losses: a third of the kernels, after a minute
+    )
     # Processes that evaluate beside the training; null: on a GPU a core each, up to 16
     eval_workers: Optional[int] = None
 
@@ -1045,18 +1048,23 @@ class Replay:
 # ======================================================================================
 
 
-class MemberwiseLayer(torch.autograd.Function):
-    """x @ w + b and, if wanted, ReLU, one member after the other, in the type of x.
+def turns(x: Tensor) -> list:
+    """Indices of the members that are served together: on a CPU each by itself, which
+    keeps its rows in the cache from product to ReLU; on a GPU all, in few launches."""
+    return [*range(len(x))] if x.device.type == "cpu" else [slice(None)]
 
-    On a CPU this beats a batched product; a member's rows stay in the cache from its
-    product to its ReLU and back."""
+
+class MemberLayer(torch.autograd.Function):
+    """x @ w + b and, if wanted, ReLU, members first, in the type of x. By hand, because
+    autograd of an in-place ReLU copies its input three times."""
 
     @staticmethod
     def forward(ctx, x, w, b, relu):
         y = x.new_empty(*x.shape[:-1], w.shape[-1])
-        for i in itertools.product(*map(range, w.shape[:-2])):
-            y[i].unflatten(0, (b.shape[-2], -1)).copy_(b[i].unsqueeze(1))
-            y[i].addmm_(x[i], w[i].to(x.dtype))
+        for i in turns(x):
+            y[i].unflatten(-2, (b.shape[-2], -1)).copy_(b[i].unsqueeze(-2))
+            add_product = y[i].addmm_ if y[i].ndim == 2 else y[i].baddbmm_
+            add_product(x[i], w[i].to(x.dtype))
             if relu:
                 y[i].relu_()
         ctx.save_for_backward(x, w, b, y)
@@ -1069,19 +1077,19 @@ class MemberwiseLayer(torch.autograd.Function):
         x, w, b, y = ctx.saved_tensors
         needed = zip((x, w, b), ctx.needs_input_grad)
         grad_x, grad_w, grad_b = (torch.empty_like(t) if n else None for t, n in needed)
-        for i in itertools.product(*map(range, w.shape[:-2])):
+        for i in turns(x):
             g = grad[i]
             if ctx.relu:
                 g = torch.ops.aten.threshold_backward(g, y[i], 0)
             if grad_x is not None:
-                torch.mm(g, w[i].mT.to(g.dtype), out=grad_x[i])
+                torch.matmul(g, w[i].mT.to(g.dtype), out=grad_x[i])
             if grad_w is not None:
                 grad_w[i] = x[i].mT @ g
-            if grad_b is not None and len(b[i]) == 1:
+            if grad_b is not None and b[i].shape[:-1] == (1,):
                 grad_b[i] = g.new_ones(1, len(g)) @ g  # faster than g.sum(0)
             elif grad_b is not None:
-                g = g.unflatten(0, (len(b[i]), -1))
-                torch.sum(g, 1, dtype=b.dtype, out=grad_b[i])
+                g = g.unflatten(-2, (b.shape[-2], -1))
+                torch.sum(g, -2, dtype=b.dtype, out=grad_b[i])
         return grad_x, grad_w, grad_b, None
 
 
@@ -1091,12 +1099,8 @@ def member_layer(x: Tensor, w: Tensor, b: Tensor, relu: bool) -> Tensor:
     state's actions."""
     if x.shape[:-2] != w.shape[:-2]:
         raise ValueError(f"input of members {x.shape[:-2]} for {w.shape[:-2]}")
-    if not x.is_cuda:
-        return MemberwiseLayer.apply(x, w, b, relu)
-    w, b = w.to(x.dtype), b.to(x.dtype)
-    y = torch.matmul(x, w).unflatten(-2, (b.shape[-2], -1))  # one batched launch
-    y = (y + b.unsqueeze(-2)).flatten(-3, -2)
-    return F.relu(y, inplace=True) if relu else y
+    members = (t.reshape(-1, *t.shape[-2:]) for t in (x, w, b))
+    return MemberLayer.apply(*members, relu).unflatten(0, x.shape[:-2])
 
 
 class EnsembleLinear(nn.Module):
@@ -1370,10 +1374,8 @@ def sampled_backward(gap_of, q: Tensor, offsets: Tensor, k: int):
     gap, say, has no slopes. q [R, N, B, 1 + M], the data's action first, whose slope
     stays exact; offsets [R, N, B]. Returns the gap [R, N, B], indices [R, N, B, k] of
     the M, and for Q of the data and of those k the slopes [R, N, B, 1 + k]."""
-    with torch.enable_grad():
-        q = q.detach().requires_grad_()
-        gap = gap_of(q)
-        (slopes,) = torch.autograd.grad(gap.sum(), q)
+    gap, pull = torch.func.vjp(gap_of, q.detach())
+    (slopes,) = pull(torch.ones_like(gap))
     slope_of_data, slopes = slopes[..., :1], slopes[..., 1:]
     cdf = slopes.abs().cumsum(-1)
     each = cdf[..., -1:] / k
@@ -1482,6 +1484,22 @@ def seeded(seed: int, stream: int, device="cpu") -> torch.Generator:
     return torch.Generator(device).manual_seed(int(state >> 1))
 
 
+def compiled(function: Callable) -> Callable:
+    """The function by torch.compile; where that fails, as it is, with a line of why."""
+    chosen = [torch.compile(function)]
+
+    def call(*arguments):
+        try:
+            return chosen[0](*arguments)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = brief(str(error).partition("\n\n")[0])  # the rest is advice
+            say(f"not compiled, training goes on without: {reason}")
+            chosen[0] = function
+            return function(*arguments)
+
+    return call
+
+
 class Agent(nn.Module):
     """What both agents share, for R runs at once: `update` learns from a Batch of raw
     observations and the environment's actions, `act` returns such actions. The
@@ -1523,6 +1541,7 @@ class Agent(nn.Module):
         kind = {"dtype": torch.get_default_dtype(), "device": device}
         self.sweep = Sweep(*(torch.tensor(column, **kind) for column in columns))
         self.restart()
+        self.losses = compiled(self.losses) if config.compile else self.losses
         # One Adam for all: it is elementwise, so neither runs nor networks mix.
         groups[-1]["params"] += [self.log_alpha_prime] * config.cql_lagrange
         on_gpu = torch.device(device).type == "cuda"
@@ -1593,7 +1612,7 @@ class Agent(nn.Module):
 
     def learn(self, batch: Batch, noise: Noise) -> Dict[str, Tensor]:
         """`update` on a prepared batch, but for the counting: a CUDA graph holds it."""
-        loss, metrics = self.losses(batch, noise)
+        loss, metrics = self.losses(batch, noise, self.stage()[0])
         self.optimizer.zero_grad()
         loss.sum().backward()
         self.optimizer.step()
@@ -1667,7 +1686,7 @@ class ContinuousCQL(Agent):
         center = (self.action_high + self.action_low) / 2
         return (actions - center) / (self.action_high - center)
 
-    def losses(self, batch: Batch, noise: Noise) -> Tuple[Tensor, Dict[str, Tensor]]:
+    def losses(self, batch: Batch, noise: Noise, cloning: bool):
         """All losses of a prepared batch at the present parameters, summed, [R]: no
         graph joins two of them, so one backward pass serves every network."""
         config = self.config
@@ -1679,7 +1698,7 @@ class ContinuousCQL(Agent):
             alpha = alpha * self.log_alpha.detach().exp()
             log_pi, target_entropy = samples.log_pi, -self.action_dim
             total, metrics = temperature_loss(self.log_alpha, log_pi, target_entropy)
-        if self.stage()[0]:
+        if cloning:
             loss, more = cloning_loss(batch, samples, alpha)
         else:
             loss, more = actor_loss(self.critic, batch, samples, alpha)
@@ -1742,7 +1761,7 @@ class DiscreteCQL(Agent):
     def unit_actions(self, actions: Tensor) -> Tensor:
         return actions - self.action_low
 
-    def losses(self, batch: Batch, noise: Noise) -> Tuple[Tensor, Dict[str, Tensor]]:
+    def losses(self, batch: Batch, noise: Noise, cloning: bool):
         """The loss of a prepared batch at the present parameters, [R]."""
         networks = self.critic, self.target_critic
         multiplier = (self.log_alpha_prime, self.sweep, self.config)
@@ -2181,11 +2200,13 @@ class Online:
         if state["started"]:
             self.start()
         self.replay.load(state["replay"])
-        names = ("begun", "finished", "totals", "partial")
-        if any(len(state[name]) != len(self.agent.runs) for name in names):
-            raise ValueError("online of other runs")
-        self.begun, self.finished = state["begun"], state["finished"]
-        self.totals, self.recorded = np.array(state["totals"]), state["recorded"]
+        names, n = ("begun", "finished", "partial"), len(self.agent.runs)
+        fours = all(len(episode) == 4 for episode in state["recorded"])
+        if not fours or any(len(state[name]) != n for name in names):
+            raise ValueError("an online state of other runs")
+        self.begun, self.recorded = state["begun"], state["recorded"]
+        self.totals = np.reshape(state["totals"], (n, 3))
+        self.finished = [[(x, y) for x, y in each] for each in state["finished"]]
         before = sum(len(episode[2]) for episode in self.recorded)
         if self.config.record_dataset and before < int(self.replay.added.sum()):
             say("record_dataset: the episodes before this resume are not recorded")
@@ -2330,6 +2351,13 @@ def read_checkpoint(path: Union[str, Path]) -> dict:
         runs = [run for run in product_of_runs(config) if run in payload["runs"]]
         if not runs or runs != payload["runs"]:
             raise ValueError("runs that are not its config's")
+        n_out = int(task.action_high[0] - task.action_low[0]) + 1 if task.discrete else 1
+        pattern, agent = re.compile(r"critic\.layers\.\d+\.bias"), payload["agent"]
+        shapes = [[*agent[key].shape] for key in agent if pattern.fullmatch(key)]
+        hidden = [len(runs), config.n_critics, 1, config.hidden_dim]
+        shape = [hidden] * min(config.q_n_hidden_layers, len(shapes))
+        if shapes != [*shape, [*hidden[:3], n_out]]:  # found before any is made
+            raise ValueError("critics that are not its config's")
     plain = {"config": dataclasses.asdict(config), "task": dataclasses.asdict(task)}
     return {**payload, **plain, "runs": runs, "path": str(path), "written": written}
 

@@ -81,6 +81,19 @@ CASES = {
             "-k1": {"cql_backward_actions": 1},
         }.items()
     },
+    # By torch.compile, whose minutes of start fall into the warm-up:
+    "hopper-compiled": Case(flags={"compile": True}),
+    "hopper-k1-compiled": Case(flags={"compile": True, "cql_backward_actions": 1}),
+    "quickstart-compiled": Case(n_actions=4, hidden=(128, 128), flags={"compile": True}),
+    # For GPUs: one CUDA graph from the drawing of the batch to the metrics' sums.
+    **{
+        f"graph-R{n}{'-k1' * k}{'-compiled' * fused}": Case(
+            n_runs=n,
+            loading=True,
+            flags={"precision": "tf32", "cql_backward_actions": k, "compile": fused},
+        )
+        for n, k, fused in itertools.product((1, 16), (0, 1), (False, True))
+    },
     # One size at a time, the others as in "hopper" (R = 1, K = 10, O = 11):
     **{f"R{n}": Case(n_runs=n) for n in (4, 16)},
     **{f"K{n}": Case(n_actions=n) for n in (4, 50)},
@@ -121,6 +134,7 @@ def cql_py(case: Case, device: str):
         qf_lr=CRITIC_LR, **case.flags,
     )  # fmt: skip
     cql.keep_freed_memory()  # as `train` does
+    device = cql.pick_device(device, config.precision)
     agent = cql.ContinuousCQL(config, case.observation_dim, case.action_dim, device)
     size = sum(p.numel() for g in agent.optimizer.param_groups for p in g["params"])
     if not case.loading:

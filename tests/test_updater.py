@@ -4,6 +4,10 @@ A CUDA graph cannot be made without a GPU. Here a stand-in records what the capt
 function launches and launches it again; it refuses to in another stage than that of the
 capture."""
 
+import shutil
+from functools import partial
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -237,6 +241,122 @@ def test_replays_in_every_mode(file, discrete_file, replays, flags):
         run(updater, 14)
     assert sum(replays.values()) >= 10
     assert_same(*runs)
+
+
+def pair(file, discrete_file, flags, **more):
+    """Two alike, but that the second has more flags."""
+    flags = dict(flags)
+    source = discrete_file if flags.pop("discrete", False) else file
+    return updater_of(source, 4, **flags), updater_of(source, 4, **flags, **more)
+
+
+@pytest.fixture
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("flags", MODES, ids=str)
+def test_all_members_at_once(file, discrete_file, flags, double, monkeypatch):
+    """A GPU's products of all members, here on the CPU, equal those in turn."""
+    flags = {**flags, "precision": "fp32"}  # bf16 would be of float64's sums
+    one_by_one, at_once = pair(file, discrete_file, flags)
+    run(one_by_one, 12)
+    seen = []
+    monkeypatch.setattr(cql, "turns", lambda x: seen.append(x) or [slice(None)])
+    run(at_once, 12)
+    assert len(seen) > 100
+    assert_same(one_by_one, at_once, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("flags", MODES, ids=str)
+def test_no_tensor_is_left_on_the_host(file, discrete_file, flags, monkeypatch):
+    """An update in a place that has shapes alone: whatever stayed on the CPU does not
+    mix with it, and nothing can be read back from it."""
+    updater, _ = pair(file, discrete_file, flags)
+    agent, replay = updater.agent.to("meta"), updater.data
+    agent.device, agent.generators = "meta", [None] * len(agent.runs)
+    agent.sweep = cql.Sweep(*(x.to("meta") for x in agent.sweep))
+    agent.optimizer = SimpleNamespace(zero_grad=lambda: None, step=lambda: None)
+    replay.own = cql.Batch(*(x if x is None else x.to("meta") for x in replay.own))
+    for thing in (replay, replay.data):
+        for name, x in vars(thing).items():
+            if isinstance(x, torch.Tensor) and name != "added":
+                setattr(thing, name, x.to("meta"))
+    updater.noise, updater.cursor = agent.draw(8, 4), updater.cursor.to("meta")
+    monkeypatch.setattr(cql, "turns", lambda x: [slice(None)])
+    updater.body()
+    assert updater.metrics.sums.is_meta and updater.metrics.broken.is_meta
+    trained = [p for p in agent.parameters() if p.requires_grad]
+    assert sum(p.grad is not None for p in trained) > len(trained) / 2
+    with pytest.raises(RuntimeError, match="device"):  # so a stray one would be seen
+        updater.metrics.sums + torch.ones(1)
+
+
+LAUNCH_NOTHING = (
+    "view expand slice select squeeze detach alias empty split unbind".split()
+)
+
+
+def kernels(calls):
+    """About as many as a GPU would launch: all but views and allocations."""
+    names = (op._schema.name.removeprefix("aten::") for op, *_ in calls)
+    return sum(not any(word in name for word in LAUNCH_NOTHING) for name in names)
+
+
+@pytest.mark.parametrize(
+    "flags, most", [({}, 310), (dict(cql_backward_actions=1), 350)], ids=str
+)
+def test_kernels_of_an_update(file, flags, most, monkeypatch):
+    monkeypatch.setattr(cql, "turns", lambda x: [slice(None)])
+    updater = run(updater_of(file, 4, **flags), 5)
+    count = kernels(Recorded(updater.body).calls)
+    print(f"{flags}: {count} kernels")
+    assert 200 < count <= most
+
+
+FEW = [  # since compiling takes its time
+    STAGES,
+    dict(cql_backward_actions=1, cql_lagrange=True, cal_ql=True),
+    {**REDQ, "discrete": True},
+]
+
+
+@pytest.mark.parametrize("flags", FEW, ids=str)
+def test_losses_compile_whole(file, discrete_file, flags, monkeypatch):
+    """In one graph, without a break, and to the same updates."""
+    torch._dynamo.reset()
+    options = dict(backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, **options))
+    plain, compiled = (
+        run(each, 4) for each in pair(file, discrete_file, flags, compile=True)
+    )
+    assert_same(plain, compiled, rtol=1e-4, atol=1e-5)
+
+
+def test_where_nothing_compiles_updates_go_on(file, capsys, monkeypatch):
+    def backend(*_):
+        raise RuntimeError("no compiler here")
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    plain, compiled = (run(each, 4) for each in pair(file, None, {}, compile=True))
+    assert_same(plain, compiled)
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "not compiled" in out and "no compiler here" in out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+@pytest.mark.parametrize("flags", MODES, ids=str)
+def test_compiled_equals_eager(file, discrete_file, flags):
+    """By Inductor, whose kernels round otherwise."""
+    torch._dynamo.reset()
+    plain, compiled = (
+        run(each, 4) for each in pair(file, discrete_file, flags, compile=True)
+    )
+    assert_same(plain, compiled, rtol=1e-3, atol=1e-4)
 
 
 @NEEDS_GPU
