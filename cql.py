@@ -1686,7 +1686,7 @@ class ContinuousCQL(Agent):
         center = (self.action_high + self.action_low) / 2
         return (actions - center) / (self.action_high - center)
 
-    def losses(self, batch: Batch, noise: Noise, cloning: bool):
+    def losses(self, batch: Batch, noise: Noise, cloning: bool = False):
         """All losses of a prepared batch at the present parameters, summed, [R]: no
         graph joins two of them, so one backward pass serves every network."""
         config = self.config
@@ -1761,7 +1761,7 @@ class DiscreteCQL(Agent):
     def unit_actions(self, actions: Tensor) -> Tensor:
         return actions - self.action_low
 
-    def losses(self, batch: Batch, noise: Noise, cloning: bool):
+    def losses(self, batch: Batch, noise: Noise, cloning: bool = False):
         """The loss of a prepared batch at the present parameters, [R]."""
         networks = self.critic, self.target_critic
         multiplier = (self.log_alpha_prime, self.sweep, self.config)

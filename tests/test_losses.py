@@ -105,7 +105,7 @@ def test_losses_metrics_and_gradients_match_scalar_loops(flags):
         agent.policy.log_std_offset.data += log_std - middle
         clamped = agent.policy(batch.observations)[1] == log_std
         assert clamped.any() and not clamped.all()
-    losses, metrics = agent.losses(batch, noise)
+    losses, metrics = agent.losses(batch, noise, agent.stage()[0])
     losses.sum().backward()
     generator = np.random.default_rng(0)
     for r in range(R):
