@@ -90,6 +90,7 @@ FLAGS = {
     "cal_ql": (False, "Cal-QL"),
     "utd": (1, "per environment step"),
     "record_dataset": (None, "online episodes"),
+    "compile": (False, "torch.compile"),
     "eval_workers": (None, "beside the training"),
 }
 LISTS = {"env", "seed", "cql_alpha", "cql_temp", "cql_target_action_gap"}
