@@ -874,6 +874,17 @@ def test_a_checkpoint_of_another_shape(flags, finished, toy, refused):
     refused(None, path, "shape", **{"env": toy, "load_model": path, **flags})
 
 
+@pytest.mark.parametrize(
+    "flags", [{"hidden_dim": 10**9}, {"q_n_hidden_layers": 10**9}, {"n_critics": 10**9}]
+)
+def test_a_checkpoint_that_claims_another_shape(flags, finished, toy, refused, tmp_path):
+    """Refused before networks of that size are made, which might take all memory."""
+    payload = torch.load(finished / "checkpoint.pt", weights_only=True)
+    payload["config"] |= flags
+    torch.save(payload, tmp_path / "other.pt")
+    refused(None, "other.pt garbled", "critics", env=toy, load_model="other.pt")
+
+
 def test_a_checkpoint_of_another_task(finished, refused, tmp_path):
     taller = d4rl_file(tmp_path / "tall.hdf5", random_episodes([9, 9], obs_dim=4))
     path = finished / "checkpoint.pt"
