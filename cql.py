@@ -141,9 +141,7 @@ class TrainConfig:
     cal_ql: bool = False  # Cal-QL: penalize no Q that is below the return-to-go
     utd: int = 1  # Updates per environment step
     record_dataset: Optional[str] = None  # Minari id or ./path for the online episodes
-    compile: bool = (
-        False  # torch.compile the losses: a third of the kernels, after a minute
-    )
+    compile: bool = False  # torch.compile the losses: a minute, then half the kernels
     # Processes that evaluate beside the training; null: on a GPU a core each, up to 16
     eval_workers: Optional[int] = None
 

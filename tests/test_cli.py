@@ -882,7 +882,7 @@ def test_a_checkpoint_that_claims_another_shape(flags, finished, toy, refused, t
     payload = torch.load(finished / "checkpoint.pt", weights_only=True)
     payload["config"] |= flags
     torch.save(payload, tmp_path / "other.pt")
-    refused(None, "other.pt garbled", "critics", env=toy, load_model="other.pt")
+    refused(None, "other.pt: garbled", "critics", env=toy, load_model="other.pt")
 
 
 def test_a_checkpoint_of_another_task(finished, refused, tmp_path):
