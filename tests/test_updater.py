@@ -349,7 +349,7 @@ def test_where_nothing_compiles_updates_go_on(file, capsys, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
-@pytest.mark.parametrize("flags", MODES, ids=str)
+@pytest.mark.parametrize("flags", [*FEW, dict(precision="bf16")], ids=str)
 def test_compiled_equals_eager(file, discrete_file, flags):
     """By Inductor, whose kernels round otherwise."""
     torch._dynamo.reset()
