@@ -44,7 +44,7 @@ import zipfile
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Callable, Dict, List, NamedTuple, Optional, Tuple, Union, get_args
 from unittest import mock
@@ -141,7 +141,7 @@ class TrainConfig:
     cal_ql: bool = False  # Cal-QL: penalize no Q that is below the return-to-go
     utd: int = 1  # Updates per environment step
     record_dataset: Optional[str] = None  # Minari id or ./path for the online episodes
-    compile: bool = False  # torch.compile the losses: a minute, then half the kernels
+    compile: bool = False  # torch.compile the losses: fewer kernels, a minute's start
     # Processes that evaluate beside the training; null: on a GPU a core each, up to 16
     eval_workers: Optional[int] = None
 
@@ -1054,7 +1054,7 @@ def turns(x: Tensor) -> list:
 
 class MemberLayer(torch.autograd.Function):
     """x @ w + b and, if wanted, ReLU, members first, in the type of x. By hand, because
-    autograd of an in-place ReLU copies its input three times."""
+    autograd of a ReLU in place, on a view, copies the gradient whole several times."""
 
     @staticmethod
     def forward(ctx, x, w, b, relu):
@@ -1097,7 +1097,8 @@ def member_layer(x: Tensor, w: Tensor, b: Tensor, relu: bool) -> Tensor:
     state's actions."""
     if x.shape[:-2] != w.shape[:-2]:
         raise ValueError(f"input of members {x.shape[:-2]} for {w.shape[:-2]}")
-    members = (t.reshape(-1, *t.shape[-2:]) for t in (x, w, b))
+    n_members = math.prod(w.shape[:-2])
+    members = (t.reshape(n_members, *t.shape[-2:]) for t in (x, w, b))
     return MemberLayer.apply(*members, relu).unflatten(0, x.shape[:-2])
 
 
@@ -1482,8 +1483,11 @@ def seeded(seed: int, stream: int, device="cpu") -> torch.Generator:
     return torch.Generator(device).manual_seed(int(state >> 1))
 
 
+@cache
 def compiled(function: Callable) -> Callable:
     """The function by torch.compile; where that fails, as it is, with a line of why."""
+    # Both passes at the first call: a failure of the second would come too late.
+    torch._functorch.config.force_non_lazy_backward_lowering = True
     chosen = [torch.compile(function)]
 
     def call(*arguments):
@@ -1539,7 +1543,6 @@ class Agent(nn.Module):
         kind = {"dtype": torch.get_default_dtype(), "device": device}
         self.sweep = Sweep(*(torch.tensor(column, **kind) for column in columns))
         self.restart()
-        self.losses = compiled(self.losses) if config.compile else self.losses
         # One Adam for all: it is elementwise, so neither runs nor networks mix.
         groups[-1]["params"] += [self.log_alpha_prime] * config.cql_lagrange
         on_gpu = torch.device(device).type == "cuda"
@@ -1610,7 +1613,9 @@ class Agent(nn.Module):
 
     def learn(self, batch: Batch, noise: Noise) -> Dict[str, Tensor]:
         """`update` on a prepared batch, but for the counting: a CUDA graph holds it."""
-        loss, metrics = self.losses(batch, noise, self.stage()[0])
+        losses = type(self).losses
+        losses = compiled(losses) if self.config.compile else losses
+        loss, metrics = losses(self, batch, noise, self.stage()[0])
         self.optimizer.zero_grad()
         loss.sum().backward()
         self.optimizer.step()
@@ -1684,9 +1689,10 @@ class ContinuousCQL(Agent):
         center = (self.action_high + self.action_low) / 2
         return (actions - center) / (self.action_high - center)
 
-    def losses(self, batch: Batch, noise: Noise, cloning: bool = False):
+    def losses(self, batch: Batch, noise: Noise, cloning: bool):
         """All losses of a prepared batch at the present parameters, summed, [R]: no
-        graph joins two of them, so one backward pass serves every network."""
+        graph joins two of them, so one backward pass serves every network. With
+        `cloning` the policy's is that of behaviour cloning."""
         config = self.config
         samples = sample_actions(self.policy, batch, noise)
         alpha = torch.full_like(self.log_alpha, config.alpha_multiplier)
@@ -1759,8 +1765,9 @@ class DiscreteCQL(Agent):
     def unit_actions(self, actions: Tensor) -> Tensor:
         return actions - self.action_low
 
-    def losses(self, batch: Batch, noise: Noise, cloning: bool = False):
-        """The loss of a prepared batch at the present parameters, [R]."""
+    def losses(self, batch: Batch, noise: Noise, cloning: bool):
+        """The loss of a prepared batch at the present parameters, [R]; no policy clones
+        here."""
         networks = self.critic, self.target_critic
         multiplier = (self.log_alpha_prime, self.sweep, self.config)
         return discrete_loss(*networks, batch, noise.keys, *multiplier)
@@ -2246,7 +2253,10 @@ class Online:
         options |= {"observation_space": space, "action_space": env.action_space}
         options |= zip(("ref_min_score", "ref_max_score"), reference or ())
         try:
-            with mock.patch.dict(os.environ, MINARI_DATASETS_PATH=str(root)), quiet():
+            with (
+                mock.patch.dict(os.environ, MINARI_DATASETS_PATH=str(root.resolve())),
+                quiet(),
+            ):
                 minari.create_dataset_from_buffers(name, buffers, **options)
         except Exception as error:
             shutil.rmtree(path, ignore_errors=True)  # it was not there before
@@ -2288,16 +2298,28 @@ def normalized_score(returns, reference) -> float:
 VERSION = 4  # of the checkpoint's layout
 NATURAL, FROM_NONE = range(2**63), range(-1, 2**63)
 LAYOUT = dict(  # see check_layout
-    **dict(kind=str, config=dict, task=dict, runs=[dict], phase=str, wandb_ids=[str]),
-    **dict(step=NATURAL, transitions=NATURAL, evaluated=FROM_NONE),
-    **dict(diverged=[FROM_NONE], warned=[bool]),
+    kind=str,
+    config=dict,
+    task=dict,
+    runs=[dict],
+    phase=str,
+    step=NATURAL,
+    transitions=NATURAL,
+    evaluated=FROM_NONE,
+    diverged=[FROM_NONE],
+    warned=[bool],
+    wandb_ids=[str],
     agent={"_extra_state": dict(step=NATURAL, optimizer={}, generators=[Tensor])},
     updater=dict(used=NATURAL, block=NATURAL, generators=([Tensor],)),
     metrics=dict(names=[str], count=NATURAL, sums=(Tensor,), broken=(Tensor,)),
     online=(
         dict(
-            **dict(started=bool, begun=[NATURAL], totals=[[float]], finished=[[tuple]]),
-            **dict(partial=[([Tensor],)], recorded=[[Tensor]]),
+            started=bool,
+            begun=[NATURAL],
+            totals=[[float]],
+            finished=[[tuple]],
+            partial=[([Tensor],)],
+            recorded=[[Tensor]],
             replay=dict(own=[Tensor], added=Tensor),
         ),
     ),
@@ -2373,7 +2395,9 @@ def check_layout(value, layout, name: str = "") -> None:
         raise ValueError(f"{name} is {brief(repr(value))}")
     if isinstance(layout, dict):
         for key in layout:
-            check_layout(value.get(key), layout[key], f"{name} {key}".strip())
+            if key not in value:
+                raise ValueError(f"no {name} {key}".replace("  ", " "))
+            check_layout(value[key], layout[key], f"{name} {key}".strip())
     for each in value if isinstance(layout, list) else ():
         check_layout(each, layout[0], name)
 
@@ -2760,7 +2784,7 @@ class Run:
     def warn_of_drift(self, r: int, means: Dict[str, float]) -> None:
         """Say once when Q of the policy's actions exceeds what rewards allow."""
         names = ("cql_q{}_current_actions", "average_qf{}")
-        js, nan = range(1, self.config.n_critics + 1), math.nan  # a fork may lack them
+        js, nan = range(1, self.config.n_critics + 1), math.nan  # a fork's may lack one
         lists = ([means.get(name.format(j), nan) for j in js] for name in names)
         policy, data = map(np.mean, lists)
         if max(policy, policy - data) > self.q_range and not self.warned[r]:

@@ -1,8 +1,11 @@
 """The agent: its step, runs side by side, state, initialization, use as a library."""
 
+import copy
 import io
 import math
+import pickle
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import pytest
@@ -589,8 +592,8 @@ def test_update_leaves_its_inputs_alone():
     noise = agent.draw(6)
     copies = [[x.clone() for x in arrays] for arrays in (batch, noise)]
     agent.update(batch, noise)
-    for arrays, copy in zip((batch, noise), copies):
-        assert all(map(torch.equal, arrays, copy))
+    for arrays, before in zip((batch, noise), copies):
+        assert all(map(torch.equal, arrays, before))
 
 
 def test_act_takes_observations_of_any_leading_shape():
@@ -598,7 +601,7 @@ def test_act_takes_observations_of_any_leading_shape():
     one, three = tiny_agent(), tiny_agent(seed=[0, 1, 2])
     x = np.random.default_rng(0).normal(size=(3, 5, OBS))
     assert one.act(x[0, 0]).shape == (ACT,)
-    assert one.act(x[0]).shape == (5, ACT)
+    assert one.act(x[0]).shape == (5, ACT) and one.act(x[0, :0]).shape == (0, ACT)
     assert one.act(x[:1]).shape == (1, 5, ACT)
     np.testing.assert_allclose(one.act(x[0])[2], one.act(x[0, 2]), rtol=1e-5)
     actions = three.act(x)
@@ -609,6 +612,20 @@ def test_act_takes_observations_of_any_leading_shape():
     for wrong in (x[0], x[:2], x[..., 1:], x[:, :, :, None]):
         with pytest.raises(ValueError, match=f"3 runs of {OBS} dimensions"):
             three.act(wrong)
+
+
+def test_a_copy_is_its_own(monkeypatch):
+    """Neither a deep copy nor a pickled one learns from the other's weights."""
+    cql.compiled.cache_clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    agent = tiny_agent(compile=True)
+    for other in (copy.deepcopy(agent), pickle.loads(pickle.dumps(agent))):
+        before, own = trained(agent), trained(other)
+        other.update(transitions(1, 4))
+        assert_equal(trained(agent), before)
+        name = "critic.layers.0.weight"
+        assert not torch.equal(trained(other)[name], own[name])
+    cql.compiled.cache_clear()
 
 
 def test_shapes_of_other_runs_are_refused():

@@ -125,7 +125,7 @@ def test_loss_and_gradients_match_scalar_loops(flags, double):
     agent = discrete_agent(low, **flags)
     R = len(agent.runs)
     batch, noise = transitions(R, 5, low=low), agent.draw(5)
-    losses, metrics = agent.losses(agent.prepare(batch), noise)
+    losses, metrics = agent.losses(agent.prepare(batch), noise, False)
     losses.sum().backward()
     generator, compared = np.random.default_rng(0), 0
     for r in range(R):

@@ -151,10 +151,11 @@ def test_losses_are_means_over_the_batch():
     """The losses of a batch are the mean of those of its halves."""
     agent = tiny_agent(**LAGRANGE)
     batch, noise = transitions(1, 6), agent.draw(6)
-    whole, _ = agent.losses(batch, noise)
+    whole, _ = agent.losses(batch, noise, False)
     halves = [
         agent.losses(
-            *(type(x)(*(array[:, part] for array in x)) for x in (batch, noise))
+            *(type(x)(*(array[:, part] for array in x)) for x in (batch, noise)),
+            False,
         )
         for part in (slice(0, 3), slice(3, 6))
     ]
@@ -292,7 +293,7 @@ def test_all_proposals_reach_the_critics_at_the_states_of_the_data(monkeypatch):
         return q
 
     monkeypatch.setattr(agent.critic, "forward", recorded)
-    losses, _ = agent.losses(batch, noise)
+    losses, _ = agent.losses(batch, noise, False)
     states, actions, q = calls[-1]
     assert torch.equal(states, batch.observations)
     assert actions.shape == (1, 5, 1 + 12, ACT)
@@ -351,7 +352,7 @@ SAMPLED = {
 def gradients(agent, batch, noise):
     """Losses and metrics, and the critics' gradients flattened to [R, parameters]."""
     agent.zero_grad()
-    losses, metrics = agent.losses(batch, noise)
+    losses, metrics = agent.losses(batch, noise, False)
     losses.sum().backward()
     grads = [p.grad.flatten(1) for p in agent.critic.parameters()]
     return losses.detach(), metrics, torch.cat(grads, 1)

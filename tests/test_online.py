@@ -504,10 +504,11 @@ def test_plain_sac_from_nothing(go, tmp_path, monkeypatch):
     assert policy(np.zeros(3)).shape == (2,)
 
 
-@pytest.mark.parametrize("form", ["directory", "id"])
-def test_recorded_episodes_are_a_dataset(go, tmp_path, form):
+@pytest.mark.parametrize("form", ["directory", "relative", "id"])
+def test_recorded_episodes_are_a_dataset(go, tmp_path, form, monkeypatch):
     """Raw rewards and actions, whole; cql.py trains on them."""
-    name = "./mine/toy-v0" if form == "directory" else "mine/toy-v0"
+    monkeypatch.chdir(tmp_path)
+    name = "mine/toy-v0" if form == "id" else "./mine/toy-v0"
     name = str(tmp_path / name) if form == "directory" else name
     flags = {"reward_scale": 3.0, "record_dataset": name, "seed": "[0,1]"}
     with datasets_path(tmp_path / "minari"):
