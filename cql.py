@@ -1489,6 +1489,7 @@ def compiled(function: Callable) -> Callable:
     # Both passes at the first call: a failure of the second would come too late.
     torch._functorch.config.force_non_lazy_backward_lowering = True
     chosen = [torch.compile(function)]
+    say("compiling the losses: the first update takes a minute or so")
 
     def call(*arguments):
         try:
