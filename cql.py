@@ -2254,10 +2254,8 @@ class Online:
         options |= {"observation_space": space, "action_space": env.action_space}
         options |= zip(("ref_min_score", "ref_max_score"), reference or ())
         try:
-            with (
-                mock.patch.dict(os.environ, MINARI_DATASETS_PATH=str(root.resolve())),
-                quiet(),
-            ):
+            place = {"MINARI_DATASETS_PATH": str(root.resolve())}
+            with mock.patch.dict(os.environ, place), quiet():
                 minari.create_dataset_from_buffers(name, buffers, **options)
         except Exception as error:
             shutil.rmtree(path, ignore_errors=True)  # it was not there before
@@ -2396,9 +2394,10 @@ def check_layout(value, layout, name: str = "") -> None:
         raise ValueError(f"{name} is {brief(repr(value))}")
     if isinstance(layout, dict):
         for key in layout:
+            inner = f"{name} {key}".strip()
             if key not in value:
-                raise ValueError(f"no {name} {key}".replace("  ", " "))
-            check_layout(value[key], layout[key], f"{name} {key}".strip())
+                raise ValueError(f"no {inner}")
+            check_layout(value[key], layout[key], inner)
     for each in value if isinstance(layout, list) else ():
         check_layout(each, layout[0], name)
 
@@ -2524,6 +2523,14 @@ class Metrics:
         self.sums += values
         # An update later all else is not finite either.
         self.broken |= ~values.isfinite() & ~self.broken.any(1, keepdim=True)
+
+    def load(self, state: dict, n_runs: int, device) -> None:
+        """The sums of a checkpoint, which is `vars` of them."""
+        vars(self).update(state)
+        if self.sums is not None:
+            shape = n_runs, len(self.names)
+            self.sums = self.sums.reshape(shape).to(device, torch.float64)
+            self.broken = self.broken.reshape(shape).to(device, torch.bool)
 
     def means(self) -> List[Dict[str, float]]:
         """Interval means, one dict per run."""
@@ -2718,16 +2725,9 @@ class Run:
     def take_up(self, checkpoint: dict) -> None:
         """The state of a run to go on with, but for its agent's."""
         vars(self).update({name: checkpoint[name] for name in self.SAVED})
-        n_runs = len(self.agent.runs)
-        if not len(self.diverged) == len(self.warned) == n_runs:
+        if not len(self.diverged) == len(self.warned) == len(self.agent.runs):
             raise ValueError("diverged or warned of other runs")
-        sums, broken = (checkpoint["metrics"][name] for name in ("sums", "broken"))
-        shape = n_runs, len(checkpoint["metrics"]["names"])
-        vars(self.metrics).update(checkpoint["metrics"])
-        if sums is not None:
-            sums, broken = sums.reshape(shape), broken.reshape(shape)
-            self.metrics.sums = sums.to(self.agent.device, torch.float64)
-            self.metrics.broken = broken.to(self.agent.device, torch.bool)
+        self.metrics.load(checkpoint["metrics"], len(self.agent.runs), self.agent.device)
         self.updater.load(checkpoint["updater"])
         if checkpoint["online"] is not None and self.online is not None:
             self.online.load(checkpoint["online"])
