@@ -9,27 +9,29 @@ dimension of every tensor.
     python cql.py --config_path configs/quickstart.yaml          # minutes on a laptop
     python cql.py --env mujoco/hopper/medium-v0 --seed '[0,1,2]' --cql_alpha '[1,5,10]'
     python cql.py --config_path configs/hopper.yaml --resume runs/hopper   # or go on
-    python cql.py --load_model runs/hopper/checkpoint.pt --max_timesteps 0
-    torchrun --nproc_per_node 2 cql.py --seed '[0,1,2,3]' --resume runs/split
+    python cql.py --load_model runs/hopper --max_timesteps 0     # only evaluate
+
+Where to look: `train` is the loop, `Agent.update` one update, `penalized_td_loss` and
+`conservative_gap` the penalty, `Replay.sample` the batch, `Evaluator` the episodes.
 
 Letters in shape comments: R runs, N critics, B batch, K = cql_n_actions, M actions of a
-state, T target actions of a state (1 or K), O observation dims, A action dims.
-Actions inside the algorithm live in [-1, 1]; the environment's own bounds are applied
-where data comes in and where `act` goes out.
+state, T target actions of a state (1 or K; in a dataset, steps of an episode), O
+observation dims, A action dims. Actions inside the algorithm live in [-1, 1]; the
+environment's own bounds are applied where data comes in and where `act` goes out.
 """
 
-import argparse
 import copy
 import csv
 import ctypes
 import dataclasses
 import difflib
-import fcntl
+import functools
+import inspect
 import io
 import itertools
 import json
+import logging
 import math
-import multiprocessing
 import os
 import re
 import shutil
@@ -41,14 +43,13 @@ import urllib.request
 import uuid
 import warnings
 import zipfile
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
-from functools import cache, partial
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Callable, Dict, List, NamedTuple, Optional, Tuple, Union, get_args
 from unittest import mock
 
+import filelock
 import gymnasium as gym
 import h5py
 import huggingface_hub.constants
@@ -60,8 +61,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import wandb
 import yaml
-from minari.data_collector import EpisodeBuffer
-from minari.dataset.minari_dataset import parse_dataset_id
+from minari.dataset.minari_dataset import MinariDataset
 from minari.dataset.minari_storage import is_image_space
 from minari.serialization import deserialize_space, serialize_space
 from minari.storage.datasets_root_dir import get_dataset_path
@@ -79,105 +79,134 @@ class TrainConfig:
     """Every flag. Names and defaults are CORL's offline cql.py's unless a comment says
     otherwise; those marked [list] also take a list, whose product trains at once."""
 
+    # ---- Data ----
+
     # Minari id, directory of a Minari dataset, D4RL .hdf5 file, or a list of those;
     # null: no data, only what is gathered online in eval_env
     env: Union[List[str], str, None] = "mujoco/hopper/medium-v0"
-    device: str = "auto"  # auto, cpu, cuda, cuda:N (CORL's default: cuda)
+    normalize: bool = True  # Standardize observations by the dataset's statistics
+    # Divide rewards by returns' spread / 1000 (hopper, halfcheetah, walker2d)
+    normalize_reward: bool = False
+    reward_scale: float = 1.0  # Rewards are r * reward_scale + reward_bias (CORL: 5)
+    reward_bias: float = 0.0  # See reward_scale; always applied (CORL: -1)
+
+    # ---- Run ----
+
+    # auto, cpu, cuda, cuda:N (CORL's default: cuda)
+    device: str = "auto"
     seed: Union[int, List[int]] = 0  # Seed of initialization and training noise [list]
-    eval_freq: int = 5000  # Updates between evaluations
-    n_episodes: int = 10  # Episodes of one evaluation
-    max_timesteps: int = 1_000_000  # Updates in all
+    max_timesteps: int = 1_000_000  # Updates of the offline phase
+    offline_iterations: Optional[int] = None  # Another name for max_timesteps
     # Where run directories go; null writes nothing, to wandb neither (CORL: null)
     checkpoints_path: Optional[str] = "runs"
+    resume: Optional[str] = None  # Run directory to continue, or to start in if empty
     # Checkpoint or run directory to start from: weights, optimizers, statistics
     load_model: Optional[str] = ""
-    buffer_size: int = 2_000_000  # Capacity of the online buffer; data is loaded whole
-    batch_size: int = 256  # Transitions per update and run
+    log_freq: int = 1000  # Updates between rows of metrics.csv
+    project: str = "CORL"  # wandb project
+    group: str = "CQL-D4RL"  # wandb group
+    name: str = "CQL"  # Run name, first part of the run directory's
+
+    # ---- Evaluation ----
+
+    # Environment to evaluate in: an id or module:id; null: the dataset's; none: no
+    # evaluation
+    eval_env: Optional[str] = None
+    eval_freq: int = 5000  # Updates between evaluations
+    n_episodes: int = 10  # Episodes of one evaluation
+    eval_seed: int = 0  # With a run's own seed, the seed of its evaluation episodes
+    # Time limit of evaluation and online episodes; null: the environment's, else the
+    # data's longest episode, at least 1000
+    max_episode_steps: Optional[int] = None
+
+    # ---- Algorithm ----
+
+    # Transitions per update and run
+    batch_size: int = 256
     discount: float = 0.99  # Discount factor
-    alpha_multiplier: float = 1.0  # Factor on the entropy temperature
-    use_automatic_entropy_tuning: bool = True  # Learn the entropy temperature
-    backup_entropy: bool = False  # Subtract alpha * log pi in the TD target
     policy_lr: float = 3e-5  # Learning rate of policy and temperature
     qf_lr: float = 3e-4  # Learning rate of critics and Lagrange multiplier
     soft_target_update_rate: float = 5e-3  # Step of target critics to the critics
     target_update_period: int = 1  # Updates between target steps
+    alpha_multiplier: float = 1.0  # Factor on the entropy temperature
+    use_automatic_entropy_tuning: bool = True  # Learn the entropy temperature
+    backup_entropy: bool = False  # Subtract alpha * log pi in the TD target
+    bc_steps: int = 0  # First updates in which the policy clones the data
+    cql_alpha: Union[float, List[float]] = 10.0  # Penalty, twice the paper's [list]
     cql_n_actions: int = 10  # Actions a proposal; 3 x this enter the penalty
     cql_importance_sample: bool = True  # Divide each proposal by its density
+    cql_temp: Union[float, List[float]] = 1.0  # Softmax temperature [list]
     cql_lagrange: bool = False  # Learn the penalty weight towards the target gap
     cql_target_action_gap: Union[float, List[float]] = -1.0  # Aim of cql_lagrange [list]
-    cql_temp: Union[float, List[float]] = 1.0  # Softmax temperature [list]
-    cql_alpha: Union[float, List[float]] = 10.0  # Penalty, twice the paper's [list]
     cql_max_target_backup: bool = False  # TD target takes the best of K actions
     cql_clip_diff_min: float = -math.inf  # Lower clamp of a sample's gap
     cql_clip_diff_max: float = math.inf  # Upper clamp of a sample's gap
-    orthogonal_init: bool = True  # Orthogonal critic weights (the policy's never are)
-    normalize: bool = True  # Standardize observations by the dataset's statistics
-    # Divide rewards by returns' spread / 1000 (hopper, halfcheetah, walker2d)
-    normalize_reward: bool = False
-    q_n_hidden_layers: int = 3  # Hidden layers of a critic
-    bc_steps: int = 0  # First updates in which the policy clones the data
-    reward_scale: float = 1.0  # Rewards are r * reward_scale + reward_bias (CORL: 5)
-    reward_bias: float = 0.0  # See reward_scale; always applied (CORL: -1)
-    policy_log_std_multiplier: float = 1.0  # Initial factor on the policy's log std
-    project: str = "CORL"  # wandb project
-    group: str = "CQL-D4RL"  # wandb group
-    name: str = "CQL"  # Run name, first part of the run directory's
-    eval_seed: int = 0  # Seed of the evaluation episodes, the same for all runs
-    offline_iterations: Optional[int] = None  # Another name for max_timesteps
-    online_iterations: int = 0  # Environment steps after the offline updates
-    cql_alpha_online: Optional[float] = None  # Online penalty weight; null: cql_alpha
-    mixing_ratio: float = -1.0  # Offline share of an online batch; -1: one buffer
+    penalty: str = "logsumexp"  # The penalty: or two_proposals, policy_kl, mean
+    cal_ql: bool = False  # Cal-QL: penalize no Q that is below the return-to-go
     is_sparse_reward: bool = False  # Cal-QL: failed episodes count as going on for ever
-    log_freq: int = 1000  # Updates between rows of metrics.csv
-    eval_env: Optional[str] = None  # Environment to evaluate in; null: the dataset's
-    resume: Optional[str] = None  # Run directory to continue, or to start in if empty
-    hidden_dim: int = 256  # Width of every hidden layer
+
+    # ---- Networks ----
+
+    # Width of every hidden layer
+    hidden_dim: int = 256
+    q_n_hidden_layers: int = 3  # Hidden layers of a critic
+    orthogonal_init: bool = True  # Orthogonal critic weights (the policy's never are)
+    policy_log_std_multiplier: float = 1.0  # Initial factor on the policy's log std
     n_critics: int = 2  # Critics; targets take their minimum
     # Critics, drawn for each update, whose least is the target; null: all (else REDQ)
     n_target_critics: Optional[int] = None
-    penalty: str = "logsumexp"  # The penalty: or two_proposals, policy_kl, mean
-    cql_backward_actions: int = 0  # Sampled actions to backpropagate through; 0: all
-    precision: str = "fp32"  # Of matrix products: fp32, tf32 (GPU), bf16 (critics)
-    cal_ql: bool = False  # Cal-QL: penalize no Q that is below the return-to-go
+
+    # ---- Online ----
+
+    # Environment steps after the offline updates
+    online_iterations: int = 0
+    buffer_size: int = 2_000_000  # Capacity of the online buffer; data is loaded whole
+    mixing_ratio: float = -1.0  # Offline share of an online batch; -1: one buffer
+    cql_alpha_online: Optional[float] = None  # Online penalty weight; null: cql_alpha
     utd: int = 1  # Updates per environment step
-    record_dataset: Optional[str] = None  # Minari id or ./path for the online episodes
+
+    # ---- Speed ----
+
+    # Sampled actions to backpropagate through; 0: all
+    cql_backward_actions: int = 0
+    precision: str = "fp32"  # Of products: fp32, tf32 (GPU), bf16 (critics; avx512_bf16)
     compile: bool = False  # torch.compile the losses: fewer kernels, a minute's start
-    # Processes that evaluate beside the training; null: on a GPU a core each, up to 16
-    eval_workers: Optional[int] = None
+
+    def __post_init__(self):
+        if self.offline_iterations is not None:
+            self.max_timesteps = self.offline_iterations
+            self.offline_iterations = None
 
 
+FIELDS = {each.name: each for each in dataclasses.fields(TrainConfig)}
 SWEPT = ("seed", "cql_alpha", "cql_temp", "cql_target_action_gap")  # may be lists
+PRECISIONS = ("fp32", "tf32", "bf16")
 PENALTIES = ("logsumexp", "two_proposals", "policy_kl", "mean")  # conservative_gap
-# What a dataset of discrete actions does without.
-CONTINUOUS = (
-    "alpha_multiplier use_automatic_entropy_tuning backup_entropy policy_lr "
-    "cql_n_actions cql_importance_sample cql_max_target_backup bc_steps precision "
-    "policy_log_std_multiplier cql_backward_actions"
+AT_LEAST_ONE = (
+    "eval_freq n_episodes buffer_size batch_size target_update_period cql_n_actions "
+    "q_n_hidden_layers log_freq hidden_dim n_critics n_target_critics utd "
+    "max_episode_steps"
 ).split()
-RANGES = {  # lowest and highest value of the flags that have one
-    (1, math.inf): "eval_freq n_episodes buffer_size batch_size target_update_period "
-    "cql_n_actions q_n_hidden_layers log_freq hidden_dim n_critics n_target_critics "
-    "utd",
-    (0, math.inf): "max_timesteps offline_iterations alpha_multiplier policy_lr qf_lr "
-    "cql_alpha bc_steps cql_backward_actions eval_workers online_iterations "
-    "cql_alpha_online",
-    (-1, 1): "mixing_ratio",
-    (0, 1): "discount soft_target_update_rate",
-    (0, 2**63 - 1): "seed eval_seed",
-    (1e-8, math.inf): "cql_temp",
-}
-# What a resumed run may change.
-RESUMABLE = set(
+NOT_NEGATIVE = (
+    "max_timesteps alpha_multiplier policy_lr qf_lr cql_alpha bc_steps seed eval_seed "
+    "cql_backward_actions online_iterations cql_alpha_online"
+).split()
+# What a resumed run may change, and what load_model does not take from the checkpoint.
+RESUMABLE = (
     "max_timesteps offline_iterations online_iterations device eval_freq n_episodes "
-    "eval_seed eval_env eval_workers log_freq project group name checkpoints_path "
-    "resume record_dataset".split()
-)
-# What load_model takes from the checkpoint when the command leaves it out, besides the
-# flags of SWEPT: the data, and all that decides the shape of a tensor.
-INHERITED = (
-    *("env", "eval_env", "hidden_dim", "q_n_hidden_layers", "n_critics"),
-    *("cql_lagrange", "use_automatic_entropy_tuning"),
-)
+    "eval_seed eval_env max_episode_steps log_freq project group name checkpoints_path "
+    "resume env"
+).split()
+NOT_INHERITED = (
+    "max_timesteps offline_iterations online_iterations device project group name "
+    "checkpoints_path resume load_model"
+).split()
+# What only an agent of continuous actions reads.
+CONTINUOUS = (
+    "alpha_multiplier use_automatic_entropy_tuning backup_entropy policy_lr bc_steps "
+    "cql_n_actions cql_importance_sample cql_max_target_backup cql_backward_actions "
+    "policy_log_std_multiplier"
+).split()
 
 
 class UserError(Exception):
@@ -194,316 +223,286 @@ def brief(error) -> str:
 
 
 @contextmanager
-def blaming(kind: type, where: str, errors=Exception, but=()):
-    """Raise what goes wrong, errors `but` some, as a UserError or MachineError."""
+def errors_as(kind: type, where: str, errors=Exception):
+    """Raise what goes wrong inside as a UserError or MachineError of one line."""
     try:
         yield
-    except but:
+    except (UserError, MachineError):
         raise
     except errors as error:
-        name = f"{type(error).__name__}: " if kind is MachineError else ""
-        raise kind(f"{where}: {name}{brief(error)}") from None
+        raise kind(f"{where}: {brief(error)}") from None
 
 
-def strict(kind: type, value):
-    """`value` as kind; ValueError for a fraction as int, a string as bool."""
-    if kind is int and not isinstance(value, int):  # 1e6 is a string in YAML
-        value = float(value)
-    wrong = isinstance(value, (list, dict, type(None))) or (kind is int and value % 1)
-    if wrong or isinstance(value, bool) != (kind is bool):
+def parse_as(kind: type, value):
+    """`value` as kind; ValueError for a fraction as int, a text as bool."""
+    if isinstance(value, (list, dict, type(None))):
         raise ValueError(value)
+    if isinstance(value, bool) != (kind is bool):
+        raise ValueError(value)
+    if kind is int and not isinstance(value, int):  # 1e6 is a text in YAML
+        value = float(value)
+        if value % 1:
+            raise ValueError(value)
     return kind(value)
 
 
 for _kind in (bool, int, float, str):
-    pyrallis.decode.register(_kind, partial(strict, _kind))
-FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    pyrallis.decode.register(_kind, functools.partial(parse_as, _kind))
 
 
-def decoded(name: str, value, where: str, parse: bool = False):
-    """A flag's value in its field's type, from YAML if `parse`. Raises UserError."""
+def check_name(name: str, where: str) -> None:
+    """Raise UserError, with the nearest name, unless it is a flag's."""
     if name not in FIELDS:
-        close = difflib.get_close_matches(str(name), FIELDS, 1, 0.5)
-        hint = f" (did you mean {close[0]}?)" if close else ""
+        near = difflib.get_close_matches(str(name), FIELDS, 1, 0.5)
+        hint = f" (did you mean {near[0]}?)" if near else ""
         raise UserError(f"{where}: unknown flag{hint}")
-    kind = FIELDS[name].type
-    try:
-        return pyrallis.decode(kind, yaml.safe_load(value) if parse else value)
-    except Exception:
-        lists = " (a list is written '[0, 1]')" if "List" in str(kind) else ""
-        kind = re.sub(r"typing\.|<class '|'>", "", str(kind))
-        raise UserError(f"{where}: expected {kind}{lists}, got {value!r}") from None
 
 
-def read_config_file(path: Union[str, Path]) -> dict:
-    """Field values from a YAML file of flags. Raises UserError."""
-    with blaming(UserError, f"--config_path {path}"):
-        values = yaml.safe_load(Path(path).read_text("utf-8"))
-    if not isinstance(values, dict):
-        raise UserError(f"--config_path {path}: empty, or not a mapping of flags")
-    if "program" in values:
-        raise UserError(f"--config_path {path}: a wandb sweep; try `wandb sweep {path}`")
-    return {key: decoded(key, v, f"{path}: {key}") for key, v in values.items()}
+def make_config(values: dict, where: str = "") -> TrainConfig:
+    """Flags as pyrallis decodes them, each to its field's type. Raises UserError."""
+    decoded = {}
+    for name, value in values.items():
+        kind = FIELDS[name].type
+        try:
+            decoded[name] = pyrallis.decode(kind, value)
+        except Exception:
+            expected = re.sub(r"typing\.|<class '|'>", "", str(kind))
+            if "List" in expected:
+                expected += " (a list is written '[0, 1]')"
+            what = f"expected {expected}, got {value!r}"
+            raise UserError(f"{where}--{name}: {what}") from None
+    return TrainConfig(**decoded)
 
 
-def read_command_line(argv: List[str]) -> dict:
-    """Field values given on the command line, `--config_path`'s below them."""
-    if {"-h", "--help"} & set(argv):  # pyrallis takes a second to find the comments
-        ArgumentParser(TrainConfig, prog="cql.py").parse_args(["--help"])
-    argv = list(argv)
-    for i in range(len(argv) - 1, 0, -1):  # argparse takes -.inf for a flag
-        if re.match(r"-[.\d]|-inf\b", argv[i]) and re.fullmatch(r"--\w+", argv[i - 1]):
-            argv[i - 1 : i + 1] = [f"{argv[i - 1]}={argv[i]}"]
-    options = {"allow_abbrev": False, "add_help": False, "exit_on_error": False}
-    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, **options)
-    for name in ("config_path", *FIELDS):
-        parser.add_argument(f"--{name}")
-    try:
-        namespace, unknown = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise UserError(str(error).replace("argument --", "--", 1)) from None
-    if unknown:
-        if unknown[0].startswith("--"):
-            decoded(unknown[0][2:].split("=")[0], None, unknown[0])
-        hint = "; a file of flags needs --config_path" if ".y" in unknown[0] else ""
-        hint = hint or "; a list is written '[0, 1]'"
-        raise UserError(f"unexpected argument {unknown[0]!r}{hint}")
-    raw = vars(namespace)
-    path = raw.pop("config_path", None)
-    values = {} if path is None else read_config_file(path)
-    for name, text in raw.items():
-        null = text in ("null", "~") and type(None) in get_args(FIELDS[name].type)
-        textual = "str" in str(FIELDS[name].type) and not text.startswith("[")
-        value = None if null else text  # a name stays as typed: 007 is "007"
-        values[name] = decoded(name, value, f"--{name}", parse=not (textual or null))
+def one_name(values: dict, where: str) -> dict:
+    """max_timesteps for what has two names, so that a layer can override another."""
+    n = values.pop("offline_iterations", None)
+    if n is not None:
+        if "max_timesteps" in values:
+            raise UserError(f"{where}--max_timesteps or --offline_iterations, not both")
+        values["max_timesteps"] = n
     return values
 
 
-def layered_config(given: dict) -> Tuple[TrainConfig, Optional[dict]]:
-    """The config, what is not given taken from a run to resume or a model to load, and
-    the checkpoint to start from, if any. Raises UserError."""
-    base, checkpoint = {}, None
-    if given.get("resume"):
-        directory = Path(given["resume"])
-        if os.path.exists(directory / "config.yaml"):
-            base = read_config_file(directory / "config.yaml")
-        elif os.path.exists(directory / "checkpoint.pt"):
-            base = read_checkpoint(directory / "checkpoint.pt")["config"]
-        elif os.path.isdir(directory) and any(  # a log beside it may be; wandb's too
-            path.is_dir() and path.name != "wandb" for path in directory.iterdir()
-        ):
-            raise UserError(f"--resume {directory}: holds other things, and no run")
-        for name in set(given) - RESUMABLE if base else ():
-            was = base.get(name, FIELDS[name].default)  # a fork's flag may be new
-            if given[name] != was:
-                where = f"--{name} {given[name]}: {directory}/config.yaml says {was!r}"
-                raise UserError(f"{where}, and a resumed run cannot change it")
-        if os.path.exists(directory / "checkpoint.pt"):
-            checkpoint = read_checkpoint(directory / "checkpoint.pt")
-    if base and {"max_timesteps", "offline_iterations"} & given.keys():
-        base.update(max_timesteps=TrainConfig.max_timesteps, offline_iterations=None)
-    load_model = {**base, **given}.get("load_model")
-    if load_model and checkpoint is None:
-        checkpoint = read_checkpoint(load_model)
-        base = {k: checkpoint["config"][k] for k in INHERITED + SWEPT} | base
-    return TrainConfig(**{**base, **given}), checkpoint
+def read_config_file(path: Union[str, Path]) -> dict:
+    """Flags from a YAML file. Raises UserError."""
+    where = f"--config_path {path}"
+    with errors_as(UserError, where):
+        values = yaml.safe_load(Path(path).read_text("utf-8"))
+        if not isinstance(values, dict):
+            raise UserError(f"{where}: empty, or not a mapping of flags")
+    for name, value in values.items():
+        check_name(name, f"{path}: {name}")
+        if is_null(name, value):
+            values[name] = None
+    return one_name(values, f"{path}: ")
 
 
-def check_ranges(config: TrainConfig) -> None:
-    """Raise UserError for values out of range."""
-    ranges = {name: ends for ends, names in RANGES.items() for name in names.split()}
+def is_null(name: str, value) -> bool:
+    """Whether a word for nothing is given to a flag that may be null."""
+    optional = type(None) in get_args(FIELDS[name].type)
+    return optional and value in ("null", "~", "None")  # wandb's sweeps write the last
+
+
+def read_text(name: str, text: str):
+    """A flag's value from the command line: null, a text as it stands (a name may be
+    007 or true), or YAML."""
+    kinds = get_args(FIELDS[name].type) or (FIELDS[name].type,)
+    if is_null(name, text):
+        return None
+    if str in kinds and not (List[str] in kinds and text.startswith("[")):
+        return text
+    with errors_as(UserError, f"--{name} {text}"):
+        return yaml.safe_load(text)
+
+
+def read_command_line(argv: List[str]) -> dict:
+    """Flags from `--name value`, `--name=value` and a bare `--name` of a boolean, above
+    those of --config_path. Raises UserError."""
+    texts = {}
+    arguments = list(argv)
+    while arguments:
+        argument = arguments.pop(0)
+        name, equals, text = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--"):
+            hint = "a list is written '[0, 1]', a file needs --config_path"
+            raise UserError(f"unexpected argument {argument!r}; {hint}")
+        if name != "config_path":
+            check_name(name, argument)
+        if name in texts:
+            raise UserError(f"--{name}: given twice")
+        if not equals and arguments and not arguments[0].startswith("--"):
+            text = arguments.pop(0)
+        elif not equals and name in FIELDS and FIELDS[name].type is bool:
+            text = "true"
+        elif not equals:
+            raise UserError(f"--{name}: expected a value")
+        texts[name] = text
+    file = {}
+    if "config_path" in texts:
+        file = read_config_file(texts.pop("config_path"))
+    values = {name: read_text(name, text) for name, text in texts.items()}
+    return {**file, **one_name(values, "")}
+
+
+def print_help() -> None:
+    """pyrallis's page of flags; it asks for this file's source once a flag."""
+    source = functools.cache(inspect.getsource)
+    with mock.patch.object(inspect, "getsource", source):
+        ArgumentParser(TrainConfig, prog="cql.py").parse_args(["--help"])
+
+
+def begun_config(directory: Path) -> dict:
+    """Flags of the run in a directory; none where none has begun. Raises UserError."""
+    if (directory / "checkpoint.pt").exists():
+        return read_checkpoint(directory)["config"]
+    if (directory / "config.yaml").exists():
+        return read_config_file(directory / "config.yaml")
+    return {}
+
+
+def read_config(argv: List[str]) -> TrainConfig:
+    """The flags given, above those of a run to resume or of a model to load. Raises
+    UserError."""
+    values = read_command_line(argv)
+    given = make_config(values)
+    base = {}
+    if given.resume:
+        base = begun_config(Path(given.resume))
+    resumed = bool(base)
+    if given.load_model and not resumed:
+        base = read_checkpoint(given.load_model)["config"]
+        for name in NOT_INHERITED:
+            base.pop(name, None)
+    before = make_config(base)
+    config = make_config({**base, **values})
     for name in FIELDS:
-        value = getattr(config, name)
+        was = getattr(before, name)
+        now = getattr(config, name)
+        if resumed and name not in RESUMABLE and now != was:
+            raise UserError(
+                f"--{name} {now}: the run to resume has {was!r}, and keeps it"
+            )
+    validate(config)
+    return config
+
+
+def check_values(config: TrainConfig) -> None:
+    """Raise UserError for numbers out of range and for lists that are no product."""
+    for name, value in vars(config).items():
         values = value if isinstance(value, list) else [value]
-        if "\0" in "".join(v for v in values if isinstance(v, str)):
-            raise UserError(f"--{name} {value!r}: holds a NUL character")
         if not values or len(set(values)) < len(values):
-            problem = "the same value twice" if values else "an empty list"
-            raise UserError(f"--{name} {value}: {problem}")
-        low, high = ranges.get(name, (-math.inf, math.inf))
-        for number in (v for v in values if isinstance(v, (int, float))):
-            if not low <= number <= high:
-                ends = f"lie in [{low}, {high}]" if number == number else "be a number"
-                raise UserError(f"--{name} {number}: must {ends}")
-            if math.isinf(number) and "clip" not in name:
-                raise UserError(f"--{name} {number}: must be finite")
+            raise UserError(f"--{name} {value}: empty, or the same value twice")
+        for number in values:
+            if isinstance(number, (int, float)):
+                if math.isnan(number):
+                    raise UserError(f"--{name} {number}: must be a number")
+                if name in AT_LEAST_ONE and not number >= 1:
+                    raise UserError(f"--{name} {number}: must be at least 1")
+                if name in NOT_NEGATIVE and not 0 <= number < math.inf:
+                    raise UserError(f"--{name} {number}: must be at least 0")
 
 
-def check_online(config: TrainConfig) -> None:
-    """Raise UserError for flags of the online phase that contradict."""
+def algorithm_mistakes(config: TrainConfig) -> Dict[str, bool]:
+    """What may be wrong with the flags of the algorithm, and whether it is."""
+    importance = config.cql_importance_sample
+    several = config.cql_target_action_gap
+    no_subset = (config.n_target_critics or 1) > config.n_critics
+    bounds = config.cql_clip_diff_min, config.cql_clip_diff_max
+    return {
+        "--precision: fp32, tf32 or bf16": config.precision not in PRECISIONS,
+        f"--penalty: one of {', '.join(PENALTIES)}": config.penalty not in PENALTIES,
+        "--penalty: this one needs --cql_importance_sample true": (
+            config.penalty != "logsumexp" and not importance
+        ),
+        "--cql_backward_actions: at most 3 * cql_n_actions; 0 takes all": (
+            config.cql_backward_actions > 3 * config.cql_n_actions
+        ),
+        "--n_target_critics: at most --n_critics": no_subset,
+        "--discount: must lie in [0, 1]": not 0 <= config.discount <= 1,
+        "--soft_target_update_rate: must lie in [0, 1]": (
+            not 0 <= config.soft_target_update_rate <= 1
+        ),
+        "--cql_temp: must be above 0": not np.min(config.cql_temp) > 0,
+        "--cql_clip_diff_min: above --cql_clip_diff_max": bounds[0] > bounds[1],
+        "--cql_target_action_gap: a list needs --cql_lagrange true": (
+            isinstance(several, list) and not config.cql_lagrange
+        ),
+        "--is_sparse_reward: needs a --discount below 1": (
+            config.is_sparse_reward and config.discount == 1
+        ),
+    }
+
+
+def phase_mistakes(config: TrainConfig) -> Dict[str, bool]:
+    """The same for the flags of data, environments and phases."""
+    no_data = config.env is None
     ratio = config.mixing_ratio
-    if ratio != -1 and not 0 < ratio < 1:
-        raise UserError(f"--mixing_ratio {ratio}: must be -1 or inside (0, 1)")
-    if config.online_iterations and config.buffer_size < config.batch_size:
-        raise UserError(f"--buffer_size {config.buffer_size}: less than a batch")
-    if config.env is None:
-        if 0 < config.online_iterations < config.batch_size:
-            n = config.online_iterations
-            raise UserError(f"--online_iterations {n}: no batch of {config.batch_size}")
-        model = config.load_model
-        for name, wrong, hint in (
-            ("eval_env", config.eval_env is None, "an environment's id"),
-            ("online_iterations", not (config.online_iterations or model), "above 0"),
-            ("max_timesteps", offline_updates(config) > 0, "0"),
-            ("normalize", config.normalize and not model, "false"),
-            ("normalize_reward", config.normalize_reward, "false"),
-        ):
-            if wrong:
-                raise UserError(f"--env null: without data --{name} must be {hint}")
-    if config.record_dataset is not None:
-        where = f"--record_dataset {config.record_dataset}"
-        try:
-            root, name = recorded_place(config)
-            parse_dataset_id(name)
-        except (ValueError, TypeError):  # the latter without a version
-            hint = "an id or a path like my/data-v0 or ./data-v0"
-            raise UserError(f"{where}: must be {hint}") from None
-        if config.online_iterations == 0:
-            raise UserError(f"{where}: needs --online_iterations above 0")
-        begun = config.resume and os.path.exists(Path(config.resume, "checkpoint.pt"))
-        if (root / name).exists() and not begun:
-            raise UserError(f"{where}: exists already")
+    online = config.online_iterations
+    needed = 0
+    if no_data:
+        needed = config.batch_size
+    elif 0 < ratio < 1:
+        needed = n_online_rows(config)
+    statistics = config.normalize and not config.load_model
+    offline = config.max_timesteps > 0 or config.normalize_reward or statistics
+    return {
+        "--mixing_ratio: must be -1 or in (0, 1)": ratio != -1 and not 0 < ratio < 1,
+        "--buffer_size: less than a batch": online and config.buffer_size < needed,
+        "--online_iterations: too few for a batch": 0 < online < needed,
+        "--online_iterations: needs an --eval_env": online and config.eval_env == "none",
+        "--env null: without data, --eval_env and --online_iterations are needed": (
+            no_data and config.eval_env in (None, "none")
+        )
+        or (no_data and not online and not config.load_model),
+        "--env null: without data, pass --max_timesteps 0, --normalize false and "
+        "--normalize_reward false": no_data and offline,
+    }
 
 
 def validate(config: TrainConfig) -> None:
     """Raise UserError for values out of range and for flags that contradict."""
-    check_ranges(config)
-    check_online(config)
-    if config.precision not in ("fp32", "tf32", "bf16"):
-        raise UserError(f"--precision {config.precision}: must be fp32, tf32 or bf16")
-    if config.cql_backward_actions > 3 * config.cql_n_actions:
-        k, most = config.cql_backward_actions, 3 * config.cql_n_actions
-        raise UserError(f"--cql_backward_actions {k}: of {most} proposals; 0 takes all")
-    if config.penalty not in PENALTIES:
-        raise UserError(f"--penalty {config.penalty}: must be one of {PENALTIES}")
-    if config.penalty != "logsumexp" and not config.cql_importance_sample:
-        raise UserError(f"--penalty {config.penalty} needs --cql_importance_sample true")
-    if (config.n_target_critics or 1) > config.n_critics:
-        n = config.n_target_critics
-        raise UserError(f"--n_target_critics {n}: more than --n_critics has")
-    if config.is_sparse_reward and config.discount == 1:
-        raise UserError("--is_sparse_reward: needs a --discount below 1")
-    if config.cql_clip_diff_min > config.cql_clip_diff_max:
-        raise UserError("--cql_clip_diff_min is above --cql_clip_diff_max")
-    ranks, n_runs = rank_and_ranks()[1], len(product_of_runs(config))
-    if ranks > n_runs:
-        raise UserError(f"torchrun: {ranks} processes for {n_runs} runs")
-    twice = config.offline_iterations is not None
-    if twice and config.max_timesteps != FIELDS["max_timesteps"].default:
-        raise UserError("--max_timesteps or --offline_iterations: give one, not both")
-    if isinstance(config.cql_target_action_gap, list) and not config.cql_lagrange:
-        raise UserError("--cql_target_action_gap: a list needs --cql_lagrange true")
-    if re.search(r"[/\\#?%:]", config.project) or len(config.project) > 128:
-        raise UserError(f"--project {config.project}: no name for wandb: /\\#?%: in it?")
-    mode = os.environ.get("WANDB_MODE", "online")
-    if mode not in ("online", "offline", "disabled", "dryrun", "shared"):
-        raise UserError(f"WANDB_MODE {mode}: must be online, offline or disabled")
-    for path in (config.checkpoints_path, config.resume):
-        if path is not None and (not path or os.path.isfile(path)):
-            raise UserError(f"{path!r} is not a directory to write runs in")
-
-
-def offline_updates(config: TrainConfig) -> int:
-    """Updates of the offline phase."""
-    given = config.offline_iterations
-    return config.max_timesteps if given is None else given
-
-
-def recorded_place(config: TrainConfig) -> Tuple[Path, str]:
-    """Minari's root for record_dataset, a path that starts with . or /, or an id; and
-    the id below it."""
-    name = config.record_dataset
-    if name[:1] in ("", *"./"):
-        return Path(name).parent, Path(name).name
-    return get_dataset_path(), name
+    check_values(config)
+    for mistakes in (algorithm_mistakes(config), phase_mistakes(config)):
+        for problem, wrong in mistakes.items():
+            if wrong:
+                raise UserError(problem)
 
 
 def product_of_runs(config: TrainConfig) -> List[dict]:
     """Number and swept flags of each run: the product of their lists."""
-    values = (getattr(config, name) for name in SWEPT)
-    lists = (value if isinstance(value, list) else [value] for value in values)
-    product = enumerate(itertools.product(*lists))
-    return [{"run": i, **dict(zip(SWEPT, run))} for i, run in product]
+    lists = []
+    for name in SWEPT:
+        value = getattr(config, name)
+        lists.append(value if isinstance(value, list) else [value])
+    runs = []
+    for number, values in enumerate(itertools.product(*lists)):
+        runs.append({"run": number, **dict(zip(SWEPT, values))})
+    return runs
 
 
-def rank_and_ranks() -> Tuple[int, int]:
-    """This process's place among those that torchrun started; (0, 1) without it."""
-    rank, ranks = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
-    if not (rank.isdigit() and ranks.isdigit() and int(ranks) > 1):
-        return 0, 1
-    return int(rank), int(ranks)
-
-
-def split_over_ranks(given: dict) -> dict:
-    """The flags of this process: under torchrun every rank has a directory of its own
-    in `resume`'s, from which the same command goes on. Raises UserError."""
-    rank, ranks = rank_and_ranks()
-    if ranks == 1:
-        return given
-    if rank >= ranks:
-        raise UserError(f"torchrun: RANK {rank} of WORLD_SIZE {ranks}")
-    if "WANDB_SWEEP_ID" in os.environ:
-        raise UserError("torchrun: not under a sweep agent, whose trial is one process")
-    if given.get("record_dataset"):
-        raise UserError("--record_dataset: not under torchrun, for one process only")
-    if not given.get("resume"):
-        raise UserError("torchrun: needs --resume DIR, one directory for all ranks")
-    directory = Path(given["resume"])
-    if any((directory / name).exists() for name in ("config.yaml", "checkpoint.pt")):
-        raise UserError(f"--resume {directory}: holds the run of a single process")
-    own = {"resume": str(directory / f"rank{rank}")}
-    model = Path(given.get("load_model") or "", f"rank{rank}")
-    if given.get("load_model") and model.is_dir():
-        own["load_model"] = str(model)
-    return {**given, **own}
-
-
-def settle_ranks(directory: Path) -> None:
-    """Refuse another number of ranks than the directory was begun with, whose runs
-    would be others. Raises UserError."""
-    ranks, path = str(rank_and_ranks()[1]), directory / ".ranks"
-    with holding(directory, wait=True):
-        before = path.read_text() if path.exists() else ranks
-        path.write_text(before)
-    if ranks != before:
-        raise UserError(f"torchrun: {ranks} processes; {directory} begun by {before}")
-
-
-def share_of_runs(config: TrainConfig, checkpoint: Optional[dict], resumed: bool):
-    """The runs that this process trains: all, those of a checkpoint of the same
-    product, or under torchrun every n-th. Raises UserError."""
-    (rank, ranks), runs = rank_and_ranks(), product_of_runs(config)
-    same = checkpoint and runs == product_of_runs(TrainConfig(**checkpoint["config"]))
-    share = checkpoint["runs"] if same and ranks == 1 else runs[rank::ranks]
-    if resumed and checkpoint["runs"] != share:
-        held, here = ([run["run"] for run in x] for x in (checkpoint["runs"], share))
-        where = f"--resume {config.resume}"
-        raise UserError(f"{where}: holds runs {held}, this process would train {here}")
-    return share
-
-
-def pick_device(name: str, precision: str = "fp32") -> torch.device:
-    """The device that `--device` names, set to the precision. Raises UserError."""
+def pick_device(config: TrainConfig) -> torch.device:
+    """The device that --device names, set to --precision. Raises UserError."""
+    name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and rank_and_ranks()[1] > 1:
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
-        raise UserError(f"--device {name}: must be auto, cpu, cuda or cuda:N")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: there is no such GPU; pass --device cpu")
-    if precision == "tf32" and device.type != "cuda":
+    with errors_as(UserError, f"--device {name}: not here; pass --device cpu"):
+        device = torch.empty(0, device=name).device  # cuda becomes cuda:0
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError("no device to train on")
+    on_gpu = device.type == "cuda"
+    if config.precision == "tf32" and not on_gpu:
         raise UserError("--precision tf32: only GPUs have it; pass fp32 or bf16")
-    if device.type == "cuda":
+    if on_gpu:
         torch.cuda.set_device(device)
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    products = "high" if config.precision == "tf32" else "highest"
+    torch.set_float32_matmul_precision(products)
     return device
 
 
 def keep_freed_memory() -> None:
     """Stop glibc from handing freed tensors back to the system, which faults them in
-    again, page by page, at the next update: a quarter of its time with four runs."""
+    again, page by page, at the next update: a third of its time."""
     if sys.platform == "linux":
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
@@ -511,76 +510,92 @@ def keep_freed_memory() -> None:
 
 def say(text: str) -> None:
     """Print a line without breaking the progress bar."""
-    rank, ranks = rank_and_ranks()
     try:
-        tqdm.write(f"[rank {rank}] {text}" if ranks > 1 else text, file=sys.stdout)
+        tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
     except BrokenPipeError:  # nobody reads any longer (`| head`): train on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def quiet():
+    """Without the notes that libraries write on both streams."""
+    with warnings.catch_warnings(action="ignore"), redirect_stdout(io.StringIO()):
+        with redirect_stderr(io.StringIO()):
+            yield
 
 
 # ======================================================================================
 # Data
 # ======================================================================================
 
-# D4RL's reference returns (random policy, expert), by gymnasium id; for datasets that
-# record none. Source: D4RL's infos.py, as collected in its normalized scores.
+# D4RL's reference returns (random policy, expert), by the beginning of a gymnasium id;
+# for datasets that record none. Source: D4RL's infos.py.
 REFERENCE_RETURNS = {
-    r"Hopper-.*": (-20.272305, 3234.3),
-    r"HalfCheetah-.*": (-280.178953, 12135.0),
-    r"Walker2d-.*": (1.629008, 4592.3),
-    r"Ant-.*": (-325.6, 3879.7),
-    r"AntMaze_.*": (0.0, 1.0),
-    r"FrankaKitchen-.*": (0.0, 4.0),
-    r"PointMaze_UMaze-.*": (23.85, 161.86),
-    r"PointMaze_Medium-.*": (13.13, 277.39),
-    r"PointMaze_Large-.*": (6.7, 273.99),
-    r"AdroitHandPen-.*": (96.262799, 3076.8331),
-    r"AdroitHandHammer-.*": (-274.856578, 12794.1348),
-    r"AdroitHandDoor-.*": (-56.512833, 2880.5693),
-    r"AdroitHandRelocate-.*": (-6.425911, 4233.8778),
+    "Hopper-": (-20.272305, 3234.3),
+    "HalfCheetah-": (-280.178953, 12135.0),
+    "Walker2d-": (1.629008, 4592.3),
+    "Ant-": (-325.6, 3879.7),
+    "AntMaze_": (0.0, 1.0),
+    "FrankaKitchen-": (0.0, 4.0),
+    "PointMaze_UMaze-": (23.85, 161.86),
+    "PointMaze_Medium-": (13.13, 277.39),
+    "PointMaze_Large-": (6.7, 273.99),
+    "AdroitHandPen-": (96.262799, 3076.8331),
+    "AdroitHandHammer-": (-274.856578, 12794.1348),
+    "AdroitHandDoor-": (-56.512833, 2880.5693),
+    "AdroitHandRelocate-": (-6.425911, 4233.8778),
 }
-# A D4RL file carries no environment; for these names the nearest one is known.
+# A D4RL file carries no environment; by the file's name the nearest one is guessed:
+# id, settings, observation and action dims.
 D4RL_ENVIRONMENTS = {
-    "hopper": ("Hopper-v4", {}),
-    "halfcheetah": ("HalfCheetah-v4", {}),
-    "walker2d": ("Walker2d-v4", {}),
-    "ant": ("Ant-v4", {"use_contact_forces": True}),
+    "hopper": ("Hopper-v4", {}, 11, 3),
+    "halfcheetah": ("HalfCheetah-v4", {}, 17, 6),
+    "walker2d": ("Walker2d-v4", {}, 17, 6),
+    "ant": ("Ant-v4", {"use_contact_forces": True}, 111, 8),
 }
-D4RL_NAME = re.compile(
-    r"(?P<env>hopper|halfcheetah|walker2d|ant)-(?P<level>[a-z-]+)-v[0-2]"
-    r"|(antmaze|maze2d|kitchen|pen|hammer|door|relocate)-[a-z-]+-v[0-2]"
-)
+
+
+D4RL_NAMES = (
+    "ant antmaze door halfcheetah hammer hopper kitchen maze2d pen relocate walker2d"
+).split()
 
 
 @dataclass
 class Task:
-    """What a dataset says of its environment; plain values, kept in checkpoints."""
+    """What must be known of an environment; plain values, kept in checkpoints."""
 
     observation_space: str  # Minari's JSON
     action_low: List[float]  # [A]
     action_high: List[float]  # [A]
+    action_shape: List[int]
+    action_dtype: str = "float32"
+    discrete: bool = False  # then actions are the integers from low to high
     env_id: Optional[str] = None
-    env_kwargs: dict = dataclasses.field(default_factory=dict)
+    env_kwargs: dict = field(default_factory=dict)
     max_episode_steps: Optional[int] = None
     reference: Optional[List[float]] = None  # returns scored 0 and 100
-    action_shape: Optional[List[int]] = None  # null: [A]
-    discrete: bool = False  # then actions are the integers from low to high
-    longest: int = 1000  # steps of the data's longest episode
+    longest: int = 1000  # steps of the data's longest recorded episode, at least 1,000
 
     @property
     def observation_dim(self) -> int:
         return gym.spaces.flatdim(recorded_space(self.observation_space))
+
+    def to_environment(self, actions: np.ndarray) -> np.ndarray:
+        """Actions [..., A] as the environment takes them, [n, *action_shape]."""
+        if np.dtype(self.action_dtype).kind in "iu":
+            actions = np.rint(actions)
+        return actions.reshape(-1, *self.action_shape).astype(self.action_dtype)
 
 
 class Episode(NamedTuple):
     observations: np.ndarray  # [T + 1, O]
     actions: np.ndarray  # [T, A]
     rewards: np.ndarray  # [T]
-    terminations: np.ndarray  # [T] bool
+    terminations: np.ndarray  # [T] 0 or 1
+    where: str  # file and number, for messages
     whole: bool  # ended by termination or time limit, not by a cut
-    total: float  # return, that of a last step left out included
-    cut: bool = False  # a last step is left out
+    recorded_rewards: np.ndarray  # that of a last step left out included
 
 
 class Batch(NamedTuple):
@@ -594,34 +609,51 @@ class Batch(NamedTuple):
     mc_returns: Optional[Tensor] = None  # [R, B] discounted return-to-go, for Cal-QL
 
 
-def check_spaces(observation_space, action_space) -> None:
-    """Raise UserError unless observations flatten to a vector and actions are a box or
-    discrete."""
-    leaves, nested = [observation_space], (gym.spaces.Dict, gym.spaces.Tuple)
-    while leaves:
-        space = leaves.pop()
-        array = isinstance(space, gym.spaces.Box) and len(space.shape) <= 2
-        if isinstance(space, nested):
-            leaves += space.values() if isinstance(space, nested[0]) else list(space)
-        elif not array or is_image_space(space):
-            hint = "only Box vectors (no images) and dictionaries or tuples of them"
-            raise UserError(f"observations in {brief(space)} are not supported, {hint}")
-    bounded = isinstance(action_space, gym.spaces.Box) and action_space.is_bounded()
-    if isinstance(action_space, gym.spaces.Discrete) and action_space.n > 1:
-        return
-    if not bounded or (action_space.low >= action_space.high).any():
-        what = f"actions in {brief(action_space)} are not supported"
-        raise UserError(f"{what}, only a bounded Box and Discrete")
+def check_observation_space(space: gym.Space) -> None:
+    """Raise UserError unless observations flatten to a vector."""
+    if isinstance(space, gym.spaces.Dict):
+        for part in space.values():
+            check_observation_space(part)
+    elif isinstance(space, gym.spaces.Tuple):
+        for part in space:
+            check_observation_space(part)
+    else:
+        vector = isinstance(space, gym.spaces.Box) and len(space.shape) <= 2
+        counted = gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary
+        if not vector and not isinstance(space, counted) or is_image_space(space):
+            what = f"observations in {brief(space)} are not supported"
+            raise UserError(f"{what}: vectors, integers and dictionaries of them are")
 
 
-def action_bounds(space) -> dict:
-    """Task's fields of an action space."""
-    discrete = isinstance(space, gym.spaces.Discrete)
-    low = space.start if discrete else space.low
-    high = space.start + space.n - 1 if discrete else space.high
-    low, high = (np.ravel(bound).astype(float).tolist() for bound in (low, high))
-    shape = {"action_shape": list(space.shape), "discrete": discrete}
-    return {"action_low": low, "action_high": high, **shape}
+def action_fields(space: gym.Space) -> dict:
+    """Task's fields of an action space. Raises UserError for an unsupported one."""
+    if isinstance(space, gym.spaces.Discrete):
+        low = np.array([space.start])
+        high = np.array([space.start + space.n - 1])
+    elif isinstance(space, gym.spaces.Box) and space.is_bounded():
+        low = space.low.ravel()
+        high = space.high.ravel()
+    else:
+        low = high = np.zeros(1)
+    if low.size == 0 or (low >= high).any():
+        what = f"actions in {brief(space)} are not supported"
+        raise UserError(f"{what}: a bounded Box and a Discrete of two or more are")
+    return {
+        "action_low": low.astype(float).tolist(),
+        "action_high": high.astype(float).tolist(),
+        "action_shape": list(space.shape),
+        "action_dtype": str(space.dtype),
+        "discrete": isinstance(space, gym.spaces.Discrete),
+    }
+
+
+def make_task(observation_space: gym.Space, action_space: gym.Space, **more) -> Task:
+    """The task of these spaces. Raises UserError for unsupported ones."""
+    check_observation_space(observation_space)
+    if gym.spaces.flatdim(observation_space) == 0:
+        raise UserError("observations of no numbers")
+    text = serialize_space(observation_space)
+    return Task(text, **action_fields(action_space), **more)
 
 
 def recorded_space(text) -> gym.Space:
@@ -633,499 +665,583 @@ def recorded_space(text) -> gym.Space:
         return gym.spaces.Dict([(key, recorded_space(parts[key])) for key in parts])
     if space["type"] == "Tuple":
         return gym.spaces.Tuple([recorded_space(part) for part in parts])
-    return deserialize_space(space)
+    return deserialize_space(json.dumps(space))
 
 
-def entire(group: h5py.Group, key: str) -> np.ndarray:
-    """All of an array, by HDF5's own calls: h5py's take twice as long, mostly not in
-    reading. Raises ValueError where its bytes in the file cannot unpack to what it
-    announces, because it is damaged; that may be more than the memory."""
-    array = h5py.h5d.open(group.id, key.encode())
-    size = math.prod(array.shape) * array.dtype.itemsize
-    packed = array.get_storage_size() + 4096
-    if size > 1100 * packed:  # gzip packs 1032 to 1 at most
-        raise ValueError(f"{key} of {size:,} bytes, from {packed:,}")
-    values = np.empty(array.shape, array.dtype)
-    array.read(h5py.h5s.ALL, h5py.h5s.ALL, values)
-    return values
+def flatten(space: gym.Space, value) -> np.ndarray:
+    """gym.spaces.flatten of all observations of an episode at once, as [T + 1, O]."""
+    if isinstance(space, (gym.spaces.Dict, gym.spaces.Tuple)):
+        keys = list(space) if isinstance(space, gym.spaces.Dict) else range(len(space))
+        parts = [flatten(space[key], value[key]) for key in keys]
+        return np.concatenate(parts, axis=1)
+    value = np.asarray(value)
+    value = value.reshape(len(value), -1)
+    if isinstance(space, gym.spaces.Discrete):
+        return one_hot(value - space.start, np.array([space.n]))
+    if isinstance(space, gym.spaces.MultiDiscrete):
+        return one_hot(value - space.start.ravel(), space.nvec.ravel())
+    return value
 
 
-def flat(space, group: h5py.Group, key: str) -> np.ndarray:
-    """Observations of one episode as [T + 1, O], in the order of gym.spaces.flatten."""
-    if isinstance(space, gym.spaces.Box):
-        array = entire(group, key)
-        return array.reshape(len(array), math.prod(space.shape))
-    parts = space.spaces
-    if isinstance(space, gym.spaces.Tuple):  # Minari's names of its parts
-        parts = {f"_index_{i}": part for i, part in enumerate(parts)}
-    return np.concatenate([flat(part, group[key], k) for k, part in parts.items()], 1)
+def one_hot(values: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Numbers [n, k], each below its size [k], as [n, sum of sizes] of 0 and 1."""
+    if (values < 0).any() or (values >= sizes).any():
+        raise UserError("observations outside their recorded space")
+    table = np.zeros((len(values), sizes.sum()), np.float32)
+    np.put_along_axis(table, values + np.cumsum(sizes) - sizes, 1, axis=1)
+    return table
 
 
-def read_task(directory: Path) -> Tuple[Task, int]:
-    """The task and number of episodes from a Minari dataset's metadata.json. That is
-    data: without recorded spaces Minari would make the recorded environment, with its
-    entry point, to learn them, so such a dataset is refused. Raises UserError."""
-    if not (directory / "metadata.json").is_file():
-        raise UserError("holds no Minari dataset: no metadata.json")
-    with blaming(UserError, "metadata.json lacks or garbles something", but=UserError):
-        metadata = json.loads((directory / "metadata.json").read_text())
-        if metadata.get("data_format", "hdf5") != "hdf5":
-            raise UserError("only Minari's hdf5 format is supported")
-        names = ("observation_space", "action_space")
-        spaces = [recorded_space(metadata[name]) for name in names]
-        check_spaces(*spaces)
-        recorded = (metadata.get("eval_env_spec"), metadata.get("env_spec"), "{}")
-        spec = json.loads(next(text for text in recorded if text))
-        reference = [metadata.get(f"ref_{end}_score") for end in ("min", "max")]
-        if None not in reference and not float(reference[0]) < float(reference[1]):
-            raise UserError(f"reference scores {reference}, which are not min and max")
-        text, limit = metadata["observation_space"], spec.get("max_episode_steps")
-        text = text if isinstance(text, str) else json.dumps(text)
-        task = Task(text, **action_bounds(spaces[1]))
-        task.env_id, task.env_kwargs = spec.get("id"), dict(spec.get("kwargs") or {})
-        task.env_kwargs.pop("render_mode", None)
-        task.max_episode_steps = None if limit is None else int(limit)
-        task.reference = None if None in reference else [float(x) for x in reference]
-        return task, int(metadata["total_episodes"])
+def minari_task(directory: Path) -> Task:
+    """The task in a Minari dataset's metadata.json, which is data: without recorded
+    spaces Minari would make the recorded environment, with its entry point, to learn
+    them, so such a dataset is refused. Raises UserError."""
+    metadata = json.loads((directory / "metadata.json").read_text())
+    spaces = {}
+    for name in ("observation_space", "action_space"):
+        if not metadata.get(name):
+            raise UserError(f"metadata.json lacks {name}")
+        spaces[name] = recorded_space(metadata[name])
+    spec = metadata.get("eval_env_spec") or metadata.get("env_spec") or "{}"
+    spec = json.loads(spec)
+    env_id = spec.get("id")
+    settings = dict(spec.get("kwargs") or {})
+    settings.pop("render_mode", None)
+    if env_id is not None and not re.fullmatch(r"[\w/.-]+", env_id):
+        raise UserError(f"the recorded environment {env_id!r} is no plain id")
+    reference = [metadata.get("ref_min_score"), metadata.get("ref_max_score")]
+    if None not in reference and not float(reference[0]) < float(reference[1]):
+        raise UserError(f"reference scores {reference} are not min and max")
+    return make_task(
+        **spaces,
+        env_id=env_id,
+        env_kwargs=settings,
+        max_episode_steps=spec.get("max_episode_steps"),
+        reference=None if None in reference else [float(end) for end in reference],
+    )
 
 
-def single(array) -> np.ndarray:
-    """As float32, too large numbers as infinity. Raises ValueError for text and complex
-    numbers."""
-    if np.iscomplexobj(array):
-        raise ValueError("complex numbers")
-    with np.errstate(over="ignore"):
-        return np.asarray(array, np.float32)
-
-
-def minari_episodes(directory: Path, task: Task, n_episodes: int):
-    """Iterate over a Minari dataset's episodes. The file is read directly, because
-    Minari's reader decodes `infos` too, most of its bytes."""
+def read_minari(directory: Path) -> Tuple[List[Episode], Task]:
+    """Episodes and task of a Minari dataset's data directory. Raises UserError."""
+    task = minari_task(directory)
     space = recorded_space(task.observation_space)
-    with h5py.File(directory / "main_data.hdf5", "r") as file:
-        for i in range(n_episodes):
-            raw = file[f"episode_{i}"]
-            keys = ("actions", "rewards", "terminations", "truncations")
-            actions, rewards, ended, cut = (single(entire(raw, key)) for key in keys)
-            if len(cut) != len(rewards):
-                raise UserError(f"episode {i}: {len(cut)} truncations")
-            whole = bool(len(rewards) and (ended[-1] or cut[-1]))
-            observations = single(flat(space, raw, "observations"))
-            actions = actions.reshape(len(actions), math.prod(actions.shape[1:]))
-            total = float(rewards.sum(dtype=np.float64))
-            yield Episode(observations, actions, rewards, ended, whole, total)
+    episodes = []
+    for each in MinariDataset(directory).iterate_episodes():
+        n = len(each.rewards)
+        episodes.append(
+            Episode(
+                observations=flatten(space, each.observations),
+                actions=np.asarray(each.actions).reshape(n, -1),
+                rewards=each.rewards,
+                terminations=each.terminations,
+                where=f"{directory}, episode {each.id}",
+                whole=n > 0 and bool(each.terminations[-1] or each.truncations[-1]),
+                recorded_rewards=each.rewards,
+            )
+        )
+    return episodes, task
 
 
-def d4rl_episodes(path: Path):
-    """Iterate over the episodes of D4RL's flat HDF5: observations, actions, rewards,
-    terminals and, where present, timeouts and next_observations.
+def table_action_space(actions: np.ndarray) -> gym.Space:
+    """The space of a table's actions [n, ...]: one column of integers or truth values is
+    discrete, other numbers are a box in [-1, 1], D4RL's bounds."""
+    if actions.size == len(actions) and actions.dtype.kind in "iub":
+        low = int(actions.min())
+        high = int(actions.max())
+        return gym.spaces.Discrete(max(high - low + 1, 2), start=low)
+    return gym.spaces.Box(-1, 1, actions.shape[1:])
+
+
+def read_arrays(path: Path) -> Dict[str, np.ndarray]:
+    """The arrays of D4RL's flat HDF5, [n, ...] each. Raises UserError."""
+    needed = "observations", "actions", "rewards", "terminals"
+    arrays = {}
+    with h5py.File(path, "r") as file:
+        for key in (*needed, "timeouts", "next_observations"):
+            if isinstance(file.get(key), h5py.Dataset):
+                arrays[key] = file[key][()]
+        missing = [key for key in needed if key not in arrays]
+        if missing:
+            raise UserError(f"lacks {', '.join(missing)}; holds {brief(list(file))}")
+    lengths = {len(array) for array in arrays.values()}
+    if len(lengths) > 1 or 0 in lengths:
+        raise UserError(f"arrays of {lengths} rows")
+    for key in ("rewards", "terminals", "timeouts"):
+        if key in arrays:
+            arrays[key] = arrays[key].ravel()
+    return arrays
+
+
+def episode_ends(arrays: Dict[str, np.ndarray], done: np.ndarray) -> np.ndarray:
+    """[n] bool: the rows after which another episode begins. A jump from the next
+    observation to the row below is an end, flagged or not."""
+    ends = done.copy()
+    if "next_observations" in arrays:
+        observations = arrays["observations"]
+        with np.errstate(all="ignore"):  # check_episodes refuses NaN and infinity
+            size = np.abs(observations[1:]) + observations.std(axis=0)
+            distance = np.abs(arrays["next_observations"][:-1] - observations[1:])
+            same = distance <= 4 * np.finfo(np.float32).eps * size  # a few roundings
+        ends[:-1] |= ~same.all(axis=1)
+    ends[-1] = True
+    return ends
+
+
+def read_d4rl(path: Path) -> Tuple[List[Episode], Task]:
+    """Episodes and task of D4RL's flat HDF5: observations, actions, rewards, terminals
+    and, where present, timeouts and next_observations. Raises UserError.
 
     Without next_observations, what follows an episode's last observation is unknown:
     the last transition of an episode that a time limit cut is left out, as in
     d4rl.qlearning_dataset; a terminal one bootstraps nothing and stays."""
-    keys = "observations actions rewards terminals timeouts next_observations".split()
-    with h5py.File(path, "r") as file:
-        found = [key for key in keys if isinstance(file.get(key), h5py.Dataset)]
-        lacking = [key for key in keys[:4] if key not in found]
-        if lacking:
-            raise UserError(f"lacks {', '.join(lacking)}; holds {list(file)}")
-        data = {key: single(entire(file, key)) for key in found}
-    n = len(data["rewards"])
-    if n == 0:
-        raise UserError("no episodes")
-    if not {"timeouts", "next_observations"} & data.keys():
+    arrays = read_arrays(path)
+    observations = arrays["observations"]
+    rewards = arrays["rewards"]
+    terminals = arrays["terminals"] != 0
+    done = terminals | (arrays.get("timeouts", terminals) != 0)
+    following = arrays.get("next_observations")
+    if following is None and "timeouts" not in arrays:
         say(f"{path.name}: without timeouts, so only terminals end an episode")
-    if any(len(value) != n for value in data.values()):
-        raise ValueError(f"lengths differ: { {key: len(data[key]) for key in data} }")
-    observations, terminals = data["observations"], data["terminals"].reshape(n)
-    if observations.ndim != 2:
-        raise UserError(f"observations of shape {observations.shape}, not [n, O]")
-    following = data.get("next_observations")
-    done = (terminals != 0) | (data.get("timeouts", terminals).reshape(n) != 0)
-    ends = done.copy()
-    if following is not None:  # a jump is an episode's end, flagged or not
-        with np.errstate(all="ignore"):  # check_episodes refuses NaN and infinity
-            spread = observations.std(0, dtype=np.float64).astype(np.float32)
-            rounding = 1e-5 * np.abs(observations[1:]) + 1e-4 * spread
-            ends[:-1] |= ~(np.abs(following[:-1] - observations[1:]) <= rounding).all(1)
-    ends[n - 1 :] = True
-    cuts = ends & (terminals == 0) & (following is None)
-    rewards, actions = data["rewards"].reshape(n), data["actions"]
-    actions = actions.reshape(n, math.prod(actions.shape[1:]))
+    space = gym.spaces.Box(-np.inf, np.inf, observations.shape[1:])
+    task = make_task(space, table_action_space(arrays["actions"]))
+    actions = arrays["actions"].reshape(len(rewards), -1)
+    episodes = []
     first = 0
-    for last in np.flatnonzero(ends):
-        kept = slice(first, last + (not cuts[last]))
-        end = (observations if following is None else following)[last : last + 1]
-        total = float(rewards[first : last + 1].sum(dtype=np.float64))
-        parts = actions[kept], rewards[kept], terminals[kept], bool(done[last]), total
-        yield Episode(np.concatenate([observations[kept], end]), *parts, cuts[last])
+    for last in np.flatnonzero(episode_ends(arrays, done)).tolist():
+        known = terminals[last] or following is not None
+        kept = slice(first, last + 1 if known else last)
+        end = observations[last] if following is None else following[last]
+        episodes.append(
+            Episode(
+                observations=np.concatenate([observations[kept], end[None]]),
+                actions=actions[kept],
+                rewards=rewards[kept],
+                terminations=arrays["terminals"][kept],
+                where=f"{path}, episode {len(episodes)}",
+                whole=bool(done[last]),
+                recorded_rewards=rewards[first : last + 1],
+            )
+        )
         first = last + 1
-
-
-def read_episodes(name: str) -> Tuple[List[Episode], Task]:
-    """One entry of `env`: a directory, a file or a Minari id. Raises UserError."""
-    path = Path(name)
-    for directory in (path, path / "data"):
-        if os.path.isfile(directory / "metadata.json"):  # False for impossible names
-            path = directory
-    if not os.path.exists(path):
-        path = minari_directory(name)
-    try:
-        if not name:
-            raise UserError("empty")
-        if path.is_dir():
-            task, n_episodes = read_task(path)
-            episodes = list(minari_episodes(path, task, n_episodes))
-        else:
-            episodes = list(d4rl_episodes(path))
-            dims = [array.shape[1] for array in episodes[0][:2]]
-            space = gym.spaces.Box(-np.inf, np.inf, dims[:1], np.float32)
-            actions = gym.spaces.Box(-1, 1, dims[1:])
-            with h5py.File(path, "r") as file:
-                if file["actions"].dtype.kind in "iu":
-                    actions = gym.spaces.Discrete(int(np.max(file["actions"])) + 1)
-            check_spaces(space, actions)
-            env = D4RL_ENVIRONMENTS.get(re.split("[-_]", path.stem)[0], (None, {}))
-            task = Task(serialize_space(space), **action_bounds(actions))
-            task.env_id, task.env_kwargs = env
-    except UserError as error:
-        raise UserError(f"--env {name}: {error}") from None
-    except Exception as error:
-        raise UserError(f"--env {name}: damaged or foreign: {brief(error)}") from None
-    if 0 in (task.observation_dim, len(task.action_low)):
-        raise UserError(f"--env {name}: no observations or no actions in it")
-    if not any(len(episode.rewards) for episode in episodes):
-        raise UserError(f"--env {name}: no episodes")
     return episodes, task
+
+
+def guess_environment(task: Task, name: str) -> None:
+    """Take the environment that a D4RL file's name suggests, if the sizes are its."""
+    name = Path(name).name
+    guess = D4RL_ENVIRONMENTS.get(re.split("[-_]", name)[0])
+    if task.env_id is None and guess is not None:
+        env_id, settings, *sizes = guess
+        if sizes == [task.observation_dim, len(task.action_low)]:
+            task.env_id = env_id
+            task.env_kwargs = settings
+            say(f"{name}: taken for data of {env_id}, by its name")
+        else:
+            say(f"{name}: not of {env_id}, as its name suggests: sizes differ")
 
 
 def minari_directory(name: str) -> Path:
     """Where a Minari id's data lies, downloaded if it must be. Raises UserError."""
+    root = get_dataset_path()
+    directory = get_dataset_path(name) / "data"
+    if (directory / "metadata.json").exists():
+        return directory
+    if re.fullmatch(f"({'|'.join(D4RL_NAMES)})-[a-z-]+-v[0-2]", name):
+        what = "a name of D4RL's, whose data Minari does not hold: pass the .hdf5 file"
+        raise UserError(f"{what}; `minari list remote` shows what there is")
     if not re.fullmatch(r"([-\w]+/)*[-\w]+-v\d+", name):
         hint = "nor a Minari id such as mujoco/hopper/medium-v0"
-        raise UserError(f"--env {name}: no such directory or .hdf5 file, {hint}")
-    directory, d4rl = get_dataset_path(name) / "data", D4RL_NAME.fullmatch(name)
-    if d4rl and not directory.is_dir():
-        other = f", or Minari's own mujoco/{d4rl[1]}/medium-v0" if d4rl[1] else ""
-        where = f"--env {name} is a name of D4RL's, whose data Minari does not hold"
-        hint = f"pass the file, --env path/to/{name}.hdf5{other} (which is other data)"
-        raise UserError(f"{where}: {hint}")
-
-    def missing():  # or half there: a download killed, or another rank's
-        return not directory.is_dir() or len(os.listdir(directory)) < 2
-
-    if missing():
+        raise UserError(f"no such directory or .hdf5 file, {hint}")
+    where = f"no directory here, not under {root}; pass a directory or .hdf5 file, as"
+    with errors_as(UserError, f"{where} its download failed"):
+        if "MINARI_REMOTE" not in os.environ:  # offline, Minari retries for minutes
+            urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=20)
         say(f"downloading {name} ...")
-        where = f"--env {name}: no directory here, not under {get_dataset_path()}"
-        hint = "pass a directory or .hdf5 file, as its download failed"
-        with blaming(UserError, f"{where}; {hint}"):
-            if "MINARI_REMOTE" not in os.environ:  # offline, Minari retries for minutes
-                urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=20)
-            with holding(get_dataset_path(), wait=True), quiet():
-                if missing():
-                    minari.download_dataset(name)
+        with filelock.FileLock(root / ".lock"), quiet():
+            minari.download_dataset(name)  # nothing, if another process just did
     return directory
 
 
-def task_of(env_name: str) -> Task:
-    """The task of an environment without data. Raises UserError."""
-    env = make_env(Task("", [], []), env_name)
-    raw, flat_space = env.unwrapped.observation_space, env.observation_space
-    space = flat_space if isinstance(raw, gym.spaces.Box) else raw
-    return Task(serialize_space(space), **action_bounds(env.action_space))
+def read_episodes(name: str) -> Tuple[List[Episode], Task]:
+    """One entry of `env`: a directory, a file or a Minari id. Add your own source here:
+    a list of Episode, and make_task(observation_space, action_space). Raises
+    UserError."""
+    path = Path(name)
+    try:
+        if path.suffix in (".csv", ".json", ".npz", ".parquet", ".pkl"):
+            raise UserError("a table; Minari's and D4RL's forms are read")
+        if path.is_file():
+            episodes, task = read_d4rl(path)
+        elif (path / "metadata.json").is_file():
+            episodes, task = read_minari(path)
+        elif (path / "data").is_dir():
+            episodes, task = read_minari(path / "data")
+        else:
+            episodes, task = read_minari(minari_directory(name))
+    except UserError as error:
+        raise UserError(f"--env {name}: {error}") from None
+    except BlockingIOError:
+        raise UserError(f"--env {name}: locked by a process that writes it") from None
+    except Exception as error:
+        raise UserError(f"--env {name}: damaged or foreign: {brief(error)}") from None
+    task.longest = max([1000] + [len(each.recorded_rewards) for each in episodes])
+    return episodes, task
 
 
-def check_episodes(name: str, episodes: List[Episode], task: Task) -> None:
-    """Raise UserError unless the episodes fit the task, in bounds and finite."""
-    bounds = [task.action_low, task.action_high]
-    low, high = np.array(bounds)
-    rounding, n = 1e-4 * (high - low), task.observation_dim
-    for i, episode in enumerate(episodes):
-        T, where = len(episode.rewards), f"--env {name}: episode {i}"
-        shapes = [(T + 1, n), (T, len(low)), (T,), (T,)]
-        found = [np.shape(array) for array in episode[:4]]
-        if found != shapes:
-            raise UserError(f"{where}: arrays of shapes {found}; expected {shapes}")
-        for field, array in zip(Episode._fields, episode[:4]):
-            if not np.isfinite(array).all():
-                raise UserError(f"{where}: {field} hold NaN or infinity")
-        actions = episode.actions
-        if task.discrete and (actions % 1).any():
-            raise UserError(f"{where}: discrete actions that are no whole numbers")
-        if (actions < low - rounding).any() or (actions > high + rounding).any():
-            hint = "rescale them, or name their environment with --eval_env"
-            raise UserError(f"{where}: actions outside {bounds}; {hint}")
+def read_data(config: TrainConfig) -> Tuple[List[Episode], Task]:
+    """Episodes and task of all that --env names, joined. Raises UserError."""
+    names = config.env if isinstance(config.env, list) else [config.env]
+    episodes = []
+    tasks = []
+    for name in names:
+        part, task = read_episodes(name)
+        episodes += part
+        tasks.append(task)
+    known = [task for task in tasks if task.env_id is not None]
+    whole = (known or tasks)[0]
+    for name, task in zip(names, tasks):
+        join_task(whole, task, f"--env {name}")
+        if config.eval_env is None:
+            guess_environment(whole, name)
+    return episodes, whole
+
+
+def join_task(whole: Task, task: Task, where: str) -> None:
+    """Let `whole` speak for `task` too. Raises UserError where it cannot."""
+    whole.longest = max(whole.longest, task.longest)
+    if task.discrete != whole.discrete:
+        raise UserError(f"{where}: discrete and continuous actions do not join")
+    same = task.action_low == whole.action_low and task.action_high == whole.action_high
+    if task.env_id is not None and not same:
+        raise UserError(f"{where}: actions {describe_actions(task)}, unlike the first's")
+    if task.env_id not in (None, whole.env_id):
+        raise UserError(f"{where}: {task.env_id} is not {whole.env_id}")
+    if task.env_id is not None and task.env_kwargs != whole.env_kwargs:
+        say(f"{where}: recorded with settings {task.env_kwargs}; evaluation is in")
+        say(f"  those of the first, {whole.env_kwargs}")
+    if whole.env_id is None and whole.discrete:  # ids that one of the files lacks
+        whole.action_low = np.minimum(whole.action_low, task.action_low).tolist()
+        whole.action_high = np.maximum(whole.action_high, task.action_high).tolist()
+
+
+def check_episode(episode: Episode, task: Task) -> None:
+    """Raise UserError unless it holds finite numbers of the task's sizes and bounds."""
+    n = len(episode.rewards)
+    n_actions = len(task.action_low)
+    where = episode.where
+    sizes = {
+        "observations": (n + 1, task.observation_dim),
+        "actions": (n, n_actions),
+        "rewards": (n,),
+        "terminations": (n,),
+    }
+    for name, size in sizes.items():
+        array = getattr(episode, name)
+        if array.shape != size or array.dtype.kind not in "biuf":
+            what = f"{name} of shape {array.shape}, type {array.dtype}"
+            raise UserError(f"{where}: {what}, expected numbers of shape {size}")
+        if not (np.abs(array) < 3e38).all():  # the largest number of float32
+            raise UserError(f"{where}: {name} hold NaN or infinity")
+    if task.discrete and (episode.actions % 1).any():
+        raise UserError(f"{where}: discrete actions that are no whole numbers")
+    low, high = np.array([task.action_low, task.action_high])
+    middle = (low + high) / 2
+    reach = 0.5001 * (high - low)
+    if (np.abs(episode.actions - middle) > reach).any():
+        hint = "rescale them, or name their environment with --eval_env"
+        raise UserError(f"{where}: actions outside {describe_actions(task)}; {hint}")
+
+
+def check_resolution(observations: np.ndarray) -> None:
+    """Raise UserError for a column [n, O] that float32 would flatten: unix time, say.
+    One that hardly moves at all carries nothing, and passes."""
+    moves = observations - observations[0]  # exactly 0 for a constant
+    std = moves.std(axis=0, dtype=np.float64)
+    size = np.abs(observations).mean(axis=0, dtype=np.float64)
+    for column in np.flatnonzero((std > 1e-3) & (std < 1e-5 * size)):
+        what = f"column {column} of the observations is {size[column]:.6g} in size"
+        hint = "subtract a constant: float32 would lose it"
+        raise UserError(f"--env: {what} and moves by {std[column]:.3g}; {hint}")
 
 
 class Dataset:
     """Transitions on the device. The next observation is found by index, not stored
     twice: it is the row after the observation's own."""
 
-    def __init__(self, config: TrainConfig, device="cpu"):
-        names = config.env if isinstance(config.env, list) else [config.env]
-        parts, tasks = zip(*map(read_episodes, names))
-        self.task = next((task for task in tasks if task.env_id), tasks[0])
-        if config.eval_env and self.task.env_id is None:  # then its bounds count
-            new = action_bounds(make_env(self.task, config.eval_env).action_space)
-            if len(new["action_low"]) == len(self.task.action_low):  # else refused later
-                self.task = dataclasses.replace(self.task, **new)
-        for name, part, task in zip(names, parts, tasks):
-            if task.env_id not in (None, self.task.env_id):
-                raise UserError(f"--env {name}: {task.env_id} is not {self.task.env_id}")
-            ends = [(t.action_low, t.action_high, t.discrete) for t in (task, self.task)]
-            if task.env_id and ends[0] != ends[1]:
-                where = f"--env {name}: actions in {ends[0][:2]}"
-                raise UserError(f"{where}, unlike the first's")
-            if task.env_id and task.env_kwargs != self.task.env_kwargs:
-                say(f"{name}: recorded with settings {task.env_kwargs};")
-                say(f"  evaluation is in those of the first, {self.task.env_kwargs}")
-            check_episodes(name, part, self.task)
-        self.left_out = sum(episode.cut for part in parts for episode in part)
-        episodes = [e for part in parts for e in part if len(e.rewards)]
-        self.lengths = np.array([len(e.rewards) for e in episodes], int)
-        if self.lengths.sum() < config.batch_size:
-            n = f"{self.lengths.sum()} transitions in {len(episodes)} episodes"
-            what = f"{n} are no batch of {config.batch_size}"
-            raise UserError(f"--env {names}: {what}; pass a smaller --batch_size")
-        self.task.longest = int(self.lengths.max())
-        whole = np.array([e.total for e in episodes if e.whole])
-        self.returns = whole if len(whole) else np.array([e.total for e in episodes])
-        self.reward_factor = reward_factor(whole, self.task, config)
-
-        def joined(arrays) -> Tensor:
-            return torch.as_tensor(single(np.concatenate([*arrays])), device=device)
-
-        self.observations = joined(e.observations for e in episodes)
-        self.actions = joined(e.actions for e in episodes)
-        rewards = joined(e.rewards for e in episodes)
-        self.rewards = transformed(rewards, self.reward_factor, config)
-        self.terminations = joined(e.terminations for e in episodes)
-        self.mc_returns = None
+    def __init__(self, config: TrainConfig, episodes, task: Task, device="cpu"):
+        """Raises UserError for too little data, and for numbers out of bounds."""
+        self.columns = {}  # of a Batch, [n, ...], but for observations
+        arrays = {}
+        returns = []
+        whole = []
+        n_recorded = 0
+        for each in episodes:
+            check_episode(each, task)
+            n_recorded += len(each.recorded_rewards)
+            returns.append(each.recorded_rewards.sum(dtype=np.float64))
+            if each.whole:
+                whole.append(returns[-1])
+        self.returns = np.array(whole or returns)
+        episodes = [each for each in episodes if len(each.rewards)]
+        self.lengths = np.array([len(each.rewards) for each in episodes], int)
+        n = int(self.lengths.sum())
+        self.left_out = n_recorded - n
+        if n < config.batch_size:
+            what = f"{n} transitions are no batch of {config.batch_size}"
+            raise UserError(f"--env: {what}; pass a smaller --batch_size")
+        for name in ("observations", "actions", "rewards", "terminations"):
+            arrays[name] = np.concatenate([getattr(each, name) for each in episodes])
+            if name == "terminations":
+                arrays[name] = arrays[name] != 0
+            array = arrays[name].astype(np.float32)
+            self.columns[name] = torch.as_tensor(array, device=device)
+        check_resolution(arrays["observations"])
+        self.reward_factor = reward_factor(whole, task, config)
+        self.observations = self.columns.pop("observations")
+        rewards = transformed(self.columns["rewards"], self.reward_factor, config)
+        self.columns["rewards"] = rewards
+        self.r_min = float(rewards.min())
+        self.r_max = float(rewards.max())
+        # What tells on resume whether the run learns from what it began with.
+        size = float(np.abs(arrays["observations"]).sum(dtype=np.float64))
+        self.fingerprint = [n, float(rewards.double().sum()), size]
         if config.cal_ql:
-            columns = self.rewards.cpu().double().numpy(), self.terminations.cpu()
-            cuts, worst = np.cumsum(self.lengths)[:-1], float(self.rewards.min())
-            parts = zip(*(np.split(np.asarray(column), cuts) for column in columns))
-            self.mc_returns = joined(returns_to_go(*p, config, worst) for p in parts)
-        rows = np.repeat(np.arange(len(episodes)), self.lengths)  # one more per episode
-        self.rows = torch.as_tensor(rows + np.arange(len(rows)), device=device)
-        # No two policies' values are further apart, going by the data's rewards.
-        spread = self.rewards.max().clamp(min=0) - self.rewards.min().clamp(max=0)
-        self.q_range = float(spread) / max(1 - config.discount, 1e-9)
+            self.columns["mc_returns"] = self.all_returns_to_go(config)
+        episode_number = np.repeat(np.arange(len(episodes)), self.lengths)
+        rows = np.arange(n) + episode_number  # an episode has one more observation
+        self.rows = torch.as_tensor(rows, device=device)
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def all_returns_to_go(self, config: TrainConfig) -> Tensor:
+        """Every transition's return-to-go, [n]."""
+        rewards = self.columns["rewards"].cpu().double().numpy()
+        terminations = self.columns["terminations"].cpu().double().numpy()
+        returns = np.zeros(len(rewards))
+        for end, length in zip(np.cumsum(self.lengths), self.lengths):
+            part = slice(end - length, end)
+            columns = rewards[part], terminations[part]
+            returns[part] = returns_to_go(*columns, config, self.r_min)
+        return torch.as_tensor(returns).to(self.observations)
 
     def statistics(self) -> Tuple[Tensor, Tensor]:
         """Mean and std + 1e-3 of s over the transitions, [O] each (CORL's form)."""
         observations = self.observations[self.rows].double()
         return observations.mean(0), observations.std(0, correction=0) + 1e-3
 
-    def sample(self, rows: Tensor) -> Batch:
-        """Transitions at rows [R, B] in [0, 1) of the whole."""
-        return self.gather((rows * len(self)).long().clamp(max=len(self) - 1))
+    def gather(self, index: Tensor) -> Batch:
+        """Transitions at index [R, B]."""
+        rows = self.rows[index]
+        columns = {name: column[index] for name, column in self.columns.items()}
+        columns["observations"] = self.observations[rows]
+        columns["next_observations"] = self.observations[rows + 1]
+        return Batch(**columns)
 
-    def gather(self, indices: Tensor) -> Batch:
-        """Transitions at indices [R, B]."""
-        rows = self.rows[indices]
-        actions, rewards = self.actions[indices], self.rewards[indices]
-        after, terminations = self.observations[rows + 1], self.terminations[indices]
-        batch = self.observations[rows], actions, rewards, after, terminations
-        mc_returns = self.mc_returns
-        return Batch(*batch, None if mc_returns is None else mc_returns[indices])
+    def sample(self, fractions: Tensor) -> Batch:
+        """Transitions at fractions [R, B] in [0, 1) of the whole."""
+        return self.gather((fractions * len(self)).long().clamp(max=len(self) - 1))
 
 
-def transformed(rewards, factor: float, config: TrainConfig):
+def transformed(rewards: Tensor, factor: float, config: TrainConfig) -> Tensor:
     """Rewards as they are learned from."""
     return rewards * factor * config.reward_scale + config.reward_bias
 
 
-def returns_to_go(rewards, terminations, config: TrainConfig, worst) -> np.ndarray:
+def returns_to_go(rewards, terminations, config: TrainConfig, r_min) -> np.ndarray:
     """Discounted sum of an episode's rewards [T] from each step on (Cal-QL, section 4).
 
     What follows a time limit is left out, and a termination ends the sum. Under
     `is_sparse_reward`, an episode that earned nothing but the data's least reward is
-    taken to go on so for ever."""
-    if config.is_sparse_reward and (rewards == worst).all():
-        return np.full(len(rewards), worst / (1 - config.discount))
-    factors = config.discount * (1 - np.asarray(terminations, float))
-    steps = zip(rewards[::-1], factors[::-1])
-    returns = itertools.accumulate(steps, lambda G, s: s[0] + s[1] * G, initial=0.0)
-    return np.array([*returns][:0:-1])
+    taken to go on so for ever. Differs from CORL, which looks at the last reward
+    only."""
+    if config.is_sparse_reward and (rewards == r_min).all():
+        return np.full(len(rewards), r_min / (1 - config.discount))
+    returns = np.zeros(len(rewards))
+    following = 0.0
+    for t in reversed(range(len(rewards))):
+        following = rewards[t] + config.discount * (1 - terminations[t]) * following
+        returns[t] = following
+    return returns
 
 
-def reward_factor(returns, task: Task, config: TrainConfig) -> float:
+def reward_factor(returns: np.ndarray, task: Task, config: TrainConfig) -> float:
     """What normalize_reward multiplies rewards by; returns of whole episodes."""
     if not config.normalize_reward:
         return 1.0
-    name = task.env_id or config.eval_env or ""
+    name = task.env_id or (config.eval_env or "").rpartition(":")[2]
     if not re.match("Hopper|HalfCheetah|Walker2d", name):
         say("normalize_reward has no effect here: hopper, halfcheetah, walker2d only")
         return 1.0
     if len(returns) == 0 or np.ptp(returns) == 0:
         raise UserError("--normalize_reward: needs whole episodes of unequal returns")
-    return 1000 / np.ptp(returns)
+    return 1000 / float(np.ptp(returns))
+
+
+def offline_places(config: TrainConfig, device="cpu") -> Tensor:
+    """[B] bool: which rows of an online batch are offline data under mixing_ratio,
+    spread evenly, so that any first n rows hold both in proportion."""
+    steps = torch.arange(config.batch_size + 1, dtype=torch.float64, device=device)
+    steps = (steps * config.mixing_ratio + 1e-9).floor()
+    return steps[1:] > steps[:-1]
+
+
+def n_online_rows(config: TrainConfig) -> int:
+    """Rows of an online batch that are no offline data."""
+    return int((~offline_places(config)).sum())
 
 
 class Replay:
-    """What updates draw from: the dataset, and on top of it each run's own online
+    """What online updates draw from: the dataset, if any, and each run's own
     transitions, of which the first in go first out."""
 
-    def __init__(self, config, data: Optional[Dataset], agent: "Agent", device="cpu"):
-        self.config, self.data = config, data
-        self.offline = 0 if data is None else len(data)
-        self.worst = -math.inf if data is None else float(data.rewards.min())
+    def __init__(self, config: TrainConfig, data: Optional[Dataset], agent: "Agent"):
+        """Raises UserError where the buffer does not fit the memory."""
+        self.config = config
+        self.data = data
+        self.n_offline = 0 if data is None else len(data)
+        self.r_min = -math.inf if data is None else data.r_min
         self.factor = 1.0 if data is None else data.reward_factor
-        lead = len(agent.runs), min(config.buffer_size, config.online_iterations)
-        shapes = (agent.observation_dim,), (agent.action_dim,), ()
-        shapes = [(*lead, *shape) for shape in (*shapes, shapes[0], (), ())]
-        where = f"--buffer_size {config.buffer_size}: no room for {lead[1]} transitions"
-        with blaming(UserError, where, RuntimeError):
-            self.own = Batch(*(torch.zeros(shape, device=device) for shape in shapes))
-        self.added = torch.zeros(lead[0], dtype=torch.long)  # in all
-        self.sizes = self.added.clone().to(device)  # present
+        self.capacity = min(config.buffer_size, config.online_iterations)
+        n_runs = len(agent.runs)
+        device = agent.device
+        where = f"--buffer_size {config.buffer_size}: no room for {self.capacity} steps"
+        self.columns = {}
+        for name in Batch._fields:
+            if name != "mc_returns" or config.cal_ql:
+                size = agent.sizes.get(name, ())
+                with errors_as(UserError, where, RuntimeError):
+                    column = torch.zeros(n_runs, self.capacity, *size, device=device)
+                self.columns[name] = column
+        self.added = np.zeros(n_runs, int)  # steps of each run in all
+        self.sizes = torch.zeros(n_runs, 1, dtype=torch.long, device=device)  # present
+        self.offline_rows = offline_places(config, agent.device)
 
     def ready(self) -> bool:
-        """Whether there is a batch for every run: updates are joint, so without data
-        stacked runs wait for the slowest."""
-        return self.offline + int(self.added.min()) >= self.config.batch_size
+        """Whether every run has a batch; updates are joint, so they wait for all."""
+        return self.n_offline + self.added.min() >= self.config.batch_size
 
-    def add(self, r: int, observations, actions, rewards, terminations) -> None:
-        """An episode of run r, or a part of one: [T + 1, O], [T, A], [T], [T]."""
-        rewards = torch.as_tensor(np.asarray(rewards, np.float32))  # as the data's
+    def add(self, runs: List[int], transitions: Batch) -> None:
+        """A step of each of these runs, [len(runs), ...], rewards as they came. Until
+        its episode ends nothing is known of a step's return-to-go: -inf is no bound."""
+        columns = transitions._asdict()
+        rewards = torch.as_tensor(np.asarray(transitions.rewards, np.float32))
+        columns["rewards"] = transformed(rewards, self.factor, self.config)
+        columns["mc_returns"] = np.full(len(runs), -np.inf)
+        places = self.added[runs] % self.capacity
+        for name, column in self.columns.items():
+            column[runs, places] = torch.as_tensor(columns[name]).to(column)
+        self.added[runs] += 1
+        self.count()
+
+    def count(self) -> None:
+        sizes = np.minimum(self.added, self.capacity)
+        self.sizes.copy_(torch.as_tensor(sizes).unsqueeze(1))
+
+    def end_episode(self, r: int, rewards: List[float], terminated: bool) -> None:
+        """Fill in the returns-to-go of run r's last len(rewards) steps."""
+        if not self.config.cal_ql:
+            return
+        rewards = torch.as_tensor(np.asarray(rewards, np.float32))
         rewards = transformed(rewards, self.factor, self.config).double().numpy()
-        returns = returns_to_go(rewards, terminations, self.config, self.worst)
-        whole = observations[:-1], actions, rewards, observations[1:], terminations
-        capacity, T = self.own.rewards.shape[1], len(rewards)
-        kept = slice(max(T - capacity, 0), T)
-        rows = (int(self.added[r]) + np.arange(T)[kept]) % capacity
-        for column, values in zip(self.own, (*whole, returns)):
-            values = torch.as_tensor(np.asarray(values, np.float32)[kept])
-            column[r, torch.as_tensor(rows)] = values.to(column.device)
-        self.added[r] += T
-        self.sizes[r] = min(int(self.added[r]), capacity)
+        terminations = np.zeros(len(rewards))
+        terminations[-1] = terminated
+        returns = returns_to_go(rewards, terminations, self.config, self.r_min)
+        kept = min(len(returns), self.capacity)
+        places = np.arange(self.added[r] - kept, self.added[r]) % self.capacity
+        column = self.columns["mc_returns"]
+        column[r, places] = torch.as_tensor(returns[-kept:]).to(column)
 
-    def sample(self, rows: Tensor) -> Batch:
-        """Transitions at rows [R, B] in [0, 1); without online ones, the dataset's."""
-        if self.own.rewards.shape[1] == 0:
-            return self.data.sample(rows)
-        sizes, ratio = self.sizes.unsqueeze(1), self.config.mixing_ratio  # [R, 1]
-        if ratio < 0:  # one buffer, the dataset's rows first
-            total = self.offline + sizes
-            index = torch.minimum((rows * total).long(), total - 1)
-            own, mine = index >= self.offline, index - self.offline
+    def sample(self, fractions: Tensor) -> Batch:
+        """Transitions at fractions [R, B] in [0, 1); without own ones, the dataset's.
+        Nothing here asks the device for a number, as a captured graph requires."""
+        if self.capacity == 0:
+            return self.data.sample(fractions)
+        if self.config.mixing_ratio < 0 or self.data is None:
+            # one buffer, the dataset's rows first
+            total = self.n_offline + self.sizes  # [R, 1]
+            index = torch.minimum((fractions * total).long(), total - 1)
+            from_replay = index >= self.n_offline
+            replay_index = (index - self.n_offline).clamp(min=0)
         else:
-            place = torch.arange(rows.shape[1], device=rows.device)
-            own = (place >= round(ratio * len(place))) & (sizes > 0)
-            mine = torch.minimum((rows * sizes).long(), sizes - 1)
-            index = (rows * self.offline).long()
-        run = torch.arange(len(rows), device=rows.device).unsqueeze(1)
-        found = Batch(*(column[run, mine.clamp(min=0)] for column in self.own))
-        if self.data is None:
-            return found
-        data = self.data.gather(index.clamp(max=self.offline - 1))
-        pairs = [(x, y) for x, y in zip(found, data) if y is not None]
-        masks = (own.unsqueeze(-1) if x.ndim == 3 else own for x, _ in pairs)
-        return Batch(*(torch.where(mask, *pair) for mask, pair in zip(masks, pairs)))
+            enough = self.sizes >= (~self.offline_rows).sum()
+            from_replay = ~self.offline_rows & enough  # [R, B]
+            index = (fractions * self.n_offline).long()
+            own = (fractions * self.sizes).long()
+            replay_index = torch.minimum(own, (self.sizes - 1).clamp(min=0))
+        runs = torch.arange(len(fractions), device=fractions.device).unsqueeze(1)
+        columns = {}
+        data = None
+        if self.data is not None:
+            data = self.data.gather(index.clamp(max=self.n_offline - 1))
+        for name, column in self.columns.items():
+            values = column[runs, replay_index]
+            if data is not None:
+                mask = from_replay.unsqueeze(-1) if values.ndim == 3 else from_replay
+                values = torch.where(mask, values, getattr(data, name))
+            columns[name] = values
+        return Batch(**columns)
 
     def state(self) -> dict:
-        """The online transitions, for a checkpoint."""
+        """The online transitions that are there, for a checkpoint."""
         size = int(self.sizes.max())
-        own = [column[:, :size].clone() for column in self.own]  # else all of it
-        return {"own": own, "added": self.added}
+        columns = {name: x[:, :size].clone() for name, x in self.columns.items()}
+        return {"columns": columns, "added": self.added.tolist()}
 
     def load(self, state: dict) -> None:
-        capacity, size = self.own.rewards.shape[1], state["own"][0].shape[1]
-        for column, saved in zip(self.own, state["own"]):
-            column[:, :size] = saved.to(column.device)
-        self.added = state["added"]
-        self.sizes.copy_(self.added.clamp(max=capacity))
+        for name, saved in state["columns"].items():
+            self.columns[name][:, : saved.shape[1]] = saved.to(self.sizes.device)
+        self.added[:] = state["added"]
+        self.count()
 
 
 # ======================================================================================
-# Networks
+# Networks: every parameter leads with the run dimension R, a critic's with [R, N]
 # ======================================================================================
-
-
-def turns(x: Tensor) -> list:
-    """Indices of the members that are served together: on a CPU each by itself, which
-    keeps its rows in the cache from product to ReLU; on a GPU all, in few launches."""
-    return [*range(len(x))] if x.device.type == "cpu" else [slice(None)]
-
-
-class MemberLayer(torch.autograd.Function):
-    """x @ w + b and, if wanted, ReLU, members first, in the type of x. By hand, because
-    autograd of a ReLU in place, on a view, copies the gradient whole several times."""
-
-    @staticmethod
-    def forward(ctx, x, w, b, relu):
-        y = x.new_empty(*x.shape[:-1], w.shape[-1])
-        for i in turns(x):
-            y[i].unflatten(-2, (b.shape[-2], -1)).copy_(b[i].unsqueeze(-2))
-            add_product = y[i].addmm_ if y[i].ndim == 2 else y[i].baddbmm_
-            add_product(x[i], w[i].to(x.dtype))
-            if relu:
-                y[i].relu_()
-        ctx.save_for_backward(x, w, b, y)
-        ctx.relu = relu
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        x, w, b, y = ctx.saved_tensors
-        needed = zip((x, w, b), ctx.needs_input_grad)
-        grad_x, grad_w, grad_b = (torch.empty_like(t) if n else None for t, n in needed)
-        for i in turns(x):
-            g = grad[i]
-            if ctx.relu:
-                g = torch.ops.aten.threshold_backward(g, y[i], 0)
-            if grad_x is not None:
-                torch.matmul(g, w[i].mT.to(g.dtype), out=grad_x[i])
-            if grad_w is not None:
-                grad_w[i] = x[i].mT @ g
-            if grad_b is not None and b[i].shape[:-1] == (1,):
-                grad_b[i] = g.new_ones(1, len(g)) @ g  # faster than g.sum(0)
-            elif grad_b is not None:
-                g = g.unflatten(-2, (b.shape[-2], -1))
-                torch.sum(g, -2, dtype=b.dtype, out=grad_b[i])
-        return grad_x, grad_w, grad_b, None
-
-
-def member_layer(x: Tensor, w: Tensor, b: Tensor, relu: bool) -> Tensor:
-    """x [*lead, n, in] @ w [*lead, in, out] + b [*lead, m, out] -> [*lead, n, out], in
-    the type of x. Each row of b serves n / m rows of x: all of them (m = 1) or one
-    state's actions."""
-    if x.shape[:-2] != w.shape[:-2]:
-        raise ValueError(f"input of members {x.shape[:-2]} for {w.shape[:-2]}")
-    n_members = math.prod(w.shape[:-2])
-    members = (t.reshape(n_members, *t.shape[-2:]) for t in (x, w, b))
-    return MemberLayer.apply(*members, relu).unflatten(0, x.shape[:-2])
 
 
 class EnsembleLinear(nn.Module):
-    """Linear layers of all members: weight [*lead, in, out], bias [*lead, 1, out]."""
+    """A linear layer of every member: weight [*lead, in, out], bias [*lead, 1, out].
+    Every forward pass goes through here: training, `act`, evaluation, export."""
 
     def __init__(self, lead: Tuple[int, ...], n_in: int, n_out: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(*lead, n_in, n_out))
         self.bias = nn.Parameter(torch.zeros(*lead, 1, n_out))
 
-    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
-        return member_layer(x, self.weight, self.bias, relu)
+    def forward(self, x: Tensor, state: Optional[Tensor] = None) -> Tensor:
+        """x [members, n, in] -> [members, n, out], in the type of x. With state
+        [members, B, O] the input is [state; x], where the n = B * M rows of x are M
+        actions of each state: a state's share is computed once for all of them."""
+        weight = self.weight.flatten(0, -3)
+        bias = self.bias.flatten(0, -3)
+        if state is not None:
+            of_state, weight = weight.split([state.shape[-1], x.shape[-1]], dim=-2)
+            bias = torch.baddbmm(bias, state, of_state)  # [members, B, out]
+            bias = bias.repeat_interleave(x.shape[1] // state.shape[1], dim=1)
+        return torch.baddbmm(bias.to(x.dtype), x, weight.to(x.dtype))
 
 
 class EnsembleMLP(nn.Module):
-    """ReLU networks of all members, x [*lead, n, in] -> [*lead, n, out]."""
+    """ReLU networks of every member: x [*lead, n, in] -> [*lead, n, out]."""
 
     def __init__(self, lead: Tuple[int, ...], sizes: List[int]):
         super().__init__()
-        layers = [EnsembleLinear(lead, *pair) for pair in zip(sizes, sizes[1:])]
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList()
+        for n_in, n_out in zip(sizes, sizes[1:]):
+            self.layers.append(EnsembleLinear(lead, n_in, n_out))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, state: Optional[Tensor] = None) -> Tensor:
+        """For state see EnsembleLinear. The last layer keeps the weights' type."""
+        lead = x.shape[:-2]
+        x = x.flatten(0, -3)
+        if state is not None:
+            state = state.flatten(0, -3)
         for layer in self.layers[:-1]:
-            x = layer(x, relu=True)
-        return self.layers[-1](x)
+            x = layer(x, state).relu_()
+            state = None
+        last = self.layers[-1]
+        return last(x.to(last.weight.dtype)).unflatten(0, lead)
 
     @torch.no_grad()
     def initialize(self, generators: List[torch.Generator], orthogonal: bool) -> None:
@@ -1135,16 +1251,17 @@ class EnsembleMLP(nn.Module):
                 last = layer is self.layers[-1]
                 n_in, n_out = layer.weight.shape[-2:]
                 weights = layer.weight[r].view(-1, n_in, n_out)
-                for w, b in zip(weights, layer.bias[r].view(-1, n_out)):
+                biases = layer.bias[r].view(-1, n_out)
+                for weight, bias in zip(weights, biases):
                     if orthogonal:
                         gain = 1e-2 if last else math.sqrt(2)
-                        nn.init.orthogonal_(w, gain, generator)
+                        nn.init.orthogonal_(weight, gain, generator)
                     elif last:
-                        nn.init.xavier_uniform_(w, 1e-2, generator)
+                        nn.init.xavier_uniform_(weight, 1e-2, generator)
                     else:  # nn.Linear's own default
                         bound = n_in**-0.5
-                        for tensor in (w, b):
-                            tensor.uniform_(-bound, bound, generator=generator)
+                        weight.uniform_(-bound, bound, generator=generator)
+                        bias.uniform_(-bound, bound, generator=generator)
 
 
 class Policy(EnsembleMLP):
@@ -1167,8 +1284,10 @@ def squash(mean, log_std, normals) -> Tuple[Tensor, Tensor]:
     """Actions tanh(mean + std * normals) and their log densities.
 
     mean, log_std [R, B, A], normals [R, B, n, A] -> [R, B, n, A], [R, B, n]."""
-    pre_tanh = mean.unsqueeze(2) + log_std.exp().unsqueeze(2) * normals
-    return pre_tanh.tanh(), squashed_log_prob(normals, log_std.unsqueeze(2), pre_tanh)
+    mean = mean.unsqueeze(2)
+    log_std = log_std.unsqueeze(2)
+    pre_tanh = mean + log_std.exp() * normals
+    return pre_tanh.tanh(), squashed_log_prob(normals, log_std, pre_tanh)
 
 
 def squashed_log_prob(normals, log_std, pre_tanh) -> Tensor:
@@ -1189,29 +1308,20 @@ def data_log_prob(mean, log_std, actions) -> Tensor:
 class Critic(EnsembleMLP):
     """N critics: observations [R, B, O], actions [R, B, M, A] -> Q [R, N, B, M].
 
-    Actions [R, N, B, M, A] are each critic's own. dtype is that of the hidden layers
-    after the observation's; the last one keeps the weights' type."""
+    Actions [R, N, B, M, A] are each critic's own. dtype is that of the hidden layers."""
 
     def __init__(self, config: TrainConfig, n_runs: int, obs_dim: int, action_dim: int):
         hidden = [config.hidden_dim] * config.q_n_hidden_layers
         super().__init__((n_runs, config.n_critics), [obs_dim + action_dim, *hidden, 1])
-        self.split = [obs_dim, action_dim]
         self.n_critics = config.n_critics
 
     def forward(self, observations, actions, dtype: Optional[torch.dtype] = None):
-        first, *hidden, last = self.layers
-        by_observation, by_action = first.weight.split(self.split, dim=-2)
-        shared = (-1, self.n_critics, -1, -1)  # what all critics see
-        # The observation's share of the first layer, once per state: [R, N, B, H].
-        s = observations.unsqueeze(1).expand(shared)
-        s = member_layer(s, by_observation, first.bias, relu=False)
-        x = actions.flatten(-3, -2)  # [R, B * M, A] or [R, N, B * M, A]
-        x = x.unsqueeze(1).expand(shared) if actions.ndim == 4 else x
-        x = member_layer(x.to(dtype or x.dtype), by_action, s, relu=True)
-        for layer in hidden:
-            x = layer(x, relu=True)  # [R, N, B * M, H]
-        x = last(x.to(last.weight.dtype))
-        return x.squeeze(-1).unflatten(2, actions.shape[-3:-1])
+        state = observations.unsqueeze(1).expand(-1, self.n_critics, -1, -1)
+        if actions.ndim == 4:  # the same for all critics
+            actions = actions.unsqueeze(1).expand(-1, self.n_critics, -1, -1, -1)
+        x = actions.to(dtype or actions.dtype).flatten(2, 3)  # [R, N, B * M, A]
+        q = super().forward(x, state)  # [R, N, B * M, 1]
+        return q.squeeze(-1).unflatten(2, actions.shape[2:4])
 
 
 class DiscreteCritic(EnsembleMLP):
@@ -1223,8 +1333,8 @@ class DiscreteCritic(EnsembleMLP):
         self.n_critics = config.n_critics
 
     def forward(self, observations: Tensor) -> Tensor:
-        shared = (-1, self.n_critics, -1, -1)
-        return super().forward(observations.unsqueeze(1).expand(shared))
+        shared = observations.unsqueeze(1).expand(-1, self.n_critics, -1, -1)
+        return super().forward(shared)
 
 
 # ======================================================================================
@@ -1234,32 +1344,33 @@ class DiscreteCritic(EnsembleMLP):
 
 
 class Noise(NamedTuple):
-    """All randomness of one update, drawn outside the losses."""
+    """All randomness of one update, drawn outside the losses. What an agent has no use
+    for is None."""
 
-    normals: Tensor  # [R, B, 1 + K, A] at s: the actor's action, then K proposals
-    next_normals: Tensor  # [R, B, T + K, A] at s': target actions, then K proposals
-    uniforms: Tensor  # [R, B, K, A] in [-1, 1]
-    offsets: Tensor  # [R, N, B] in [0, 1) of the sampled backward pass, else [R, 0, B]
-    keys: Tensor  # [R, N], whose largest choose the target's critics, else [R, 0]
-    rows: Tensor  # [R, B] in [0, 1), float64: which transitions make the batch
+    fractions: Tensor  # [R, B] in [0, 1), float64: which transitions make the batch
+    normals: Optional[Tensor] = None  # [R, B, 1 + K, A] at s: actor, then proposals
+    next_normals: Optional[Tensor] = None  # [R, B, T + K, A] at s': target, proposals
+    uniforms: Optional[Tensor] = None  # [R, B, K, A] in [-1, 1]
+    resampling_offset: Optional[Tensor] = None  # [R, N, B] in [0, 1), sampled_backward
+    subset_keys: Optional[Tensor] = None  # [R, N], least_of_targets
 
 
 class Samples(NamedTuple):
     """Actions of one update and their log densities."""
 
-    policy: Tuple[Tensor, Tensor]  # mean and log std at s, [R, B, A], with graph
+    mean: Tensor  # [R, B, A] of pi(.|s), with graph
+    log_std: Tensor  # [R, B, A] of pi(.|s), with graph
     actions: Tensor  # [R, B, 1, A] from pi(.|s), with graph
     log_pi: Tensor  # [R, B] with graph
     target_actions: Tensor  # [R, B, T, A] from pi(.|s')
     target_log_pi: Tensor  # [R, B, T]
     proposals: Tensor  # [R, B, 3K, A]: uniform, pi(.|s), pi(.|s')
     log_mu: Tensor  # [R, B, 3K]
-    offsets: Tensor  # [R, N, B], see sampled_backward
-    keys: Tensor  # [R, N], see pessimistic
 
 
 class Sweep(NamedTuple):
-    """The flags that take a list, as one value per run."""
+    """The flags that take a list, as one value per run. Tensors, because cql_alpha
+    changes when the online phase begins, and a captured graph keeps Python's numbers."""
 
     cql_alpha: Tensor  # [R]
     cql_temp: Tensor  # [R]
@@ -1268,25 +1379,30 @@ class Sweep(NamedTuple):
 
 def sample_actions(policy: Policy, batch: Batch, noise: Noise) -> Samples:
     """Every action of an update, from one pass of the policy over [s; s']."""
-    B, K = batch.rewards.shape[1], noise.uniforms.shape[2]
-    A, T = noise.uniforms.shape[3], noise.next_normals.shape[2] - K
-    mean, log_std = policy(torch.cat([batch.observations, batch.next_observations], 1))
-    here = mean[:, :B], log_std[:, :B]
-    actions, log_pi = squash(*here, noise.normals[:, :, :1])
+    B = batch.rewards.shape[1]
+    K = noise.uniforms.shape[2]
+    A = noise.uniforms.shape[3]
+    T = noise.next_normals.shape[2] - K
+    states = torch.cat([batch.observations, batch.next_observations], dim=1)
+    mean, log_std = policy(states)  # [R, 2B, A]
+    mean, next_mean = mean.split(B, dim=1)
+    log_std, next_log_std = log_std.split(B, dim=1)
+    actions, log_pi = squash(mean, log_std, noise.normals[:, :, :1])
     with torch.no_grad():
-        current, current_log_pi = squash(*here, noise.normals[:, :, 1:])
-        following, next_log_pi = squash(mean[:, B:], log_std[:, B:], noise.next_normals)
-        uniform_log_mu = torch.full_like(current_log_pi, -A * math.log(2))
+        current, current_log_pi = squash(mean, log_std, noise.normals[:, :, 1:])
+        following, next_log_pi = squash(next_mean, next_log_std, noise.next_normals)
+    uniform_log_mu = torch.full_like(current_log_pi, -A * math.log(2))
+    log_mu = [uniform_log_mu, current_log_pi, next_log_pi[:, :, T:]]
+    proposals = [noise.uniforms, current, following[:, :, T:]]
     return Samples(
-        here,
-        actions,
-        log_pi.squeeze(2),
-        following[:, :, :T],
-        next_log_pi[:, :, :T],
-        torch.cat([noise.uniforms, current, following[:, :, T:]], 2),
-        torch.cat([uniform_log_mu, current_log_pi, next_log_pi[:, :, T:]], 2),
-        noise.offsets,
-        noise.keys,
+        mean=mean,
+        log_std=log_std,
+        actions=actions,
+        log_pi=log_pi.squeeze(2),
+        target_actions=following[:, :, :T],
+        target_log_pi=next_log_pi[:, :, :T],
+        proposals=torch.cat(proposals, dim=2),
+        log_mu=torch.cat(log_mu, dim=2),
     )
 
 
@@ -1296,39 +1412,43 @@ def temperature_loss(log_alpha: Tensor, log_pi: Tensor, target_entropy: float):
     return loss, {"alpha_loss": loss}
 
 
-def actor_loss(critic: Critic, batch: Batch, samples: Samples, alpha: Tensor):
+def actor_loss(critic: Critic, batch: Batch, samples: Samples, alpha: Tensor, config):
     """SAC eq. 9: alpha [R] weighs the entropy against the least of the critics, or, with
     REDQ's targets, their mean (arXiv 2101.05982, algorithm 1)."""
     weights = {name: weight.detach() for name, weight in critic.named_parameters()}
     inputs = batch.observations, samples.actions
     q = torch.func.functional_call(critic, weights, inputs).squeeze(3)  # [R, N, B]
-    q = q.mean(1) if samples.keys.shape[1] else q.amin(1)
+    q = q.amin(1) if config.n_target_critics is None else q.mean(1)
     loss = (alpha.unsqueeze(1) * samples.log_pi - q).mean(1)
     return loss, {"policy_loss": loss, "log_pi": samples.log_pi.mean(1)}
 
 
 def cloning_loss(batch: Batch, samples: Samples, alpha: Tensor):
     """Behaviour cloning with entropy, for the first bc_steps updates (CQL's code)."""
-    log_pi_data = data_log_prob(*samples.policy, batch.actions)  # [R, B]
+    log_pi_data = data_log_prob(samples.mean, samples.log_std, batch.actions)  # [R, B]
     loss = (alpha.unsqueeze(1) * samples.log_pi - log_pi_data).mean(1)
     return loss, {"policy_loss": loss, "log_pi": samples.log_pi.mean(1)}
 
 
-def pessimistic(q: Tensor, keys: Tensor, config: TrainConfig) -> Tensor:
-    """The least Q of all target critics or, given keys, of n_target_critics drawn at
-    random (REDQ, arXiv 2101.05982, algorithm 1). q [R, N, ...] -> [R, ...]."""
-    if keys.shape[1]:
-        chosen = keys.topk(config.n_target_critics, 1).indices  # [R, n_target_critics]
-        q = q.take_along_dim(chosen[(...,) + (None,) * (q.ndim - 2)], 1)
+def least_of_targets(q: Tensor, subset_keys: Optional[Tensor], config) -> Tensor:
+    """The least Q of the target critics, all of them or the n_target_critics of largest
+    key, which is a random subset (REDQ, arXiv 2101.05982, algorithm 1).
+
+    q [R, N, B, T], subset_keys [R, N] or None -> [R, B, T]."""
+    if subset_keys is not None:
+        chosen = subset_keys.topk(config.n_target_critics, dim=1).indices
+        q = q.take_along_dim(chosen[:, :, None, None], dim=1)
     return q.amin(1)
 
 
 @torch.no_grad()
-def td_target(target_critic: Critic, batch: Batch, samples: Samples, alpha, config):
+def td_target(
+    target_critic: Critic, batch: Batch, samples: Samples, alpha, keys, config
+):
     """SAC eq. 2-3 with the least of the target critics; [R, B]. A time limit is no
     terminal and bootstraps; with cql_max_target_backup the best of K actions counts."""
     q = target_critic(batch.next_observations, samples.target_actions)
-    q = pessimistic(q, samples.keys, config)
+    q = least_of_targets(q, keys, config)
     q, best = q.max(-1)  # [R, B, T] -> [R, B]
     if config.backup_entropy:
         log_pi = samples.target_log_pi.gather(-1, best.unsqueeze(-1)).squeeze(-1)
@@ -1349,62 +1469,84 @@ def conservative_gap(q, log_mu, q_data, temperature, config) -> Tensor:
     uniform ones and pi(.|s)'s, with 1 / 2K (appendix F as printed; DI-engine's text);
     `policy_kl` pi(.|s)'s, unweighted, with 1 / K: mu proportional to pi exp(Q / T)
     (CQL(rho), section 3.2); `mean` their mean (eq. 2, the tutorials')."""
-    T, K = temperature[:, None, None], config.cql_n_actions
-    parts = {"logsumexp": (None, None), "two_proposals": (0, 2 * K)}
-    part = slice(*parts.get(config.penalty, (K, 2 * K)))
-    logits = q[..., part] / T.unsqueeze(-1)
-    if log_mu is None:
-        logits = torch.cat([logits, q_data.unsqueeze(-1) / T.unsqueeze(-1)], -1)
-    elif config.penalty in ("logsumexp", "two_proposals"):
-        logits = logits - log_mu[..., part]
-    constant = 0.0 if config.penalty == "logsumexp" else math.log(logits.shape[-1])
-    gap = T * (logits.logsumexp(-1) - constant) - q_data
-    if config.penalty == "mean":
-        gap = q[..., part].mean(-1) - q_data
+    K = config.cql_n_actions
+    penalty = config.penalty
+    T = temperature[:, None, None]  # [R, 1, 1]
+    if penalty == "two_proposals":
+        q = q[..., : 2 * K]
+        log_mu = log_mu[..., : 2 * K]
+    elif penalty in ("policy_kl", "mean"):
+        q = q[..., K : 2 * K]
+        log_mu = log_mu[..., K : 2 * K]
+    if penalty == "mean":
+        soft_maximum = q.mean(-1)
+    elif penalty == "policy_kl":
+        soft_maximum = T * ((q / T.unsqueeze(-1)).logsumexp(-1) - math.log(K))
+    elif log_mu is None:
+        q = torch.cat([q, q_data.unsqueeze(-1)], dim=-1)
+        soft_maximum = T * (q / T.unsqueeze(-1)).logsumexp(-1)
+    else:
+        soft_maximum = T * (q / T.unsqueeze(-1) - log_mu).logsumexp(-1)
+    if penalty == "two_proposals":
+        soft_maximum = soft_maximum - T * math.log(2 * K)
+    gap = soft_maximum - q_data
     return gap.clamp(config.cql_clip_diff_min, config.cql_clip_diff_max)
 
 
-def sampled_backward(gap_of, q: Tensor, offsets: Tensor, k: int):
+def sampled_backward(gap_of: Callable, q: Tensor, resampling_offset: Tensor, k: int):
     """k of M actions per state and critic to differentiate gap_of(q) through.
 
     The gap's gradient is sum_m slope_m dQ_m, slope_m = d gap / d Q_m. Actions drawn in
     proportion to |slope_m| by systematic resampling (one offset, k equally spaced
     points of the cdf) estimate it without bias, whatever form gap_of has: a clamped
     gap, say, has no slopes. q [R, N, B, 1 + M], the data's action first, whose slope
-    stays exact; offsets [R, N, B]. Returns the gap [R, N, B], indices [R, N, B, k] of
-    the M, and for Q of the data and of those k the slopes [R, N, B, 1 + k]."""
+    stays exact; resampling_offset [R, N, B]. Returns the gap [R, N, B], indices
+    [R, N, B, k] of the M, and for Q of the data and of those k the slopes
+    [R, N, B, 1 + k]."""
     gap, pull = torch.func.vjp(gap_of, q.detach())
     (slopes,) = pull(torch.ones_like(gap))
-    slope_of_data, slopes = slopes[..., :1], slopes[..., 1:]
+    slope_of_data = slopes[..., :1]
+    slopes = slopes[..., 1:]
     cdf = slopes.abs().cumsum(-1)
     each = cdf[..., -1:] / k
-    points = (torch.arange(k, device=q.device) + offsets.unsqueeze(-1)) * each
-    indices = torch.searchsorted(cdf, points, right=True).clamp(max=cdf.shape[-1] - 1)
+    points = torch.arange(k, device=q.device) + resampling_offset.unsqueeze(-1)
+    indices = torch.searchsorted(cdf, points * each, right=True)
+    indices = indices.clamp(max=cdf.shape[-1] - 1)
     slopes = slopes.gather(-1, indices).sign() * each
-    return gap.detach(), indices, torch.cat([slope_of_data, slopes], -1)
+    return gap.detach(), indices, torch.cat([slope_of_data, slopes], dim=-1)
 
 
-def q_and_gap(critic: Critic, batch, samples, sweep, config):
+def bounded_q(q: Tensor, mc_returns: Tensor, config: TrainConfig) -> Tensor:
+    """Cal-QL (arXiv 2303.05479, section 5): Q [R, N, B, 1 + 3K] of the policy's
+    proposals no lower than the return-to-go [R, B]; the data's and uniform actions' as
+    they are."""
+    free = 1 + config.cql_n_actions
+    bounded = torch.maximum(q[..., free:], mc_returns[:, None, :, None])
+    return torch.cat([q[..., :free], bounded], dim=-1)
+
+
+def q_and_gap(critic: Critic, batch, samples, noise, sweep, config):
     """Q [R, N, B, 1 + 3K] of the data's action and the proposals, Q of the former with
     a graph and the gap, [R, N, B] each. All actions go through the critics in one call;
     with cql_backward_actions without a graph, and the few with one in a second call."""
-    k, K = config.cql_backward_actions, config.cql_n_actions
+    k = config.cql_backward_actions
     dtype = torch.bfloat16 if config.precision == "bf16" else None
     log_mu = samples.log_mu.unsqueeze(1) if config.cql_importance_sample else None
-    actions = torch.cat([batch.actions.unsqueeze(2), samples.proposals], 2)
+    actions = torch.cat([batch.actions.unsqueeze(2), samples.proposals], dim=2)
 
     def gap_of(q):
-        q_data, q = q[..., 0], q[..., 1:]
-        if config.cal_ql:  # arXiv 2303.05479, section 5: bounds the policy's proposals
-            bounded = torch.maximum(q[..., K:], batch.mc_returns[:, None, :, None])
-            q = torch.cat([q[..., :K], bounded], -1)
-        return conservative_gap(q, log_mu, q_data, sweep.cql_temp, config)
+        if config.cal_ql:
+            q = bounded_q(q, batch.mc_returns, config)
+        q_data = q[..., 0]
+        q_proposals = q[..., 1:]
+        return conservative_gap(q_proposals, log_mu, q_data, sweep.cql_temp, config)
 
     with torch.set_grad_enabled(k == 0):
         q = critic(batch.observations, actions, dtype)  # [R, N, B, 1 + 3K]
     if k == 0:
         return q, q[..., 0], gap_of(q)
-    gap, indices, slopes = sampled_backward(gap_of, q, samples.offsets, k)
+    offset = noise.resampling_offset
+    gap, indices, slopes = sampled_backward(gap_of, q, offset, k)
     indices = F.pad(indices + 1, (1, 0)).unsqueeze(-1)  # [R, N, B, 1 + k, 1]
     actions = actions.unsqueeze(1).expand(-1, q.shape[1], -1, -1, -1)
     q_k = critic(batch.observations, actions.take_along_dim(indices, 3), dtype)
@@ -1419,14 +1561,14 @@ def penalized_td_loss(q_data, target, gap, log_alpha_prime, sweep, config):
     gap = gap.mean(-1)  # [R, N]
     td = (q_data - target.unsqueeze(1)).square().mean(-1)  # [R, N]
     weight = sweep.cql_alpha.unsqueeze(1)  # [R, 1]
-    excess, multiplier = gap, gap.new_zeros(len(gap))
-    multiplier_loss = multiplier
     if config.cql_lagrange:
         multiplier = log_alpha_prime.exp().clamp(0.0, 1e6)  # [R]
         excess = gap - sweep.cql_target_action_gap.unsqueeze(1)
         multiplier_loss = -(multiplier.unsqueeze(1) * weight * excess.detach()).mean(1)
-        weight = weight * multiplier.detach().unsqueeze(1)
-    penalty = weight * excess
+        penalty = weight * multiplier.detach().unsqueeze(1) * excess
+    else:
+        multiplier = multiplier_loss = gap.new_zeros(len(gap))
+        penalty = weight * gap
     metrics = {
         "qf{j}_loss": td,
         "average_qf{j}": q_data.mean(-1),
@@ -1438,37 +1580,48 @@ def penalized_td_loss(q_data, target, gap, log_alpha_prime, sweep, config):
     return (td + penalty).sum(1) + multiplier_loss, metrics
 
 
-def critic_loss(critic: Critic, batch, samples, target, log_alpha_prime, sweep, config):
-    """Of continuous actions; target [R, B], log_alpha_prime [R]."""
-    q, q_data, gap = q_and_gap(critic, batch, samples, sweep, config)
+def critic_loss(
+    critic: Critic, batch, samples, noise, target, log_alpha_prime, sweep, config
+):
+    """Of continuous actions; target [R, B], log_alpha_prime [R]. The logged Q is the
+    penalty's: with cal_ql the bounded one, as CORL's."""
+    q, q_data, gap = q_and_gap(critic, batch, samples, noise, sweep, config)
     parts = q_data, target, gap, log_alpha_prime, sweep, config
     loss, metrics = penalized_td_loss(*parts)
-    q_mean = q[..., 1:].mean(2).unflatten(-1, (3, -1)).mean(-1)  # [R, N, 3]
-    names = "cql_q{j}_rand", "cql_q{j}_current_actions", "cql_q{j}_next_actions"
-    metrics |= dict(zip(names, q_mean.unbind(-1)))
-    return loss, metrics | {"cql_std_q{j}": q.std(-1).mean(-1)}
+    q = q.detach()
+    if config.cal_ql:
+        free = 1 + config.cql_n_actions
+        below = q[..., free:] < batch.mc_returns[:, None, :, None]
+        metrics["bound_rate"] = below.to(q.dtype).mean((1, 2, 3))
+        q = bounded_q(q, batch.mc_returns, config)
+    uniform, current, following = q[..., 1:].chunk(3, dim=-1)  # [R, N, B, K] each
+    metrics["cql_q{j}_rand"] = uniform.mean((2, 3))
+    metrics["cql_q{j}_current_actions"] = current.mean((2, 3))
+    metrics["cql_q{j}_next_actions"] = following.mean((2, 3))
+    metrics["cql_std_q{j}"] = q.std(-1).mean(-1)
+    return loss, metrics
 
 
-def discrete_loss(critic, target_critic, batch, keys, log_alpha_prime, sweep, config):
+def discrete_loss(critic, target_critic, batch, noise, log_alpha_prime, sweep, config):
     """Of discrete actions, on double DQN (arXiv 1509.06461): the critics' mean chooses
     the next action, the target critics' least values it. The gap is exact."""
     actions = batch.actions.long().unsqueeze(1)  # [R, 1, B, 1]
     q = critic(batch.observations)  # [R, N, B, A]
-    q_data = q.take_along_dim(actions, -1).squeeze(-1)
+    q_data = q.take_along_dim(actions, -1).squeeze(-1)  # [R, N, B]
     with torch.no_grad():
-        best = critic(batch.next_observations).mean(1, keepdim=True).argmax(-1, True)
+        next_q = critic(batch.next_observations).mean(1, keepdim=True)
+        best = next_q.argmax(-1, keepdim=True)  # [R, 1, B, 1]
         q_next = target_critic(batch.next_observations).take_along_dim(best, -1)
-        q_next = pessimistic(q_next.squeeze(-1), keys, config)  # [R, B]
+        q_next = least_of_targets(q_next, noise.subset_keys, config)  # [R, B, 1]
+        q_next = q_next.squeeze(-1)
         target = batch.rewards + config.discount * (1 - batch.terminations) * q_next
     gap = conservative_gap(q, torch.zeros_like(q), q_data, sweep.cql_temp, config)
     parts = q_data, target, gap, log_alpha_prime, sweep, config
     loss, metrics = penalized_td_loss(*parts)
-    metrics |= {
-        "average_target_q": q_next.mean(1),
-        "cql_std_q{j}": q.std(-1).mean(-1),
-        "cql_q{j}_rand": q.mean(-1).mean(-1),
-        "cql_q{j}_current_actions": q.amax(-1).mean(-1),
-    }
+    metrics["average_target_q"] = q_next.mean(1)
+    metrics["cql_std_q{j}"] = q.std(-1).mean(-1)
+    metrics["cql_q{j}_rand"] = q.mean(-1).mean(-1)
+    metrics["cql_q{j}_current_actions"] = q.amax(-1).mean(-1)
     return loss, metrics
 
 
@@ -1476,215 +1629,237 @@ def discrete_loss(critic, target_critic, batch, keys, log_alpha_prime, sweep, co
 # Agents
 # ======================================================================================
 
+# Every draw is a function of (stream, seed of the run, counter): nothing of it stands in
+# a checkpoint, and what a run draws does not depend on who shares the device. The stream
+# comes first, because SeedSequence takes [0, 1] and [0, 1, 0] for the same.
+INIT, UPDATE, EXPLORE, RESET, EVALUATE = range(5)
 
-def seeded(seed: int, stream: int, device="cpu") -> torch.Generator:
-    """A generator of its own for each use of a run's seed."""
-    state = np.random.SeedSequence([seed, stream]).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(state >> 1))
+
+def seed_from(numbers: List[int]) -> int:
+    """The seed of a stream's draw, from [stream, seed, counter, ...]."""
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
+    return int(state >> 1)
 
 
-@cache
-def compiled(function: Callable) -> Callable:
-    """The function by torch.compile; where that fails, as it is, with a line of why."""
-    # Both passes at the first call: a failure of the second would come too late.
-    torch._functorch.config.force_non_lazy_backward_lowering = True
-    chosen = [torch.compile(function)]
-    say("compiling the losses: the first update takes a minute or so")
-
-    def call(*arguments):
-        try:
-            return chosen[0](*arguments)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            reason = brief(str(error).partition("\n\n")[0])  # the rest is advice
-            say(f"not compiled, training goes on without: {reason}")
-            chosen[0] = function
-            return function(*arguments)
-
-    return call
+def generator_of(numbers: List[int], device="cpu") -> torch.Generator:
+    """The generator of a stream's draw, from [stream, seed, counter, ...]."""
+    return torch.Generator(device).manual_seed(seed_from(numbers))
 
 
 class Agent(nn.Module):
     """What both agents share, for R runs at once: `update` learns from a Batch of raw
     observations and the environment's actions, `act` returns such actions. The
-    state_dict holds all that training needs, optimizer, generators and observation
-    statistics included.
+    state_dict holds all that training needs, optimizer and observation statistics
+    included. `updates` counts; noise, bc_steps and target_update_period go by it.
 
-    A subclass makes `critic`, and whatever else it trains, in `build`."""
+    A subclass makes its networks in `build`, and has `draw_actions`, `unit_actions`,
+    `losses` and `choose`."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        observation_dim: int,
-        action_dim: int,
-        device: Union[str, torch.device] = "cpu",
-        action_low=-1.0,
-        action_high=1.0,
-        observation_mean=0.0,
-        observation_std=1.0,
-        runs: Optional[List[dict]] = None,  # of the product; null: all
-    ):
+    def __init__(self, config: TrainConfig, task: Task, device="cpu", statistics=None):
+        """statistics: mean and std [O] that standardize observations. Raises UserError
+        for flags that are not for such actions."""
         super().__init__()
-        self.config, self.device = config, device
-        self.observation_dim, self.action_dim = observation_dim, action_dim
-        self.runs = product_of_runs(config) if runs is None else runs
-        generators = [seeded(run["seed"], 0) for run in self.runs]
-        groups = self.build(generators, config, len(self.runs))
+        self.config = config
+        self.task = task
+        self.device = torch.device(device)
+        self.action_dim = len(task.action_low)
+        self.sizes = {  # of a Batch's columns after [R, B]
+            "observations": (task.observation_dim,),
+            "next_observations": (task.observation_dim,),
+            "actions": (self.action_dim,),
+        }
+        self.runs = product_of_runs(config)
+        self.updates = 0
+        actor, critic = self.build([generator_of([INIT, x["seed"]]) for x in self.runs])
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha_prime = nn.Parameter(torch.ones(len(self.runs)))
-        for name, value, size in (
-            ("observation_mean", observation_mean, observation_dim),
-            ("observation_std", observation_std, observation_dim),
-            ("action_low", action_low, action_dim),
-            ("action_high", action_high, action_dim),
-        ):
-            value = torch.as_tensor(value, dtype=torch.get_default_dtype())
-            self.register_buffer(name, value.expand(size).clone())
+        if config.cql_lagrange:
+            critic.append(self.log_alpha_prime)
+        kind = torch.get_default_dtype()
+        mean, std = statistics or (torch.zeros(self.sizes["observations"]), 1.0)
+        constants = {"observation_mean": mean, "observation_std": std + 0 * mean}
+        constants |= {"action_low": task.action_low, "action_high": task.action_high}
+        for name, value in constants.items():
+            self.register_buffer(name, torch.as_tensor(value, dtype=kind))
         self.to(device)
-        columns = ([run[name] for run in self.runs] for name in Sweep._fields)
-        kind = {"dtype": torch.get_default_dtype(), "device": device}
-        self.sweep = Sweep(*(torch.tensor(column, **kind) for column in columns))
-        self.restart()
-        # One Adam for all: it is elementwise, so neither runs nor networks mix.
-        groups[-1]["params"] += [self.log_alpha_prime] * config.cql_lagrange
-        on_gpu = torch.device(device).type == "cuda"
-        self.optimizer = torch.optim.Adam(groups, fused=True, capturable=on_gpu)
-        for parameter in itertools.chain(*(group["params"] for group in groups)):
-            self.optimizer.state[parameter] = {  # now, so that loading only ever copies
-                "step": torch.zeros((), dtype=torch.float32, device=device),
+        sweep = {}
+        for name in Sweep._fields:
+            values = [run[name] for run in self.runs]
+            sweep[name] = torch.tensor(values, dtype=kind, device=device)
+        self.sweep = Sweep(**sweep)
+        self.optimizer = self.make_optimizer(actor, critic)
+        self.block = None
+        self.block_noise = None  # see draw
+        if config.compile:
+            say("compiling the losses: the first update takes a minute or so")
+            torch._dynamo.config.suppress_errors = True  # else as they are
+            self.compile()
+
+    def make_optimizer(self, actor: list, critic: list) -> torch.optim.Adam:
+        """One Adam for all: it is elementwise, so neither runs nor networks mix. A
+        network that sits an update out must have no gradient then (None): a zero one
+        would move it. On a GPU a captured graph keeps the learning rates as they are; a
+        schedule needs them as tensors, changed in place."""
+        groups = [
+            {"params": actor, "lr": self.config.policy_lr},
+            {"params": critic, "lr": self.config.qf_lr},
+        ]
+        on_gpu = self.device.type == "cuda"
+        groups = [group for group in groups if group["params"]]
+        optimizer = torch.optim.Adam(groups, fused=True, capturable=on_gpu)
+        for parameter in actor + critic:
+            optimizer.state[parameter] = {  # now, so that loading only ever copies
+                "step": torch.zeros((), dtype=torch.float32, device=self.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
+        return optimizer
 
-    def restart(self) -> None:
-        """Count and draw as a fresh run does, with the weights as they are."""
-        self.step = 0
-        self.generators = [seeded(run["seed"], 1, self.device) for run in self.runs]
-        self.explorers = [seeded(run["seed"], 2) for run in self.runs]
+    def draw(self, batch_size: int) -> Noise:
+        """Noise of the next update; run r draws by its own seed alone. On a GPU a block
+        of updates is drawn at once, to spare launches."""
+        n = 32 if self.device.type == "cuda" else 1
+        block, place = divmod(self.updates, n)
+        if self.block != (block, batch_size):
+            draws = []
+            for run in self.runs:
+                generator = generator_of([UPDATE, run["seed"], block], self.device)
+                draws.append(self.draw_run((n, batch_size), generator))
+            stacked = {}
+            for name in draws[0]:
+                stacked[name] = torch.stack([draw[name] for draw in draws], dim=1)
+            self.block = (block, batch_size)
+            self.block_noise = stacked
+        return Noise(**{name: x[place] for name, x in self.block_noise.items()})
 
-    def draw(self, batch_size: int, n: Optional[int] = None) -> Noise:
-        """Noise of an update, or of n of them in a block [n, R, ...]; run r draws from
-        its own generator alone."""
-        draws = []
-        for generator in self.generators:
-            on = {"generator": generator, "device": self.device}
-            rows = torch.rand((n or 1, batch_size), dtype=torch.float64, **on)
-            draw = self.draw_actions((n or 1, batch_size), on)
-            subset = (self.config.n_target_critics or math.inf) < self.config.n_critics
-            keys = torch.rand((n or 1, self.config.n_critics * subset), **on)
-            draws.append((*draw, keys, rows))
-        block = Noise(*(torch.stack(draw, 1) for draw in zip(*draws)))
-        return block if n else Noise(*(x[0] for x in block))
+    def draw_run(self, shape: Tuple[int, int], generator) -> Dict[str, Tensor]:
+        """One run's noise [n, B, ...] of n updates, by Noise's names."""
+        on = {"generator": generator, "device": self.device}
+        draws = {"fractions": torch.rand(shape, dtype=torch.float64, **on)}
+        draws |= self.draw_actions(shape, on)
+        if self.config.n_target_critics is not None:
+            draws["subset_keys"] = torch.rand((shape[0], self.config.n_critics), **on)
+        return draws
 
     def prepare(self, batch: Batch) -> Batch:
         """With the R dimension, standardized observations and unit actions. Raises
         ValueError for other shapes, which might broadcast into a wrong answer."""
+        if self.config.cal_ql and batch.mc_returns is None:
+            raise ValueError("cal_ql needs a batch with mc_returns")
         kind = {"dtype": self.observation_mean.dtype, "device": self.device}
-        if batch.mc_returns is None:  # Cal-QL's bound that bounds nothing
-            none = torch.full(np.shape(batch.rewards), -math.inf, **kind)
-            batch = batch._replace(mc_returns=none)
-        batch = Batch(*(torch.as_tensor(array, **kind) for array in batch))
-        if batch.rewards.ndim == 1:
-            batch = Batch(*(x.unsqueeze(0) for x in batch))
-        lead = len(self.runs), batch.rewards.shape[-1]
-        states, actions = (*lead, self.observation_dim), (*lead, self.action_dim)
-        shapes = [states, actions, lead, states, lead, lead]
-        if [x.shape for x in batch] != shapes:
-            raise ValueError(f"batch of {[tuple(x.shape) for x in batch]}, not {shapes}")
-        mean, std = self.observation_mean, self.observation_std
-        return batch._replace(
-            observations=(batch.observations - mean) / std,
-            next_observations=(batch.next_observations - mean) / std,
-            actions=self.unit_actions(batch.actions),
-        )
+        n_runs = len(self.runs)
+        shape = np.shape(batch.rewards)
+        columns = {}
+        for name, values in batch._asdict().items():
+            if values is not None:
+                values = torch.as_tensor(values, **kind)
+                if len(shape) == 1:
+                    values = values.unsqueeze(0)
+                expected = (n_runs, shape[-1], *self.sizes.get(name, ()))
+                if values.shape != expected:
+                    what = f"{name} {tuple(values.shape)}, expected {expected}"
+                    raise ValueError(f"a batch of {what}")
+                columns[name] = values
+        mean = self.observation_mean
+        std = self.observation_std
+        for name in ("observations", "next_observations"):
+            columns[name] = (columns[name] - mean) / std
+        columns["actions"] = self.unit_actions(columns["actions"])
+        return Batch(**columns)
+
+    def forward(self, batch: Batch, noise: Noise, cloning: bool):
+        """The losses; --compile compiles this call."""
+        return self.losses(batch, noise, cloning)
 
     def update(self, batch: Batch, noise: Optional[Noise] = None) -> Dict[str, Tensor]:
-        """One step on every network; returns metrics, each [R] (or [R, N] where the
-        name holds {j}), on the device and without a sync."""
-        batch = self.prepare(batch)
-        noise = self.draw(batch.rewards.shape[1]) if noise is None else noise
-        metrics = self.learn(batch, noise)
-        self.step += 1
-        return metrics
-
-    def stage(self) -> Tuple[bool, bool]:
-        """Whether the next update clones, and whether it moves the targets: all that
-        the step decides in `learn`."""
-        period = self.config.target_update_period
-        return self.step < self.config.bc_steps, (self.step + 1) % period == 0
-
-    def learn(self, batch: Batch, noise: Noise) -> Dict[str, Tensor]:
-        """`update` on a prepared batch, but for the counting: a CUDA graph holds it."""
-        losses = type(self).losses
-        losses = compiled(losses) if self.config.compile else losses
-        loss, metrics = losses(self, batch, noise, self.stage()[0])
+        """One step on every network, from a batch whose rows are in random order;
+        returns metrics, each [R] (or [R, N] where the name holds {j}), on the device and
+        without a sync. Every loss is of the parameters as they stand before the step."""
+        if noise is None:
+            noise = self.draw(np.shape(batch.rewards)[-1])
+        cloning, target_step = self.stage()
+        loss, metrics = self(self.prepare(batch), noise, cloning)
         self.optimizer.zero_grad()
         loss.sum().backward()
         self.optimizer.step()
-        if self.stage()[1]:
-            targets, critics = self.target_critic.parameters(), self.critic.parameters()
-            rate = self.config.soft_target_update_rate
+        if target_step:
+            targets = list(self.target_critic.parameters())
+            critics = list(self.critic.parameters())
             with torch.no_grad():
-                torch._foreach_lerp_(list(targets), list(critics), rate)
+                rate = self.config.soft_target_update_rate
+                torch._foreach_lerp_(targets, critics, rate)
+        self.updates += 1
         return {name: value.detach() for name, value in metrics.items()}
 
+    def stage(self) -> Tuple[bool, bool]:
+        """Whether the next update clones, and whether it moves the targets: all that the
+        count of updates decides, so each stage has a graph of its own."""
+        cloning = self.updates < self.config.bc_steps
+        return cloning, (self.updates + 1) % self.config.target_update_period == 0
+
     @torch.no_grad()
-    def act(self, observations, deterministic: bool = True) -> np.ndarray:
+    def act(self, observations, noise: Optional[Tensor] = None) -> np.ndarray:
         """Environment actions [R, n, A] for raw observations [R, n, O]; without the
-        leading dimensions (R = 1), actions without them."""
-        dtype = self.observation_mean.dtype
-        x = torch.tensor(np.asarray(observations), dtype=dtype).to(self.device)
-        shape, n_runs = x.shape[:-1], len(self.runs)
-        lead = x.shape[0] if x.ndim == 3 else 1
-        if (lead, x.shape[-1]) != (n_runs, self.observation_dim):
-            expected = f"{n_runs} runs of {self.observation_dim} dimensions"
+        leading dimensions (R = 1), actions without them. With noise, standard normals
+        [R, n, A], they are sampled from the policy, else its mode."""
+        x = torch.tensor(np.asarray(observations), dtype=self.observation_mean.dtype)
+        n_runs = x.shape[0] if x.ndim == 3 else 1
+        if n_runs != len(self.runs) or x.shape[-1:] != self.sizes["observations"]:
+            expected = f"{len(self.runs)} runs of {self.sizes['observations']}"
             raise ValueError(f"observations {tuple(x.shape)} for {expected}")
-        x = x.reshape(n_runs, -1, x.shape[-1])
-        x = (x - self.observation_mean) / self.observation_std
-        actions = self.choose(x, deterministic)
-        return actions.reshape(*shape, self.action_dim).cpu().numpy()
+        rows = x.reshape(n_runs, -1, x.shape[-1]).to(self.device)
+        actions = self.choose(rows, noise)
+        return actions.reshape(*x.shape[:-1], self.action_dim).cpu().numpy()
 
     def get_extra_state(self) -> dict:
-        names, optimizer = ("generators", "explorers"), self.optimizer.state_dict()
-        states = {k: [g.get_state() for g in getattr(self, k)] for k in names}
-        moments = {i: {**state} for i, state in optimizer["state"].items()}
-        return {"step": self.step, "optimizer": moments, **states}
+        moments = {}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            moments[index] = dict(state)
+        return {"updates": self.updates, "optimizer": moments}
 
     def set_extra_state(self, state: dict) -> None:
         """Copies into the live tensors; rebinding them would freeze what they feed."""
-        self.step, own = state["step"], self.optimizer.state_dict()["state"]
-        if own.keys() != state["optimizer"].keys():
+        self.updates = state["updates"]
+        live = self.optimizer.state_dict()["state"]
+        if live.keys() != state["optimizer"].keys():
             raise ValueError("its optimizer trains other temperatures")
         for index, tensors in state["optimizer"].items():
             for name, tensor in tensors.items():
-                own[index][name].copy_(tensor)
-        mine = self.generators + self.explorers
-        for generator, saved in zip(mine, state["generators"] + state["explorers"]):
-            if saved.shape == generator.get_state().shape:  # else another device kind
-                generator.set_state(saved)
+                live[index][name].copy_(tensor)
 
 
 class ContinuousCQL(Agent):
     """CQL on soft actor-critic; actions in [action_low, action_high], both [A]."""
 
-    def build(self, generators, config: TrainConfig, n_runs: int) -> List[dict]:
-        dims = config, n_runs, self.observation_dim, self.action_dim
-        self.policy, self.critic = Policy(*dims), Critic(*dims)
+    def build(self, generators: List[torch.Generator]) -> Tuple[list, list]:
+        """Networks; the parameters that train at policy_lr and at qf_lr."""
+        config = self.config
+        n_runs = len(generators)
+        sizes = n_runs, self.task.observation_dim, self.action_dim
+        self.policy = Policy(config, *sizes)
+        self.critic = Critic(config, *sizes)
         self.policy.initialize(generators, orthogonal=False)  # as CORL, always
         self.critic.initialize(generators, config.orthogonal_init)
         self.log_alpha = nn.Parameter(torch.zeros(n_runs))
-        actor, critic = list(self.policy.parameters()), list(self.critic.parameters())
-        actor += [self.log_alpha] * config.use_automatic_entropy_tuning
-        groups = [(actor, config.policy_lr), (critic, config.qf_lr)]
-        return [{"params": parameters, "lr": rate} for parameters, rate in groups]
+        actor = list(self.policy.parameters())
+        if config.use_automatic_entropy_tuning:
+            actor.append(self.log_alpha)
+        return actor, list(self.critic.parameters())
 
-    def draw_actions(self, shape: Tuple[int, int], on: dict) -> Tuple[Tensor, ...]:
-        K, A, config = self.config.cql_n_actions, self.action_dim, self.config
+    def draw_actions(self, shape: Tuple[int, int], on: dict) -> Dict[str, Tensor]:
+        config = self.config
+        K = self.config.cql_n_actions
+        A = self.action_dim
         T = K if config.cql_max_target_backup else 1
-        N = config.n_critics if config.cql_backward_actions else 0
-        normals = torch.randn((*shape, 1 + K + T + K, A), **on)
-        uniforms = torch.rand((*shape, K * A + N), **on)
-        actions = uniforms[..., : K * A].unflatten(-1, (K, A)) * 2 - 1
-        return *normals.split([1 + K, T + K], 2), actions, uniforms[..., K * A :].mT
+        draws = {
+            "normals": torch.randn((*shape, 1 + K, A), **on),
+            "next_normals": torch.randn((*shape, T + K, A), **on),
+            "uniforms": torch.rand((*shape, K, A), **on) * 2 - 1,
+        }
+        if config.cql_backward_actions:
+            sizes = (shape[0], config.n_critics, shape[1])
+            draws["resampling_offset"] = torch.rand(sizes, **on)
+        return draws
 
     def unit_actions(self, actions: Tensor) -> Tensor:
         center = (self.action_high + self.action_low) / 2
@@ -1696,72 +1871,59 @@ class ContinuousCQL(Agent):
         `cloning` the policy's is that of behaviour cloning."""
         config = self.config
         samples = sample_actions(self.policy, batch, noise)
-        alpha = torch.full_like(self.log_alpha, config.alpha_multiplier)
-        total = torch.zeros_like(alpha)
-        metrics = {"alpha_loss": total}
         if config.use_automatic_entropy_tuning:
-            alpha = alpha * self.log_alpha.detach().exp()
-            log_pi, target_entropy = samples.log_pi, -self.action_dim
-            total, metrics = temperature_loss(self.log_alpha, log_pi, target_entropy)
-        if cloning:
-            loss, more = cloning_loss(batch, samples, alpha)
+            alpha = config.alpha_multiplier * self.log_alpha.detach().exp()  # [R]
+            target_entropy = -self.action_dim
+            alpha_loss, metrics = temperature_loss(
+                self.log_alpha, samples.log_pi, target_entropy
+            )
         else:
-            loss, more = actor_loss(self.critic, batch, samples, alpha)
-        total, metrics = total + loss, {"alpha": alpha, **metrics, **more}
-        target, more = td_target(self.target_critic, batch, samples, alpha, config)
-        metrics.update(more)
-        multiplier = (self.log_alpha_prime, self.sweep, config)
-        loss, more = critic_loss(self.critic, batch, samples, target, *multiplier)
-        return total + loss, {**metrics, **more}
+            alpha = torch.full_like(self.log_alpha, config.alpha_multiplier)
+            alpha_loss = torch.zeros_like(alpha)
+            metrics = {"alpha_loss": alpha_loss}
+        if cloning:
+            policy_loss, more = cloning_loss(batch, samples, alpha)
+        else:
+            policy_loss, more = actor_loss(self.critic, batch, samples, alpha, config)
+        metrics = {"alpha": alpha, **metrics, **more}
+        target, more = td_target(
+            self.target_critic, batch, samples, alpha, noise.subset_keys, config
+        )
+        metrics |= more
+        multiplier = self.log_alpha_prime
+        q_loss, more = critic_loss(
+            self.critic, batch, samples, noise, target, multiplier, self.sweep, config
+        )
+        return alpha_loss + policy_loss + q_loss, metrics | more
 
-    def choose(self, observations: Tensor, deterministic: bool) -> Tensor:
-        x, log_std = self.policy(observations)
-        if not deterministic:
-            shape, kind = x.shape[1:], {"dtype": x.dtype}
-            draws = [torch.randn(shape, generator=g, **kind) for g in self.explorers]
-            x = x + log_std.exp() * torch.stack(draws).to(x.device)
+    def choose(self, observations: Tensor, noise: Optional[Tensor] = None) -> Tensor:
+        """`act` on the device: raw [R, n, O] -> the environment's [R, n, A]."""
+        x = (observations - self.observation_mean) / self.observation_std
+        x, log_std = self.policy(x)
+        if noise is not None:
+            x = x + log_std.exp() * noise.to(x)
         center = (self.action_high + self.action_low) / 2
         actions = center + (self.action_high - center) * x.tanh()
         return actions.clamp(self.action_low, self.action_high)
 
-    def on_host(self) -> Callable[[np.ndarray], np.ndarray]:
-        """`act` as it is now, deterministic, in NumPy, which another process can take:
-        for a few rows at a time, torch takes longer than the environments."""
-        *hidden, (w, b) = host_layers(self.policy)
-        last = w[..., : self.action_dim], b[..., : self.action_dim]  # the mean's part
-        names = "action_low action_high observation_mean observation_std".split()
-        arrays = (getattr(self, name).cpu().numpy() for name in names)
-        return partial(host_policy, *arrays, [*hidden, last])
-
 
 class DiscreteCQL(Agent):
-    """CQL on double DQN; actions are the integers from action_low to action_low +
-    n_actions - 1, and act takes the one of highest mean Q over the critics."""
+    """CQL on double DQN; actions are the integers from action_low to action_high, and
+    act takes the one of highest mean Q over the critics."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        observation_dim: int,
-        n_actions: int,
-        device: Union[str, torch.device] = "cpu",
-        action_low=0,
-        observation_mean=0.0,
-        observation_std=1.0,
-        runs: Optional[List[dict]] = None,
-    ):
-        self.n_actions = n_actions
-        high = float(np.ravel(action_low)[0]) + n_actions - 1
-        rest = (action_low, high, observation_mean, observation_std, runs)
-        super().__init__(config, observation_dim, 1, device, *rest)
+    def build(self, generators: List[torch.Generator]) -> Tuple[list, list]:
+        """Networks; no parameters that train at policy_lr, and those at qf_lr."""
+        for name in ("penalty", "cal_ql"):
+            if getattr(self.config, name) != FIELDS[name].default:
+                raise UserError(f"--{name}: not for discrete actions")
+        n_actions = int(self.task.action_high[0] - self.task.action_low[0]) + 1
+        sizes = len(generators), self.task.observation_dim, n_actions
+        self.critic = DiscreteCritic(self.config, *sizes)
+        self.critic.initialize(generators, self.config.orthogonal_init)
+        return [], list(self.critic.parameters())
 
-    def build(self, generators, config: TrainConfig, n_runs: int) -> List[dict]:
-        dims = config, n_runs, self.observation_dim, self.n_actions
-        self.critic = DiscreteCritic(*dims)
-        self.critic.initialize(generators, config.orthogonal_init)
-        return [{"params": list(self.critic.parameters()), "lr": config.qf_lr}]
-
-    def draw_actions(self, shape: Tuple[int, int], on: dict) -> Tuple[Tensor, ...]:
-        return (torch.empty(shape[0], 0, device=self.device),) * 4
+    def draw_actions(self, shape: Tuple[int, int], on: dict) -> Dict[str, Tensor]:
+        return {}
 
     def unit_actions(self, actions: Tensor) -> Tensor:
         return actions - self.action_low
@@ -1769,560 +1931,582 @@ class DiscreteCQL(Agent):
     def losses(self, batch: Batch, noise: Noise, cloning: bool):
         """The loss of a prepared batch at the present parameters, [R]; no policy clones
         here."""
-        networks = self.critic, self.target_critic
-        multiplier = (self.log_alpha_prime, self.sweep, self.config)
-        return discrete_loss(*networks, batch, noise.keys, *multiplier)
+        return discrete_loss(
+            self.critic,
+            self.target_critic,
+            batch,
+            noise,
+            self.log_alpha_prime,
+            self.sweep,
+            self.config,
+        )
 
-    def choose(self, observations: Tensor, deterministic: bool) -> Tensor:
-        best = self.critic(observations).mean(1).argmax(-1, keepdim=True)  # [R, n, 1]
+    def choose(self, observations: Tensor, noise: Optional[Tensor] = None) -> Tensor:
+        """`act` on the device: raw [R, n, O] -> the environment's [R, n, 1]."""
+        x = (observations - self.observation_mean) / self.observation_std
+        best = self.critic(x).mean(1).argmax(-1, keepdim=True)
         return best + self.action_low.long()
 
-    def on_host(self) -> Callable[[np.ndarray], np.ndarray]:
-        """`act` as it is now, in NumPy, which another process can take."""
-        names = "action_low observation_mean observation_std".split()
-        arrays = (getattr(self, name).cpu().numpy() for name in names)
-        return partial(host_greedy, *arrays, host_layers(self.critic))
+
+def make_agent(config: TrainConfig, task: Task, device="cpu", statistics=None) -> Agent:
+    """The agent of a task's action space. Raises UserError for flags not for it."""
+    kind = DiscreteCQL if task.discrete else ContinuousCQL
+    return kind(config, task, device, statistics)
 
 
-def make_agent(config, task: Task, device="cpu", statistics=(0.0, 1.0), runs=None):
-    """The agent of a dataset's action space."""
-    dims, low, high = (config, task.observation_dim), task.action_low, task.action_high
-    if task.discrete:
-        for name in ("penalty", "cal_ql"):
-            if getattr(config, name) != FIELDS[name].default:
-                raise UserError(f"--{name}: not for discrete actions")
-        n_actions = int(high[0] - low[0]) + 1
-        return DiscreteCQL(*dims, n_actions, device, low, *statistics, runs)
-    return ContinuousCQL(*dims, len(low), device, low, high, *statistics, runs)
+class GraphedStep:
+    """`step` by CUDA graphs, one a stage: hundreds of kernels in one launch. Nothing
+    that Python counts or branches on inside changes once a graph is captured.
 
+    A capture and its first two replays are done over again without the graph, from
+    clones: if the metrics part, or a capture fails, training goes on without graphs."""
 
-def host_layers(network: EnsembleMLP) -> List[Tuple[np.ndarray, np.ndarray]]:
-    """Copies of weights and biases."""
-    pairs = ((layer.weight, layer.bias) for layer in network.layers)
-    return [tuple(p.detach().cpu().numpy().copy() for p in pair) for pair in pairs]
+    WARM_UP = 3  # the call that captures; CudaGraphModule runs those before eagerly
+    CHECKED = WARM_UP + 2
 
+    def __init__(self, step: Callable, agent: Agent, metrics: "Metrics"):
+        import tensordict.nn  # takes a second, and warns on a CPU
 
-def host_forward(mean, std, layers, x: np.ndarray) -> np.ndarray:
-    """EnsembleMLP.forward in NumPy, on raw observations."""
-    x = (x.astype(mean.dtype) - mean) / std
-    for weight, bias in layers[:-1]:
-        x = np.matmul(x, weight)
-        x += bias
-        np.maximum(x, 0, out=x)
-    return np.matmul(x, layers[-1][0]) + layers[-1][1]
+        logging.getLogger("tensordict").setLevel("WARNING")
+        self.make_graph = tensordict.nn.CudaGraphModule
+        self.step = step
+        self.agent = agent
+        self.metrics = metrics
+        self.graphs = {}
+        self.calls = {}
+        self.works = True
 
-
-def host_policy(low, high, mean, std, layers, observations: np.ndarray) -> np.ndarray:
-    """[R, n, O] -> [R, n, A]."""
-    center = (high + low) / 2
-    x = np.tanh(host_forward(mean, std, layers, observations))
-    actions = center + (high - center) * x
-    return np.minimum(np.maximum(actions, low), high)  # np.clip takes three times it
-
-
-def host_greedy(low, mean, std, layers, observations: np.ndarray) -> np.ndarray:
-    """[R, n, O] -> [R, n]."""
-    q = host_forward(mean, std, layers, observations[:, None])  # [R, N, n, A]
-    return q.mean(1).argmax(-1) + low.astype(int)
-
-
-# ======================================================================================
-# Captured update
-# ======================================================================================
-
-
-def capture(function: Callable[[], None]) -> Callable[[], None]:
-    """A CUDA graph of what function launches: one launch for hundreds."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        function()
-    return graph.replay
-
-
-class Updater:
-    """Updates the agent with batches of the data. On a GPU the whole of it, from the
-    choice of the batch to the sums of the metrics, is one CUDA graph for each stage."""
-
-    WARM_UP = 3  # eager updates before a capture, as PyTorch asks for
-
-    def __init__(self, agent: Agent, data: Union[Dataset, Replay], metrics: "Metrics"):
-        self.agent, self.data, self.metrics = agent, data, metrics
-        on_gpu = torch.device(agent.device).type == "cuda"
-        if on_gpu:  # from here on, because the default stream cannot be captured
-            stream = torch.cuda.Stream(agent.device)
-            stream.wait_stream(torch.cuda.current_stream(agent.device))
-            torch.cuda.set_stream(stream)
-        self.captures, self.block = on_gpu, 32 if on_gpu else 1  # updates drawn at once
-        self.used, self.noise, self.before = self.block, None, None
-        self.cursor = torch.zeros(1, dtype=torch.long, device=agent.device)
-        self.seen, self.graphs = {}, {}
-
-    def refill(self) -> None:
-        """Draw a block's noise, into the same memory each time."""
-        self.before = [generator.get_state() for generator in self.agent.generators]
-        noise = self.agent.draw(self.agent.config.batch_size, self.block)
-        self.noise = self.noise or noise
-        for old, new in zip(self.noise, noise):
-            old.copy_(new)
-        self.used = 0
-        self.cursor.zero_()
-
-    def body(self) -> None:
-        """One update without host state, so that it can be replayed."""
-        noise = Noise(*(x.index_select(0, self.cursor).squeeze(0) for x in self.noise))
-        batch = self.agent.prepare(self.data.sample(noise.rows))
-        self.metrics.add(self.agent.learn(batch, noise))
-        self.cursor += 1
-
-    def __call__(self) -> None:
-        if self.used == self.block:
-            self.refill()
+    def __call__(self, noise: Noise) -> None:
         stage = self.agent.stage()
-        self.seen[stage] = self.seen.get(stage, 0) + 1
-        if self.captures and self.seen[stage] == self.WARM_UP + 1:
-            try:
-                self.graphs[stage] = capture(self.body)
-            except RuntimeError as error:
-                self.captures = False
-                say(f"no CUDA graph, each kernel is launched by itself: {brief(error)}")
-        self.graphs.get(stage, self.body)()
-        self.used += 1
-        self.agent.step += 1
-        self.metrics.count += 1
+        if stage not in self.graphs:
+            self.graphs[stage] = self.make_graph(self.uncounted, warmup=self.WARM_UP)
+            self.calls[stage] = 0
+        self.calls[stage] += 1
+        if not self.works:
+            self.uncounted(noise)
+        elif self.WARM_UP <= self.calls[stage] <= self.CHECKED:
+            self.checked(self.graphs[stage], noise)
+        else:
+            self.graphs[stage](noise)
+        self.agent.updates += 1
 
-    def state(self) -> dict:
-        """The unspent noise, as what draws it again."""
-        before = self.before if self.used < self.block else None
-        return {"used": self.used, "block": self.block, "generators": before}
+    def uncounted(self, noise: Noise) -> None:
+        """`step` at the same count of updates, however often Python runs it: a capture
+        runs it twice, a replay never."""
+        updates = self.agent.updates
+        self.step(noise)
+        self.agent.updates = updates
 
-    def load(self, state: dict) -> None:
-        if state["used"] < state["block"] == self.block:
-            for generator, before in zip(self.agent.generators, state["generators"]):
-                generator.set_state(before)
-            self.refill()
-            self.used = state["used"]
-            self.cursor.fill_(self.used)
+    def checked(self, graph: Callable, noise: Noise) -> None:
+        """One update by the graph, and from the same state again without."""
+        tensors = self.live_tensors()
+        before = [tensor.clone() for tensor in tensors]
+        sums = self.metrics.sums.clone()
+        problem = ""
+        try:
+            graph(noise)
+        except RuntimeError as error:
+            problem = brief(error)
+        replayed = self.metrics.sums - sums
+        with torch.no_grad():
+            for tensor, value in zip(tensors, before):
+                tensor.copy_(value)
+        self.uncounted(noise)
+        plain = self.metrics.sums - sums
+        same = torch.allclose(replayed, plain, rtol=1e-3, equal_nan=True)
+        if not problem and not same:
+            problem = "its first replays differ from plain updates"
+        if problem:
+            self.works = False
+            say(f"no CUDA graph, each kernel is launched by itself: {problem}")
+
+    def live_tensors(self) -> List[Tensor]:
+        """All that an update changes."""
+        tensors = list(self.agent.parameters()) + [self.metrics.sums, self.metrics.count]
+        for state in self.agent.optimizer.state.values():
+            tensors += state.values()
+        return tensors
 
 
 # ======================================================================================
-# Environments and evaluation
+# Environments: evaluation and the online phase
 # ======================================================================================
 
 
-@contextmanager
-def quiet():
-    """Without the notes that libraries write on both streams."""
-    with warnings.catch_warnings(action="ignore"), redirect_stdout(io.StringIO()):
-        with redirect_stderr(io.StringIO()):
-            yield
-
-
-def make_env(task: Task, eval_env: Optional[str] = None) -> gym.Env:
-    """The dataset's environment by its registered id, or `eval_env`; observations flat.
+def make_env(config: TrainConfig, task: Optional[Task] = None) -> gym.Env:
+    """The task's environment by its registered id, or `eval_env`; observations flat.
+    If that names the recorded one, with the recorded settings and limit.
 
     A recorded id is data, so it cannot name a module to import; `eval_env` is the
     user's own word and may. Raises UserError."""
-    eval_env = None if eval_env == task.env_id else eval_env  # then with its settings
-    name, kwargs = eval_env or task.env_id, {} if eval_env else dict(task.env_kwargs)
-    if not eval_env and not re.fullmatch(r"[\w/.-]+", str(name)):
-        raise UserError(f"the data's environment {name!r}: no plain id; see --eval_env")
-    if not eval_env and isinstance(task.max_episode_steps, int):
-        kwargs["max_episode_steps"] = task.max_episode_steps
-    where = f"--eval_env {name}" if eval_env else f"environment {name} (--eval_env)"
-    with blaming(UserError, f"{where} cannot be made"), quiet():
+    recorded_id = task.env_id if task else None
+    name = config.eval_env or recorded_id
+    settings = {}
+    limit = config.max_episode_steps
+    if name.rpartition(":")[2] == recorded_id:
+        settings = dict(task.env_kwargs)
+        limit = limit or task.max_episode_steps
+    if limit is not None:
+        settings["max_episode_steps"] = limit
+    where = f"--eval_env {name}: cannot be made"
+    if config.eval_env is None:
+        where = f"environment {name} cannot be made (--eval_env none trains without"
+        where += " it, --eval_env module:ID takes yours)"
+    with errors_as(UserError, where), quiet():
         if ":" in name:
             sys.path.append(os.getcwd())  # where the user's module may be
         elif name not in gym.registry:
             import gymnasium_robotics  # slow to import, and rarely needed
 
             gym.register_envs(gymnasium_robotics)
-        env = gym.make(name, disable_env_checker=True, **kwargs)
-        check_spaces(env.observation_space, env.action_space)
-        if not isinstance(env.observation_space, gym.spaces.Box):
-            space = env.observation_space
-            if "subspaces" in task.observation_space:
-                space = recorded_space(task.observation_space)  # parts by names
-            gym.spaces.flatten(space, env.observation_space.sample())
-            flatten = partial(gym.spaces.flatten, space), gym.spaces.flatten_space(space)
-            env = gym.wrappers.TransformObservation(env, *flatten)
-    return env
+        env = gym.make(name, disable_env_checker=True, **settings)
+        if env.spec.max_episode_steps is None:  # it might never end
+            env = gym.wrappers.TimeLimit(env, task.longest if task else 1000)
+        space = env.observation_space
+        check_observation_space(space)
+        if isinstance(space, gym.spaces.Box) and len(space.shape) == 1:
+            return env
+        if task and not isinstance(space, gym.spaces.Box):
+            space = recorded_space(task.observation_space)  # parts by names, in order
+        gym.spaces.flatten(space, env.observation_space.sample())
+        flat = functools.partial(gym.spaces.flatten, space)
+        flat_space = gym.spaces.flatten_space(space)
+        return gym.wrappers.TransformObservation(env, flat, flat_space)
 
 
-class Simulator:
-    """Evaluation environments of this process, made on first use, stepped together with
-    one policy call per step."""
-
-    def __init__(self, task: Task, config: TrainConfig):
-        self.task, self.config, self.envs = task, config, {}
-
-    def reset(self, r: int, i: int, seed: int) -> np.ndarray:
-        """First observation of run r's i-th episode here."""
-        if (r, i) not in self.envs:
-            env = make_env(self.task, self.config.eval_env)
-            if (env.spec and env.spec.max_episode_steps) is None:  # it might never end
-                env = gym.wrappers.TimeLimit(env, self.task.longest)
-            self.envs[r, i] = env
-        return self.envs[r, i].reset(seed=seed)[0].ravel()
-
-    def episodes(self, act, alive, seeds: List[int], noted=()):
-        """Undiscounted returns, lengths and successes (NaN where the environment tells
-        none), [R, n] each, of an episode of each live run from each seed; None if
-        interrupted."""
-        shape, n = (len(alive), len(seeds)), len(seeds)
-        observations = np.zeros((*shape, self.task.observation_dim))
-        rows = [*observations.reshape(len(alive) * n, -1)]  # views
-        running = [r * n + i for r in np.flatnonzero(alive) for i in range(n)]
-        for j in running:
-            rows[j][:] = self.reset(*divmod(j, n), seeds[j % n])
-        steps = {j: self.envs[divmod(j, n)].step for j in running}
-        returns, lengths, t = [0.0] * len(rows), [0] * len(rows), 0
-        successes = [math.nan] * len(rows)
-        while running:
-            if noted:
-                return None
-            actions = act(observations).reshape(-1, *self.task.action_shape)
-            t += 1
-            for j in running.copy():
-                observation, reward, ended, cut, info = steps[j](actions[j])
-                rows[j][:] = observation.ravel()
-                returns[j] += float(reward)
-                if info:
-                    successes[j] = succeeded(info, successes[j])
-                if ended or cut:
-                    lengths[j] = t
-                    running.remove(j)
-        return [np.reshape(x, shape) for x in (returns, lengths, successes)]
+def check_match(task: Task, env: gym.Env, name: str) -> None:
+    """Raise UserError unless the environment is of the data's sizes and bounds."""
+    here = make_task(env.observation_space, env.action_space)
+    same = here.observation_dim == task.observation_dim
+    for field_name in ("action_low", "action_high", "discrete"):
+        same = same and getattr(here, field_name) == getattr(task, field_name)
+    if not same:
+        what = (
+            f"{here.observation_dim} observations and actions {describe_actions(here)}"
+        )
+        data = f"the data's {task.observation_dim} and {describe_actions(task)}"
+        raise UserError(f"--eval_env {name}: {what} do not match {data}")
 
 
-def succeeded(info: dict, before: float) -> float:
-    """1 once an episode's info has told of success, 0 if it tells of none, else NaN."""
-    told = info.get("success", info.get("is_success"))
-    return before if told is None else float(bool(told) or before == 1)
+def describe_actions(task: Task) -> str:
+    """As "3 in [-1, 1]" or "2 discrete, 0 and 1"."""
+    low = min(task.action_low)
+    high = max(task.action_high)
+    if task.discrete:
+        n = int(high - low) + 1
+        between = "and" if n == 2 else "to"
+        return f"{n} discrete, {low:g} {between} {high:g}"
+    return f"{len(task.action_low)} in [{low:g}, {high:g}]"
 
 
-def serve(*arguments) -> None:
-    """Make a process an evaluation worker, which ends with the one that it serves."""
-    parent = multiprocessing.parent_process()
-    watch = lambda: (parent.join(), os._exit(1))  # noqa: E731
-    threading.Thread(target=watch, daemon=True).start()
-    serve.simulator = Simulator(*arguments)
+def reference_returns(task: Task, name: str) -> Tuple[Optional[List[float]], str]:
+    """Returns scored 0 and 100, and whose they are: the dataset's own, else D4RL's by
+    environment, unless its settings pay other returns than D4RL's."""
+    recorded = name == task.env_id
+    if task.reference is not None and (recorded or task.env_id is None):
+        return task.reference, "scored by the data's reference returns"
+    settings = task.env_kwargs if recorded else {}
+    continuing = "AntMaze" in name and settings.get("continuing_task", True)
+    if continuing or not settings.get("remove_task_when_completed", True):
+        return None, "not scored: its settings pay other returns than D4RL's references"
+    for prefix, reference in REFERENCE_RETURNS.items():
+        if name.startswith(prefix):
+            return list(reference), "scored by D4RL's returns, as the data records none"
+    if task.reference is not None:
+        return task.reference, f"scored by the data's returns, which are {task.env_id}'s"
+    return None, "not scored: no reference returns are known"
 
 
-def served(*arguments):
-    """`Simulator.episodes` in an evaluation worker."""
-    return serve.simulator.episodes(*arguments)
+def normalized_score(mean_return: float, reference: Optional[List[float]]) -> float:
+    """100 * (mean return - low) / (high - low), as D4RL; NaN without a reference."""
+    low, high = reference or (math.nan, math.nan)
+    return 100 * (mean_return - low) / (high - low)
+
+
+class Player:
+    """An environment and the episode in progress in it."""
+
+    def __init__(self, env: gym.Env):
+        self.env = env
+        self.over = True
+
+    def reset(self, seed: int) -> None:
+        self.observation, _ = self.env.reset(seed=seed)
+        self.rewards = []
+        self.over = False
+        self.success = None  # null until the environment tells of it
+
+    def step(self, action: np.ndarray) -> None:
+        """One step; an action as the environment takes it."""
+        self.observation, reward, ended, cut, info = self.env.step(action)
+        self.rewards.append(float(reward))
+        self.terminated = ended
+        self.over = ended or cut
+        told = info.get("success", info.get("is_success"))
+        if told is not None:
+            self.success = bool(told or self.success)
 
 
 class Evaluator:
-    """Episodes of the policy as it is at a step: at once in this process, or, beside the
-    training, in workers that share the episodes."""
+    """Deterministic episodes of every live run's policy, side by side."""
 
-    def __init__(self, task: Task, config: TrainConfig, device="cpu"):
-        self.config, self.name = config, config.eval_env or task.env_id
-        env = make_env(task, config.eval_env)
-        space = action_bounds(env.action_space)
-        task = dataclasses.replace(task, action_shape=space["action_shape"])
-        dims = math.prod(env.observation_space.shape), len(space["action_low"])
-        bounds = [space["action_low"], space["action_high"]]
-        expected = [task.action_low, task.action_high]
-        sizes = task.observation_dim, len(task.action_low), task.discrete
-        if (*dims, space["discrete"]) != sizes or not np.allclose(bounds, expected):
-            kind = "discrete actions" if space["discrete"] else "actions"
-            here = f"{dims[0]} observations and {kind} in {bounds}"
-            data = f"the data's, {sizes[0]} and {expected}"
-            raise UserError(f"--eval_env {self.name}: {here} do not match {data}")
-        arguments = task, config
-        self.reference = None  # returns scored 0 and 100
-        self.pending, self.simulator = None, Simulator(*arguments)
-        n_workers = config.eval_workers
-        if n_workers is None:  # on a CPU they would take training's cores
-            on_gpu = torch.device(device).type == "cuda"
-            mine = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))
-            cores = len(mine(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            n_workers = min(max(cores - 1, 0), 16) if on_gpu else 0
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of the workers' NumPy
-        options = multiprocessing.get_context("spawn"), serve, arguments
-        n_workers = min(n_workers, config.n_episodes)
-        self.workers = [ProcessPoolExecutor(1, *options) for _ in range(n_workers)]
+    def __init__(self, config: TrainConfig, task: Task, probe: gym.Env):
+        """`probe`, made to read its spaces, is the first environment; the others are
+        made when they are needed. Raises UserError where it does not fit the task."""
+        self.config = config
+        self.task = task
+        self.name = (config.eval_env or task.env_id).rpartition(":")[2]
+        check_match(task, probe, self.name)
+        self.players = [Player(probe)]
+        self.limited = False
+        self.reference, self.whose = reference_returns(task, self.name)
 
-    def start(self, agent, step: int, alive, noted: List[int]) -> None:
-        """Begin the evaluation at a step, of which one may be pending; episode i starts
-        alike in every run."""
-        n, n_workers = self.config.n_episodes, len(self.workers)
-        entropies = ([self.config.eval_seed, step, i] for i in range(n))
-        states = (np.random.SeedSequence(each).generate_state(1) for each in entropies)
-        act, seeds = agent.on_host(), [int(state[0]) for state in states]
-        shares = [(act, alive, seeds[w::n_workers]) for w in range(n_workers)]
-        pairs, futures = zip(self.workers, shares), [Future()]
-        signals = {signal.SIGINT, signal.SIGTERM}  # workers inherit their blocking
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, signals if shares else ())
-        try:
-            if shares:
-                futures = [worker.submit(served, *share) for worker, share in pairs]
-            else:
-                futures[0].set_result(self.simulator.episodes(act, alive, seeds, noted))
-        except Exception as error:  # `finish` will raise it
-            futures[0].set_exception(error)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        self.pending = step, alive, futures
+    def describe(self) -> str:
+        """The opening line: environment, settings, time limit, reference."""
+        env = self.players[0].env
+        limit = env.get_wrapper_attr("_max_episode_steps")
+        settings = ""
+        if env.spec.kwargs:
+            settings = f" with {brief(env.spec.kwargs)}"
+        return (
+            f"evaluation: {self.name}{settings}, {limit:,} steps at most, {self.whose}"
+        )
 
-    def finish(self, wait: bool):
-        """The pending evaluation's step, [R] whether a run was alive, and undiscounted
-        returns, lengths and successes, [R, n_episodes] each. None if there is none, if
-        it was interrupted, or if it is not done and `wait` is not set. Raises
+    def make_players(self, n: int) -> None:
+        """Up to n environments; where only some can be made, episodes run in turn."""
+        while len(self.players) < n and not self.limited:
+            try:
+                self.players.append(Player(make_env(self.config, self.task)))
+            except UserError as error:
+                self.limited = True
+                say(f"evaluation in {len(self.players)} at a time, as a further {error}")
+
+    def episodes(self, agent: Agent, step: int, alive: List[int], stop: list):
+        """Return, length and success (null: not told of any) of each episode of each
+        live run; None if a signal stops it. Episode i of a run starts from the run's
+        seed, so runs that differ in cql_alpha alone are paired."""
+        n = self.config.n_episodes
+        waiting = [(r, i) for r in alive for i in range(n)]
+        self.make_players(len(waiting))
+        idle = list(self.players)
+        playing = {}
+        results = {}
+        observations = np.zeros((len(agent.runs), n, self.task.observation_dim))
+        while waiting or playing:
+            if stop:
+                return None
+            while waiting and idle:
+                r, i = waiting.pop(0)
+                player = playing[r, i] = idle.pop(0)
+                numbers = [self.config.eval_seed, agent.runs[r]["seed"], step, i]
+                player.reset(seed_from([EVALUATE] + numbers))
+                observations[r, i] = player.observation
+            actions = self.task.to_environment(agent.act(observations))
+            for place, player in list(playing.items()):
+                player.step(actions[place[0] * n + place[1]])
+                observations[place] = player.observation
+                if player.over:
+                    rewards = player.rewards
+                    results[place] = sum(rewards), len(rewards), player.success
+                    idle.append(playing.pop(place))
+        return results
+
+    def evaluate(self, agent: Agent, step: int, alive: List[int], stop: list):
+        """A row of evaluations.csv for each live run; None if a signal stops it. Raises
         MachineError."""
-        if self.pending is None:
+        with errors_as(MachineError, f"{self.name} failed at update {step}"):
+            results = self.episodes(agent, step, alive, stop)
+        if results is None:
             return None
-        step, alive, futures = self.pending
-        if not wait and not all(future.done() for future in futures):
-            return None
-        self.pending, n = None, len(futures)
-        with blaming(MachineError, f"{self.name} failed at update {step}"):
-            parts = [future.result() for future in futures]
-        if parts[0] is None:
-            return None
-        results = np.empty((3, len(alive), self.config.n_episodes))
-        for w, part in enumerate(parts):
-            results[:, :, w::n] = part
-        return step, alive, *results
-
-    def close(self) -> None:
-        """Let the workers go, whatever they are at."""
-        for worker in self.workers:
-            for process in [*(worker._processes or {}).values()]:
-                process.kill()
-            worker.shutdown(wait=False, cancel_futures=True)
-
-
-def regret(score: float, success: float) -> float:
-    """How far short of the best: 1 - success rate, as published for AntMaze and Adroit,
-    or, where the environment tells of no success, 1 - score / 100."""
-    return 1 - (score / 100 if math.isnan(success) else success)
+        rows = {}
+        n = self.config.n_episodes
+        told = any(success is not None for _, _, success in results.values())
+        for r in alive:
+            returns, lengths, successes = zip(*[results[r, i] for i in range(n)])
+            mean = float(np.mean(returns))
+            rows[r] = {
+                "episodes": n,
+                "return_mean": mean,
+                "return_std": float(np.std(returns)),
+                "length_mean": float(np.mean(lengths)),
+                "d4rl_normalized_score": normalized_score(mean, self.reference),
+                "success_rate": successes.count(True) / n if told else math.nan,
+            }
+        return rows
 
 
 class Online:
-    """The online phase: an environment for each run. An episode enters the replay when
-    it ends, since its return-to-go (Cal-QL) is known only then."""
+    """The online phase: an environment for each run, whose every step enters the replay
+    at once. What the returns of its episodes were is told in metrics.csv."""
 
-    def __init__(self, task: Task, config: TrainConfig, agent: Agent, replay: Replay):
+    def __init__(self, config: TrainConfig, task: Task, agent: Agent, replay: Replay):
+        """Raises UserError where the environments cannot be made."""
+        if task.discrete:
+            raise UserError("--online_iterations: not yet for discrete actions")
         n = len(agent.runs)
-        self.config, self.agent, self.replay, self.task = config, agent, replay, task
-        self.simulator = Simulator(task, config)
-        self.started, self.begun = False, [0] * n  # episodes
-        self.steps = [[] for _ in range(n)]  # of the episode in progress
-        self.observations = np.zeros((n, 1, task.observation_dim))
-        self.success = [math.nan] * n
-        self.finished = [[] for _ in range(n)]  # returns and successes since a row
-        if config.record_dataset is not None:
-            parent = Path(*recorded_place(config)).parent
-            where = f"--record_dataset {config.record_dataset}"
-            with blaming(UserError, where, OSError):
-                parent.mkdir(parents=True, exist_ok=True)
-        self.totals = np.zeros((n, 3))  # episodes, sums of their returns, successes
-        self.recorded = []
+        self.config = config
+        self.task = task
+        self.agent = agent
+        self.replay = replay
+        self.players = [Player(make_env(config, task)) for _ in range(n)]
+        self.begun = [0] * n  # episodes
+        self.told = False  # whether success was ever told of
+        self.finished = [[] for _ in range(n)]  # episodes since a row: return, success
 
-    def act(self) -> np.ndarray:
-        """Actions [R, A] of the policy, sampled; uniform while there is no batch."""
-        if self.replay.ready():
-            return self.agent.act(self.observations, deterministic=False)[:, 0]
-        low, high = np.array([self.task.action_low, self.task.action_high])
-        explorers = self.agent.explorers
-        draws = [torch.rand(len(low), generator=g).numpy() for g in explorers]
-        return (low + (high - low) * np.stack(draws)).astype(np.float32)
-
-    def start(self) -> None:
-        """What changes for the agent with the phase."""
-        self.started = True
+    def step(self, alive: List[int], step: int) -> None:
+        """One environment step of every live run. Raises MachineError."""
         if self.config.cql_alpha_online is not None:
             self.agent.sweep.cql_alpha.fill_(self.config.cql_alpha_online)
-
-    def step(self, alive) -> None:
-        """One environment step of every live run. Raises MachineError."""
-        with blaming(MachineError, "the environment failed"):
-            if not self.started:
-                self.start()
-            for r in np.flatnonzero(alive).tolist():
-                if not self.steps[r]:
-                    seed = self.agent.runs[r]["seed"]
-                    sequence = np.random.SeedSequence([seed, 3, self.begun[r]])
-                    seed = int(sequence.generate_state(1)[0])
-                    self.observations[r, 0] = self.simulator.reset(r, 0, seed)
+        with errors_as(MachineError, f"the environment failed at step {step}"):
+            for r in alive:
+                if self.players[r].over:
+                    seed = [RESET, self.agent.runs[r]["seed"], self.begun[r]]
+                    self.players[r].reset(seed_from(seed))
                     self.begun[r] += 1
-                    self.success[r] = math.nan
-            actions = self.act()
-            for r in np.flatnonzero(alive).tolist():
-                if np.isfinite(actions[r]).all():  # else it has diverged
-                    self.step_one(r, actions[r])
+            actions = self.act(alive, step)  # [R, A]
+            alive = [r for r in alive if np.isfinite(actions[r]).all()]
+            players = [self.players[r] for r in alive]
+            before = [player.observation for player in players]
+            taken = self.task.to_environment(actions)
+            for r, player in zip(alive, players):
+                player.step(taken[r])
+        transitions = Batch(
+            observations=np.array(before),
+            actions=actions[alive],
+            rewards=np.array([player.rewards[-1] for player in players]),
+            next_observations=np.array([player.observation for player in players]),
+            terminations=np.array([player.terminated for player in players]),
+        )
+        if alive:  # else all have diverged, as the next row tells
+            self.replay.add(alive, transitions)
+        for r, player in zip(alive, players):
+            self.told = self.told or player.success is not None
+            if player.over:
+                self.replay.end_episode(r, player.rewards, player.terminated)
+                success = float(player.success or False)
+                self.finished[r].append((sum(player.rewards), success))
 
-    def step_one(self, r: int, action: np.ndarray) -> None:
-        step, shape = self.simulator.envs[r, 0].step, self.task.action_shape
-        observation, reward, ended, cut, info = step(action.reshape(shape))
-        before = self.observations[r, 0].copy()
-        self.steps[r].append((before, action, float(reward), bool(ended)))
-        self.observations[r, 0] = observation.ravel()
-        self.success[r] = succeeded(info, self.success[r])
-        if ended or cut:
-            episode = self.partial(r)
-            self.keep(r, episode)
-            total = float(episode[2].sum())
-            self.finished[r].append((total, self.success[r]))
-            self.totals[r] += 1, total, self.success[r]
-            self.steps[r] = []
+    def act(self, alive: List[int], step: int) -> np.ndarray:
+        """Actions [R, A] of the policy, sampled; uniform while there is no batch."""
+        shape = len(self.players), 1, self.task.observation_dim
+        observations = np.zeros(shape)
+        ready = self.replay.ready()
+        draws = []
+        for r in alive:
+            observations[r, 0] = self.players[r].observation
+        draw = torch.randn if ready else torch.rand
+        for run in self.agent.runs:
+            generator = generator_of([EXPLORE, run["seed"], step])
+            draws.append(draw((1, self.agent.action_dim), generator=generator))
+        noise = torch.stack(draws)  # [R, 1, A]
+        if ready:
+            return self.agent.act(observations, noise)[:, 0]
+        low, high = np.array([self.task.action_low, self.task.action_high])
+        return (low + (high - low) * noise[:, 0].numpy()).astype(np.float32)
 
-    def partial(self, r: int) -> List[Tensor]:
-        """The episode in progress: [T + 1, O], [T, A], [T], [T]."""
-        observations, *columns = zip(*self.steps[r])
-        observations = np.stack([*observations, self.observations[r, 0]])
-        return [torch.as_tensor(np.array(x)) for x in (observations, *columns)]
-
-    def keep(self, r: int, episode: List[Tensor]) -> None:
-        """Into the replay, and into what record_dataset will write."""
-        self.replay.add(r, *episode)
-        if self.config.record_dataset is not None:
-            self.recorded.append(episode)
-
-    def metrics(self, r: int, reference, reset: bool) -> Dict[str, float]:
-        """Of the episodes that ended since the last row, and regret of all so far."""
-        mean, rate = np.mean(self.finished[r] or [[math.nan] * 2], 0).tolist()
-        count, *sums = self.totals[r]
-        total, success = (x / count if count else math.nan for x in sums)
-        self.finished[r] = [] if reset else self.finished[r]
-        return {
-            "train_return": mean,
-            "train_score": normalized_score(mean, reference),
-            "train_success": rate,
-            "train_regret": regret(normalized_score(total, reference), success),
-        }
+    def metrics(self, r: int, reset: bool) -> Dict[str, float]:
+        """Means of the episodes that ended since the last row."""
+        mean = rate = math.nan
+        if self.finished[r]:
+            mean, rate = np.mean(self.finished[r], axis=0).tolist()
+        if reset:
+            self.finished[r] = []
+        return {"train_return": mean, "train_success": rate if self.told else math.nan}
 
     def state(self) -> dict:
-        partial = [self.partial(r) if x else None for r, x in enumerate(self.steps)]
-        state = {"totals": self.totals.tolist(), "replay": self.replay.state()}
-        names = ("started", "begun", "finished", "recorded")
-        return {**{k: getattr(self, k) for k in names}, **state, "partial": partial}
+        state = {"replay": self.replay.state()}
+        for name in ("begun", "told", "finished"):
+            state[name] = getattr(self, name)
+        return state
 
     def load(self, state: dict) -> None:
-        """Episodes that were in progress end where the checkpoint found them."""
-        if state["started"]:
-            self.start()
+        """Episodes that were in progress are begun anew."""
+        self.begun = state["begun"]
+        self.told = state["told"]
+        self.finished = state["finished"]
         self.replay.load(state["replay"])
-        names, n = ("begun", "finished", "partial"), len(self.agent.runs)
-        fours = all(len(episode) == 4 for episode in state["recorded"])
-        if not fours or any(len(state[name]) != n for name in names):
-            raise ValueError("an online state of other runs")
-        self.begun, self.recorded = state["begun"], state["recorded"]
-        self.totals = np.reshape(state["totals"], (n, 3))
-        self.finished = [[(x, y) for x, y in each] for each in state["finished"]]
-        before = sum(len(episode[2]) for episode in self.recorded)
-        if self.config.record_dataset and before < int(self.replay.added.sum()):
-            say("record_dataset: the episodes before this resume are not recorded")
-        for r, episode in enumerate(state["partial"]):
-            if episode is not None:
-                self.keep(r, episode)
-
-    def write(self, reference) -> None:
-        """Write the recorded episodes, cut ones included, as a Minari dataset. Raises
-        MachineError."""
-        root, name = recorded_place(self.config)
-        path = (root / name).resolve()
-        self.recorded += [self.partial(r) for r, steps in enumerate(self.steps) if steps]
-        if not self.recorded:
-            return say("recorded: nothing, as no run got online")
-        steps = sum(len(episode[2]) for episode in self.recorded)
-        if path.exists():  # by this run, when it ended before?
-            metadata = (path / "data" / "metadata.json").read_text()
-            there = json.loads(metadata)["total_steps"]
-            if there == steps:
-                return say(f"recorded: {path} exists already")
-            hint = "move it away and repeat the command"
-            raise MachineError(f"{path} holds {there} steps, this run {steps}: {hint}")
-        env, buffers = make_env(self.task, self.config.eval_env), []
-        spec = copy.deepcopy(env.spec)
-        spec.additional_wrappers = ()  # what flattens cannot be written
-        space = recorded_space(self.task.observation_space)
-        for observations, actions, rewards, ended in self.recorded:
-            cut = torch.zeros_like(ended)
-            cut[-1] = not ended[-1]
-            columns = {"rewards": rewards, "terminations": ended, "truncations": cut}
-            columns |= {"actions": actions.reshape(-1, *self.task.action_shape)}
-            columns = {key: column.numpy() for key, column in columns.items()}
-            parts = [gym.spaces.unflatten(space, row) for row in observations.numpy()]
-            empty = gym.vector.utils.create_empty_array(space, len(parts))
-            parts = gym.vector.utils.concatenate(space, parts, empty)
-            buffers.append(EpisodeBuffer(observations=parts, infos={}, **columns))
-        options = {"env": spec, "algorithm_name": "CQL, cql.py"}
-        options |= {"observation_space": space, "action_space": env.action_space}
-        options |= zip(("ref_min_score", "ref_max_score"), reference or ())
-        try:
-            place = {"MINARI_DATASETS_PATH": str(root.resolve())}
-            with mock.patch.dict(os.environ, place), quiet():
-                minari.create_dataset_from_buffers(name, buffers, **options)
-        except Exception as error:
-            shutil.rmtree(path, ignore_errors=True)  # it was not there before
-            raise MachineError(f"could not write {path}: {brief(error)}") from None
-        say(f"recorded: {len(buffers)} episodes, {steps:,} steps, in {path}")
-
-
-def reference_returns(task: Task, env_name: str) -> Optional[List[float]]:
-    """Returns scored 0 and 100: the dataset's own, else D4RL's by environment, unless
-    its settings pay other returns than D4RL's."""
-    recorded = env_name == task.env_id
-    if task.reference is not None and (recorded or task.env_id is None):
-        return task.reference
-    kwargs = task.env_kwargs if recorded else {}
-    endless = "AntMaze" in env_name and kwargs.get("continuing_task", True)
-    if endless or not kwargs.get("remove_task_when_completed", True):
-        setting = "continuing_task" if endless else "remove_task_when_completed"
-        return say(f"scores: none, as D4RL's do not hold for {env_name}'s {setting}")
-    for pattern, reference in REFERENCE_RETURNS.items():
-        if re.fullmatch(pattern, env_name):
-            say(f"scores: by D4RL's returns for {env_name}; the data records none")
-            return list(reference)
-    if task.reference is not None:
-        say(f"scores: by the data's reference returns, which are {task.env_id}'s")
-        return task.reference
-    return say(f"scores: none, as no reference returns are known for {env_name}")
-
-
-def normalized_score(returns, reference) -> float:
-    """100 * (mean return - low) / (high - low), as D4RL; NaN without a reference."""
-    low, high = reference or (math.nan, math.nan)
-    return 100 * (float(np.mean(returns)) - low) / (high - low)
 
 
 # ======================================================================================
 # Logging and checkpoints
 # ======================================================================================
 
-VERSION = 4  # of the checkpoint's layout
-NATURAL, FROM_NONE = range(2**63), range(-1, 2**63)
-LAYOUT = dict(  # see check_layout
-    kind=str,
-    config=dict,
-    task=dict,
-    runs=[dict],
-    phase=str,
-    step=NATURAL,
-    transitions=NATURAL,
-    evaluated=FROM_NONE,
-    diverged=[FROM_NONE],
-    warned=[bool],
-    wandb_ids=[str],
-    agent={"_extra_state": dict(step=NATURAL, optimizer={}, generators=[Tensor])},
-    updater=dict(used=NATURAL, block=NATURAL, generators=([Tensor],)),
-    metrics=dict(names=[str], count=NATURAL, sums=(Tensor,), broken=(Tensor,)),
-    online=(
-        dict(
-            started=bool,
-            begun=[NATURAL],
-            totals=[[float]],
-            finished=[[tuple]],
-            partial=[([Tensor],)],
-            recorded=[[Tensor]],
-            replay=dict(own=[Tensor], added=Tensor),
-        ),
-    ),
-)
+VERSION = 5  # of the checkpoint's layout; those before the redesign are 4 and less
+
+
+class Table:
+    """A CSV file that only grows, but for what a resumed run will write again."""
+
+    def __init__(self, directory: Optional[Path], name: str, last: float):
+        """Of a file that is there, rows of steps up to `last` are kept."""
+        self.path = directory / name if directory else None
+        self.names = []
+        self.kept = []
+        if self.path and self.path.exists():
+            self.kept = self.read(last)
+            self.rewrite(self.kept)
+
+    def read(self, last: float) -> List[dict]:
+        """The rows of steps up to `last`, but for a torn one."""
+        with open(self.path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        whole = [row for row in rows if None not in row.values()]
+        return [row for row in whole if int(row["step"]) <= last]
+
+    def rewrite(self, rows: List[dict], new_names=()) -> None:
+        """Replace the file by these rows, with new columns."""
+        self.names = list(rows[0]) + list(new_names) if rows else []
+        temporary = self.path.with_suffix(".tmp")
+        with open(temporary, "w", newline="") as file:
+            self.write(file, rows)
+        os.replace(temporary, self.path)
+
+    def write(self, file, rows: List[dict]) -> None:
+        """Floats with 8 digits, NaN as nothing."""
+        writer = csv.DictWriter(file, self.names, restval="", lineterminator="\n")
+        if file.tell() == 0 and rows:
+            writer.writeheader()
+        for row in rows:
+            texts = dict(row)
+            for name, value in row.items():
+                if isinstance(value, float):
+                    texts[name] = "" if math.isnan(value) else f"{value:.8g}"
+            writer.writerow(texts)
+        file.flush()
+        os.fsync(file.fileno())
+
+    def append(self, rows: List[dict]) -> None:
+        """Write rows through to the disk. Raises MachineError."""
+        if self.path is None or not rows:
+            return
+        with errors_as(MachineError, f"could not write {self.path}", OSError):
+            new_names = [name for name in rows[0] if name not in self.names]
+            if not self.names:
+                self.names = new_names
+            elif new_names:
+                self.rewrite(self.read(math.inf), new_names)
+            with open(self.path, "a", newline="") as file:
+                self.write(file, rows)
+
+
+class Metrics:
+    """Means over an interval: sums on the device, which cross to the host when a row is
+    due, not before. All in place, as a captured graph requires."""
+
+    def __init__(self, device="cpu"):
+        self.names = []
+        self.sums = None  # [R, columns]
+        self.count = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, metrics: Dict[str, Tensor]) -> None:
+        """Metrics [R], or [R, N] under a name with {j}, one for each critic."""
+        names = []
+        columns = []
+        for name, values in metrics.items():
+            if values.ndim == 1:
+                values = values.unsqueeze(1)
+            columns.append(values)
+            for j in range(1, 1 + values.shape[1]):
+                names.append(name.replace("{j}", str(j)))
+        values = torch.cat(columns, dim=1)
+        if names != self.names:  # the first, or a fork's that the checkpoint lacks
+            self.names = names
+            self.sums = torch.zeros_like(values, dtype=torch.float64)
+            self.count.zero_()
+        self.sums += values
+        self.count += 1
+
+    def means(self) -> List[Dict[str, float]]:
+        """One dictionary per run; none before the first update."""
+        if self.sums is None or not self.count:
+            return []
+        return [dict(zip(self.names, row)) for row in (self.sums / self.count).tolist()]
+
+    def reset(self) -> None:
+        self.count.zero_()
+        if self.sums is not None:
+            self.sums.zero_()
+
+    def state(self) -> dict:
+        return {"names": self.names, "sums": self.sums, "count": self.count}
+
+    def load(self, state: dict) -> None:
+        self.names = state["names"]
+        self.count.copy_(state["count"])
+        if state["sums"] is not None:
+            self.sums = state["sums"].to(self.count.device)
+
+
+class WandbLogger:
+    """One wandb run per stacked run; under a sweep agent, which has already chosen an
+    id, one for them all. Should wandb fail, training goes on."""
+
+    def __init__(self, config: TrainConfig, directory: Optional[Path], runs, ids: list):
+        self.trackers = []
+        self.ids = ids
+        self.sweep = "WANDB_SWEEP_ID" in os.environ
+        if self.sweep:
+            self.ids = [os.environ["WANDB_RUN_ID"]]
+            runs = [{}]
+        elif len(ids) != len(runs):
+            self.ids = [uuid.uuid4().hex[:8] for _ in runs]
+        mode = os.environ.get("WANDB_MODE", "online")
+        if directory is None or mode == "disabled":
+            return
+        with self.dispensable():
+            if mode == "online" and not self.sweep:
+                with quiet():
+                    known = wandb.login(prompt=False)
+                if not known:
+                    return say("wandb: no account here (`wandb login`), not logging")
+            for run, key in zip(runs, self.ids):
+                several = len(runs) > 1
+                tracker = wandb.init(
+                    project=config.project,
+                    group=config.group,
+                    name=f"{directory.name}-{run['run']}" if several else directory.name,
+                    id=key,
+                    config={**vars(config), **run},
+                    dir=str(directory),
+                    resume="allow",
+                    reinit="create_new",
+                    settings=wandb.Settings(silent=True, init_timeout=20),
+                )
+                self.trackers.append(tracker)
+            where = f"`wandb sync {directory}/wandb/offline-run-*` uploads"
+            if mode == "online":
+                where = " ".join(str(tracker.url) for tracker in self.trackers)
+            say(f"wandb: {mode}, {where}")
+
+    def log(self, step: int, rows: Dict[int, dict]) -> None:
+        """rows: the metrics of each live run; what is not a number is left out."""
+        if self.sweep and rows:
+            joined = {}
+            scores = []
+            for r, row in rows.items():
+                scores.append(row.get("d4rl_normalized_score", math.nan))
+                for name, value in row.items():
+                    joined[f"{name}/{r}"] = value
+            joined["d4rl_normalized_score"] = float(np.mean(scores))
+            rows = {0: joined}
+        with self.dispensable():
+            for r, row in rows.items():
+                if self.trackers:
+                    known = {k: v for k, v in row.items() if not math.isnan(v)}
+                    self.trackers[r].log(known, step=step)
+
+    def finish(self) -> None:
+        with self.dispensable():
+            for tracker in self.trackers:
+                tracker.finish()
+
+    @contextmanager
+    def dispensable(self):
+        try:
+            yield
+        except Exception as error:
+            self.trackers = []
+            say(f"wandb: {brief(error)}; not logging to it")
 
 
 def save_checkpoint(path: Path, payload: dict) -> None:
@@ -2336,86 +2520,53 @@ def save_checkpoint(path: Path, payload: dict) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch turns the former into the latter
         temporary.unlink(missing_ok=True)
-        kept = "; the checkpoint before it is intact" * path.exists()
         reason = brief(error.__context__ or error)
-        raise MachineError(f"could not save {path}: {reason}{kept}") from None
+        if path.exists():
+            reason += "; the checkpoint before it is intact"
+        raise MachineError(f"could not save {path}: {reason}") from None
 
 
 def read_checkpoint(path: Union[str, Path]) -> dict:
     """A checkpoint, or a run directory's, as tensors and plain values; no code in it
     runs. Raises UserError."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / "checkpoint.pt"
+    where = f"checkpoint {path}"
     try:
-        path = Path(path, "checkpoint.pt") if os.path.isdir(path) else path
-        written = os.stat(path).st_mtime_ns
-        if zipfile.ZipFile(path).testzip():  # torch checks no checksums
-            raise RuntimeError
+        damaged = zipfile.ZipFile(path).testzip()  # torch checks no checksums
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint {path}: cannot be read: {brief(error)}") from None
+        raise UserError(f"{where}: cannot be read: {brief(error)}") from None
     except Exception:  # torch's own words advise to let it run code
-        raise UserError(f"checkpoint {path}: damaged, or not one of cql.py's") from None
-    if not isinstance(payload, dict) or payload.get("format") != "cql.py":
-        raise UserError(f"checkpoint {path}: not one of cql.py's")
-    version = payload.get("version")
-    if version != VERSION:
-        raise UserError(f"checkpoint {path}: of version {version}, not {VERSION}")
-    with blaming(UserError, f"checkpoint {path}: garbled"):
-        check_layout(payload, LAYOUT)
-        config = pyrallis.decode(TrainConfig, payload["config"])
-        task = pyrallis.decode(Task, payload["task"])
-        check_spaces(recorded_space(task.observation_space), gym.spaces.Discrete(2))
-        n_low, n_high = len(task.action_low), len(task.action_high)
-        if n_low != n_high or not n_low:
-            raise ValueError("bounds that do not go together")
-        runs = [run for run in product_of_runs(config) if run in payload["runs"]]
-        if not runs or runs != payload["runs"]:
-            raise ValueError("runs that are not its config's")
-        n_out = int(task.action_high[0] - task.action_low[0]) + 1 if task.discrete else 1
-        pattern, agent = re.compile(r"critic\.layers\.\d+\.bias"), payload["agent"]
-        shapes = [[*agent[key].shape] for key in agent if pattern.fullmatch(key)]
-        hidden = [len(runs), config.n_critics, 1, config.hidden_dim]
-        shape = [hidden] * min(config.q_n_hidden_layers, len(shapes))
-        if shapes != [*shape, [*hidden[:3], n_out]]:  # found before any is made
-            raise ValueError("critics that are not its config's")
-    plain = {"config": dataclasses.asdict(config), "task": dataclasses.asdict(task)}
-    return {**payload, **plain, "runs": runs, "path": str(path), "written": written}
+        raise UserError(f"{where}: damaged, or not one of cql.py's") from None
+    if damaged or not isinstance(payload, dict) or payload.get("format") != "cql.py":
+        raise UserError(f"{where}: damaged, or not one of cql.py's")
+    if payload.get("version") != VERSION:
+        what = "of another version of cql.py, perhaps of before its redesign"
+        raise UserError(
+            f"{where}: {what}; take it up with the cql.py that lies beside it"
+        )
+    with errors_as(UserError, f"{where}: garbled"):
+        payload["config"] = asdict(make_config(payload["config"], f"{where}: "))
+        payload["task"] = pyrallis.decode(Task, payload["task"])
+    payload["path"] = str(path)
+    return payload
 
 
-def check_layout(value, layout, name: str = "") -> None:
-    """Raise ValueError unless value is as the layout says: of a type, an int in a range,
-    a list of one layout, a dictionary with these keys, or, in a tuple, maybe None."""
-    if isinstance(layout, tuple):
-        return None if value is None else check_layout(value, layout[0], name)
-    if isinstance(layout, range):
-        fits = type(value) is int and value in layout
-    else:
-        fits = isinstance(value, layout if isinstance(layout, type) else type(layout))
-    if not fits:
-        raise ValueError(f"{name} is {brief(repr(value))}")
-    if isinstance(layout, dict):
-        for key in layout:
-            inner = f"{name} {key}".strip()
-            if key not in value:
-                raise ValueError(f"no {inner}")
-            check_layout(value[key], layout[key], inner)
-    for each in value if isinstance(layout, list) else ():
-        check_layout(each, layout[0], name)
-
-
-def load_agent(agent: nn.Module, checkpoint: dict) -> None:
+def load_agent(agent: Agent, checkpoint: dict) -> None:
     """Copy a checkpoint's state into the agent. Raises UserError."""
-    kind, where = type(agent).__name__, f"checkpoint {checkpoint['path']}"
-    if checkpoint["kind"] != kind:
-        raise UserError(f"{where}: holds a {checkpoint['kind']}, not a {kind}")
-    try:
+    where = f"checkpoint {checkpoint['path']}"
+    old = checkpoint["task"]
+    new = agent.task
+    if (old.action_low, old.action_high) != (new.action_low, new.action_high):
+        bounds = f"{describe_actions(old)}, here {describe_actions(new)}"
+        raise UserError(f"{where}: its actions are {bounds}")
+    n_runs = len(product_of_runs(TrainConfig(**checkpoint["config"])))
+    if n_runs != len(agent.runs):
+        raise UserError(f"{where}: holds {n_runs} runs, not {len(agent.runs)}")
+    with errors_as(UserError, f"{where}: does not fit"):
         agent.load_state_dict(checkpoint["agent"])
-    except Exception as error:  # torch has many for what does not fit
-        saved, now = checkpoint["config"], vars(agent.config)
-        other = [f"its --{k} is {saved[k]}" for k in INHERITED if saved[k] != now[k]]
-        n, n_here = len(checkpoint["runs"]), len(agent.runs)
-        other += [f"it holds {n} of the runs, not {n_here}"] * (n != n_here)
-        reason = ", ".join(other) or brief(error)
-        raise UserError(f"{where}: of another shape: {reason}") from None
 
 
 def load_policy(path: Union[str, Path], run: int = 0, device: str = "cpu"):
@@ -2424,503 +2575,84 @@ def load_policy(path: Union[str, Path], run: int = 0, device: str = "cpu"):
     with deterministic=False). Its attributes are the agent and the task. Raises
     UserError."""
     checkpoint = read_checkpoint(path)
-    config, task = TrainConfig(**checkpoint["config"]), Task(**checkpoint["task"])
-    agent = make_agent(config, task, device, runs=checkpoint["runs"])
+    task = checkpoint["task"]
+    agent = make_agent(TrainConfig(**checkpoint["config"]), task, device)
     load_agent(agent, checkpoint)
-    space, n_runs = recorded_space(task.observation_space), len(agent.runs)
-    numbers = [each["run"] for each in agent.runs]
-    if run not in numbers:
-        raise UserError(f"checkpoint {path}: holds runs {numbers}, no {run}")
+    space = recorded_space(task.observation_space)
+    n_runs = len(agent.runs)
+    if run not in range(n_runs):
+        raise UserError(f"checkpoint {path}: holds runs 0 to {n_runs - 1}, no {run}")
+    if checkpoint["diverged"][run] >= 0:
+        what = f"run {run} diverged"
+        for kept in Path(checkpoint["path"]).parent.glob(f"run{run}_before_*.pt"):
+            what += f"; {kept.name} is of before"
+        raise UserError(f"checkpoint {path}: {what}")
+    generator = generator_of([EXPLORE, agent.runs[run]["seed"]])
 
     def policy(observation, deterministic: bool = True) -> np.ndarray:
-        whole = isinstance(observation, (dict, tuple))
-        if whole or np.shape(observation) == space.shape:  # a matrix, maybe
+        structured = isinstance(observation, (dict, tuple))
+        if structured or np.shape(observation) == space.shape:  # a matrix, maybe
             observation = gym.spaces.flatten(space, observation)
         one = np.ndim(observation) == 1
         everywhere = np.stack([np.atleast_2d(observation)] * n_runs)  # [R, n, O]
-        actions = agent.act(everywhere, deterministic)[numbers.index(run)]
-        actions = actions.reshape(-1, *task.action_shape)
+        noise = None
+        if not deterministic:
+            shape = (*everywhere.shape[:2], agent.action_dim)
+            noise = torch.randn(shape, generator=generator)
+        actions = task.to_environment(agent.act(everywhere, noise)[run])
         return actions[0] if one else actions
 
-    policy.agent, policy.task = agent, task
+    policy.agent = agent
+    policy.task = task
     return policy
-
-
-class Table:
-    """A CSV file that only grows, but for what a resumed run will write again."""
-
-    def __init__(self, directory: Optional[Path], name: str):
-        self.path, self.names = directory and directory / name, []
-
-    def keep(self, last: int, columns: Tuple[str, ...] = ()) -> List[dict]:
-        """Drop the rows of steps after `last` and a torn line, and add columns that are
-        new; return the rows left."""
-        if self.path is None or not self.path.exists():
-            return []
-        header, *lines = self.path.read_text().splitlines(keepends=True) or [""]
-        if not header.startswith("step,"):
-            raise UserError(f"{self.path}: not a table of cql.py's")
-        rows = list(csv.DictReader([header, *lines]))
-        whole = [None not in row.values() and int(row["step"]) <= last for row in rows]
-        temporary = self.path.with_suffix(".tmp")
-        lines = list(itertools.compress(lines, whole))
-        if columns and not header.endswith(",".join(("", *columns)) + "\n"):
-            empty = "," * len(columns)
-            header = header.rstrip() + empty[:1] + ",".join(columns) + "\n"
-            lines = [line.rstrip() + empty + "\n" for line in lines]
-        temporary.write_text("".join([header, *lines] if lines else []))
-        os.replace(temporary, self.path)
-        self.names = header.rstrip().split(",") if lines else []
-        return list(itertools.compress(rows, whole))
-
-    def append(self, rows: List[dict]) -> None:
-        """Write rows through to the disk; floats with 8 digits, NaN as nothing."""
-        if self.path is None or not rows:
-            return
-        with blaming(MachineError, f"could not write {self.path}", OSError):
-            with open(self.path, "a", newline="") as file:
-                writer = csv.writer(file, lineterminator="\n")
-                if file.tell() == 0:
-                    writer.writerow(rows[0])
-                for row in ({**dict.fromkeys(self.names), **row} for row in rows):
-                    floats = {k: f"{v:.8g}" for k, v in row.items() if type(v) is float}
-                    values = {**row, **floats}.values()
-                    writer.writerow("" if value == "nan" else value for value in values)
-                file.flush()
-                os.fsync(file.fileno())
-
-
-def merge_tables(directory: Path) -> None:
-    """Join the tables of the ranks, whose directories this one holds."""
-    with holding(directory, wait=True):
-        for name in ("metrics.csv", "evaluations.csv"):
-            paths = (directory / f"rank{r}" / name for r in range(rank_and_ranks()[1]))
-            texts = [path.read_text() for path in paths if path.exists()]
-            tables = [text.splitlines(keepends=True) for text in texts if text]
-            rows = [row for table in tables for row in table[1:] if row.endswith("\n")]
-            rows.sort(key=lambda row: [int(number) for number in row.split(",")[:2]])
-            temporary = directory / f"{name}.tmp"
-            temporary.write_text("".join([*tables[0][:1], *rows] if tables else []))
-            os.replace(temporary, directory / name)
-
-
-class Metrics:
-    """Sums on the device; they cross to the host when a row is due, not before."""
-
-    def __init__(self):
-        self.names, self.sums, self.count = [], None, 0
-        self.broken = None  # [R, columns] bool: what was not finite first
-
-    def add(self, metrics: Dict[str, Tensor]) -> None:
-        columns = [v if v.ndim == 2 else v.unsqueeze(1) for v in metrics.values()]
-        values = torch.cat(columns, 1)  # [R, columns]
-        if self.sums is None:
-            self.sums = torch.zeros_like(values, dtype=torch.float64)
-            self.broken = torch.zeros_like(values, dtype=torch.bool)
-            for name, column in zip(metrics, columns):
-                js = range(1, 1 + column.shape[1])
-                self.names += [name.replace("{j}", str(j)) for j in js]
-        self.sums += values
-        # An update later all else is not finite either.
-        self.broken |= ~values.isfinite() & ~self.broken.any(1, keepdim=True)
-
-    def load(self, state: dict, n_runs: int, device) -> None:
-        """The sums of a checkpoint, which is `vars` of them."""
-        vars(self).update(state)
-        if self.sums is not None:
-            shape = n_runs, len(self.names)
-            self.sums = self.sums.reshape(shape).to(device, torch.float64)
-            self.broken = self.broken.reshape(shape).to(device, torch.bool)
-
-    def means(self) -> List[Dict[str, float]]:
-        """Interval means, one dict per run."""
-        rows = [] if self.sums is None else (self.sums / max(self.count, 1)).tolist()
-        return [dict(zip(self.names, row)) for row in rows]
-
-
-class WandbLogger:
-    """One wandb run per stacked run; under a sweep agent, which has already chosen an
-    id, one for them all."""
-
-    def __init__(self, config: TrainConfig, directory, runs: List[dict], ids: List[str]):
-        self.trackers, self.ids, self.sweep = [], ids, "WANDB_SWEEP_ID" in os.environ
-        mode = os.environ.get("WANDB_MODE", "online").replace("dryrun", "offline")
-        if directory is None:
-            return
-        if mode == "disabled":
-            return say("wandb: disabled")
-        try:
-            with quiet():
-                known = self.sweep or mode == "offline" or wandb.login(prompt=False)
-        except wandb.errors.Error as error:  # a malformed key, or no network
-            say(f"wandb: {brief(error)}")
-            known, mode = True, "offline"
-        if not known:
-            return say("wandb: no account here (`wandb login`), not logging to it")
-        runs = [{}] if self.sweep else runs
-        fresh = ids if len(ids) == len(runs) else [uuid.uuid4().hex[:8] for _ in runs]
-        self.ids = [os.environ["WANDB_RUN_ID"]] if self.sweep else fresh
-        ranked = rank_and_ranks()[1] > 1
-        base = (directory.parent if ranked else directory).name
-        several = ranked or len(runs) > 1
-        same = {"project": config.project, "group": config.group, "dir": str(directory)}
-        same |= {"resume": "allow", "reinit": "create_new"}
-        for run, key in zip(runs, self.ids):
-            name = f"{base}-{run['run']}" if several else base
-            options = same | {"name": name, "id": key, "config": {**vars(config), **run}}
-            settings = wandb.Settings(silent=True, init_timeout=20, finish_timeout=60)
-            try:
-                self.trackers.append(wandb.init(mode=mode, settings=settings, **options))
-            except wandb.errors.Error as error:
-                say(f"wandb: {brief(error)}")
-                mode = "offline"
-                self.trackers.append(wandb.init(mode=mode, settings=settings, **options))
-        where = " ".join(str(tracker.url) for tracker in self.trackers)
-        if mode == "offline":
-            where = f"`wandb sync {directory}/wandb/offline-run-*` uploads"
-        say(f"wandb: {mode}; {where}")
-
-    def log(self, step: int, rows: Dict[int, dict], **more) -> None:
-        """rows: the metrics of each live run; more: what all runs share."""
-        if self.sweep and rows:
-            joined = {f"{k}/{r}": v for r, row in rows.items() for k, v in row.items()}
-            scores = [row.get("d4rl_normalized_score", np.nan) for row in rows.values()]
-            if not np.isnan(scores).any():
-                joined["d4rl_normalized_score"] = float(np.mean(scores))
-            rows = {0: joined}
-        with self.dispensable():
-            for r, row in rows.items() if self.trackers else ():
-                self.trackers[r].log({**row, **more}, step=step)
-
-    def finish(self) -> None:
-        with self.dispensable():
-            for tracker in self.trackers:
-                tracker.finish()
-
-    @contextmanager
-    def dispensable(self):
-        """Without wandb, should it fail, training goes on."""
-        try:
-            yield
-        except Exception as error:
-            self.trackers = []
-            say(f"wandb: {brief(error)}; not logging to it any longer")
 
 
 def run_directory(config: TrainConfig) -> Optional[Path]:
     """The run's directory: `resume`'s, or a new one under checkpoints_path."""
-    if config.resume or config.checkpoints_path is None:
-        return config.resume and Path(config.resume)
-    names = config.env or config.eval_env
-    names = names if isinstance(names, list) else [names]
-    names = (re.sub(r"\.hdf5$|^[./]+", "", name).split("/") for name in names)
-    label = "+".join("-".join(parts[-3:]) for parts in names)
-    safe = re.sub(r"[^\w.+-]+", "-", f"{config.name}-{label}").strip(".-")[:120]
+    if config.resume:
+        return Path(config.resume)
+    if config.checkpoints_path is None:
+        return None
+    names = config.eval_env if config.env is None else config.env
+    if not isinstance(names, list):
+        names = [names]
+    label = "+".join([config.name] + [name.removesuffix(".hdf5") for name in names])
+    safe = re.sub(r"[^\w.+-]+", "-", label).strip(".-")[:120]
     return Path(config.checkpoints_path) / f"{safe}-{uuid.uuid4().hex[:8]}"
 
 
-@contextmanager
-def holding(directory: Path, wait: bool):
-    """Make the directory and hold its lock. Raises BlockingIOError if another process
-    does and `wait` is not set."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / ".lock", "a") as file:  # NFS locks no directory
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
+def lock_directory(directory: Path) -> filelock.BaseFileLock:
+    """Hold a run's directory while this process lives. Raises UserError."""
+    lock = filelock.FileLock(directory / ".lock")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(f"{directory}: in use by another live process") from None
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be written: {brief(error)}") from None
+    return lock
 
 
 @contextmanager
-def locked(directory: Optional[Path]):
-    """Hold a run's directory, while this process lives at most. Raises UserError."""
-    with ExitStack() as stack:
-        try:
-            if directory is not None:
-                stack.enter_context(holding(directory, wait=False))
-        except BlockingIOError:
-            raise UserError(f"{directory}: in use by another live process") from None
-        except OSError as error:
-            raise UserError(f"{directory}: cannot be written: {brief(error)}") from None
-        yield
-
-
-@contextmanager
-def noted_signals():
+def stop_signals():
     """The SIGINTs and SIGTERMs so far; the loop saves and stops at its next update. A
     Ctrl-C after the first is not held back."""
-    noted, previous = [], {}
+    stop = []
+    previous = {}
 
     def note(number, _):
-        noted.append(number)
+        stop.append(number)
         signal.signal(signal.SIGINT, previous[signal.SIGINT])
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             previous[number] = signal.signal(number, note)
     try:
-        yield noted
+        yield stop
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-class Run:
-    """What a training leaves behind: tables, evaluations, checkpoints, wandb, lines."""
-
-    CHECKPOINT_SECONDS = 300
-    SAVED = ("step", "evaluated", "diverged", "warned")
-    ONLINE = {  # the last columns, where there is an online phase
-        "metrics": ("train_return", "train_score", "train_success", "train_regret"),
-        "evaluations": ("success_rate", "eval_regret"),
-    }
-
-    def __init__(self, config, agent, task: Task, data, evaluator, directory):
-        self.config, self.agent, self.task = config, agent, task
-        self.evaluator, self.directory = evaluator, directory
-        self.q_range = data.q_range if data else math.inf
-        self.transitions = len(data) if data else 0
-        self.metrics, self.online = Metrics(), None
-        self.offline = offline_updates(config)
-        replay = Replay(config, data, agent, agent.device)
-        self.updater = Updater(agent, replay, self.metrics)
-        if config.online_iterations > 0:
-            self.online = Online(task, config, agent, replay)
-        self.step, self.evaluated = 0, -1
-        self.numbers = [run["run"] for run in agent.runs]  # under torchrun not 0, 1, ...
-        self.diverged = [-1] * len(agent.runs)  # update by which a run went non-finite
-        self.warned = [False] * len(agent.runs)  # of Q running away
-        self.started = self.saved_at = self.logged_at = time.monotonic()
-        self.seconds = {"evaluation_seconds": 0.0, "checkpoint_seconds": 0.0}
-
-    def open(self, checkpoint: Optional[dict], total: int) -> None:
-        """Take up a resumed run's state, or start anew; then write the first files."""
-        ids, every = [], {"log_freq": 1, "eval_freq": 1}
-        if checkpoint:
-            ids, every = checkpoint["wandb_ids"], checkpoint["config"]
-            with blaming(UserError, f"checkpoint {checkpoint['path']}: garbled"):
-                self.take_up(checkpoint)
-        self.logged_step, self.tables, kept = self.agent.step, {}, {}
-        freqs = {"metrics": "log_freq", "evaluations": "eval_freq", "timing": "log_freq"}
-        for name, freq in freqs.items():
-            # A last row between two regular ones goes when the run is made longer.
-            extra = total > self.step and self.step % every[freq] > 0
-            if name == "evaluations" and self.step == self.offline:
-                extra = False  # the offline phase's last one stays
-            self.tables[name] = Table(self.directory, f"{name}.csv")
-            # So does one whose evaluation the checkpoint does not know to be done.
-            again = name == "evaluations" or self.metrics.count > 0
-            again = again and self.evaluated < self.step
-            last = self.step - (extra or again) if checkpoint else -1
-            columns = self.ONLINE.get(name, ()) if self.online else ()
-            kept[name] = self.tables[name].keep(last, columns)
-        self.evaluations = kept["evaluations"]
-        if self.directory is not None:
-            config = {**dataclasses.asdict(self.config), "resume": None}
-            text = yaml.safe_dump(config, sort_keys=False)
-            (self.directory / "config.tmp").write_text(text)
-            os.replace(self.directory / "config.tmp", self.directory / "config.yaml")
-            if Path(__file__).resolve() != (self.directory / "cql.py").resolve():
-                shutil.copyfile(__file__, self.directory / "cql.py")
-        self.wandb = WandbLogger(self.config, self.directory, self.agent.runs, ids)
-
-    def take_up(self, checkpoint: dict) -> None:
-        """The state of a run to go on with, but for its agent's."""
-        vars(self).update({name: checkpoint[name] for name in self.SAVED})
-        if not len(self.diverged) == len(self.warned) == len(self.agent.runs):
-            raise ValueError("diverged or warned of other runs")
-        self.metrics.load(checkpoint["metrics"], len(self.agent.runs), self.agent.device)
-        self.updater.load(checkpoint["updater"])
-        if checkpoint["online"] is not None and self.online is not None:
-            self.online.load(checkpoint["online"])
-
-    def advance(self) -> None:
-        """An update, or online a step of the environments and utd updates."""
-        n = 1
-        if self.step >= self.offline:
-            self.online.step(self.alive())
-            n = self.config.utd if self.updater.data.ready() else 0
-        for _ in range(n):
-            self.updater()
-        self.step += 1
-
-    def alive(self) -> np.ndarray:
-        """[R] bool: the runs that have not diverged."""
-        return np.array(self.diverged) < 0
-
-    def check_finite(self) -> Dict[int, Dict[str, float]]:
-        """Metric means of the live runs; one in which a mean is not finite stops."""
-        rows = {r: row for r, row in enumerate(self.metrics.means()) if self.alive()[r]}
-        for r in list(rows):
-            broken = list(itertools.compress(self.metrics.names, self.metrics.broken[r]))
-            finite = (w[r].isfinite().all() for w in self.agent.parameters())
-            if not broken and not all(finite):
-                broken = ["a weight"]
-            if broken:
-                del rows[r]
-                self.diverged[r] = self.step
-                where = f"run {self.numbers[r]} diverged by update {self.step}"
-                more = ", ..." * (len(broken) > 4)
-                say(f"{where}: first {', '.join(broken[:4])}{more} not finite")
-        return rows
-
-    def log(self, reset: bool = True) -> None:
-        """A row of metrics.csv per live run: means since the last regular one."""
-        rows, reference = self.check_finite(), self.reference()
-        for r, row in rows.items() if self.online else ():
-            row.update(self.online.metrics(r, reference, reset))
-        table = [{"step": self.step, "run": self.numbers[r], **rows[r]} for r in rows]
-        self.tables["metrics"].append(table)
-        self.wandb.log(self.step, rows)
-        if self.metrics.count and not (self.online and self.online.started):
-            for r, row in rows.items():  # online, rewards unlike the data's may come
-                self.warn_of_drift(r, row)
-        now = time.monotonic()
-        rate = (self.agent.step - self.logged_step) / max(now - self.logged_at, 1e-9)
-        timing = {"seconds": now - self.started, "updates_per_s": rate, **self.seconds}
-        self.tables["timing"].append([{"step": self.step, **timing}])
-        self.logged_at, self.logged_step = now, self.agent.step
-        if reset and self.metrics.sums is not None:
-            self.metrics.sums.zero_()
-            self.metrics.count = 0
-
-    def warn_of_drift(self, r: int, means: Dict[str, float]) -> None:
-        """Say once when Q of the policy's actions exceeds what rewards allow."""
-        names = ("cql_q{}_current_actions", "average_qf{}")
-        js, nan = range(1, self.config.n_critics + 1), math.nan  # a fork's may lack one
-        lists = ([means.get(name.format(j), nan) for j in js] for name in names)
-        policy, data = map(np.mean, lists)
-        if max(policy, policy - data) > self.q_range and not self.warned[r]:
-            self.warned[r] = True
-            here = f"{policy:.4g} for the policy's actions, {data:.4g} for the data's"
-            here += f", and rewards allow {self.q_range:.4g}"
-            hint = "Poor returns follow; a larger cql_alpha holds Q down"
-            say(f"run {self.numbers[r]}: Q runs away: {here}. {hint}")
-
-    def evaluate(self, noted: List[int]) -> None:
-        """Evaluate the present policy, maybe beside the updates that follow."""
-        self.collect(wait=True)
-        self.check_finite()
-        if self.evaluator is None or not self.alive().any():
-            self.evaluated = self.step
-            return self.checkpoint()
-        before = time.monotonic()
-        self.evaluator.start(self.agent, self.step, self.alive(), noted)
-        self.seconds["evaluation_seconds"] += time.monotonic() - before
-
-    def collect(self, wait: bool) -> None:
-        """Rows of evaluations.csv, one line on the terminal and a checkpoint, once an
-        evaluation is done."""
-        before = time.monotonic()
-        done = self.evaluator and self.evaluator.finish(wait)
-        if not done:
-            return
-        self.seconds["evaluation_seconds"] += time.monotonic() - before
-        step, alive, *results = done
-        self.evaluated, reference, rows, table = step, self.evaluator.reference, {}, []
-        for r in np.flatnonzero(alive).tolist():
-            returns, lengths, successes = (result[r] for result in results)
-            rows[r] = {
-                "return_mean": float(returns.mean()),
-                "return_std": float(returns.std()),
-                "length_mean": float(lengths.mean()),
-                "d4rl_normalized_score": normalized_score(returns, reference),
-            }
-            if self.online:
-                rows[r] = self.online_results(r, step, rows[r], successes)
-            keys = {"step": step, **self.agent.runs[r]}
-            table.append({**keys, "episodes": len(returns), **rows[r]})
-        self.tables["evaluations"].append(table)
-        self.evaluations += table
-        if reference is None:
-            for row in rows.values():
-                del row["d4rl_normalized_score"]
-        self.wandb.log(self.step, rows, evaluation_step=step)
-        returns = [f"{e['return_mean']:.0f} +- {e['return_std']:.0f}" for e in table]
-        scores = [e["d4rl_normalized_score"] for e in table]
-        text = f"update {step:>9,}  return {' | '.join(returns)}"
-        if reference is not None:
-            text += "  score " + " | ".join(f"{score:.1f}" for score in scores)
-            text += f" (mean {np.mean(scores):.1f})" if len(scores) > 1 else ""
-        say(text)
-        self.checkpoint()
-
-    def reference(self):
-        """Returns scored 0 and 100, if known."""
-        return self.evaluator.reference if self.evaluator else self.task.reference
-
-    def online_results(self, r: int, step: int, row: dict, successes) -> dict:
-        """The row with success rate, and regret of the online phase's evaluations."""
-        row, first = {**row, "success_rate": float(successes.mean())}, self.offline
-        mine = [e for e in self.evaluations if int(e["run"]) == self.numbers[r]]
-        mine = [e for e in (*mine, {"step": step, **row}) if int(e["step"]) > first]
-        means = []
-        for column in ("d4rl_normalized_score", "success_rate"):
-            values = [float(e[column]) for e in mine if e[column] != ""]
-            means.append(float(np.mean(values)) if values else math.nan)
-        return {**row, "eval_regret": regret(*means)}
-
-    def checkpoint(self) -> None:
-        """Write checkpoint.pt. A diverged run keeps its last finite state there; when
-        none is left alive the file stays as it is."""
-        if self.evaluator and self.evaluator.pending:  # no checkpoint can hold it
-            return self.collect(wait=True)
-        self.check_finite()
-        if self.directory is None or not self.alive().any():
-            return
-        before, path = time.monotonic(), self.directory / "checkpoint.pt"
-        payload = {
-            "format": "cql.py",
-            "version": VERSION,
-            "kind": type(self.agent).__name__,
-            "config": dataclasses.asdict(self.config),
-            "task": dataclasses.asdict(self.task),
-            "agent": self.agent.state_dict(),
-            "runs": self.agent.runs,
-            "phase": "online" if self.online and self.online.started else "offline",
-            "online": self.online.state() if self.online else None,
-            "metrics": vars(self.metrics),
-            "updater": self.updater.state(),
-            "transitions": self.transitions,
-            "wandb_ids": self.wandb.ids,
-            **{name: getattr(self, name) for name in self.SAVED},
-        }
-        if not self.alive().all() and path.exists():
-            dead = torch.as_tensor(np.flatnonzero(~self.alive()))
-            keep_slices(payload["agent"], read_checkpoint(path)["agent"], dead)
-        save_checkpoint(path, payload)
-        if rank_and_ranks()[1] > 1:
-            merge_tables(self.directory.parent)
-        self.saved_at = time.monotonic()
-        self.seconds["checkpoint_seconds"] += self.saved_at - before
-
-    def summary(self) -> None:
-        """The closing table: last and best evaluation of each run, and the files."""
-        scored = self.evaluator is not None and self.evaluator.reference is not None
-        column = "d4rl_normalized_score" if scored else "return_mean"
-        lists = (k for k in SWEPT[2:] if isinstance(getattr(self.config, k), list))
-        names = [*SWEPT[:2], *lists]
-        head = " ".join(f"{name:>9}" for name in (*names, "last", "best"))
-        say(f" run {head}  {column}")
-        for r, run in enumerate(self.agent.runs):
-            mine = [e[column] for e in self.evaluations if int(e["run"]) == run["run"]]
-            values = [float(value) for value in mine if value != ""]
-            ends = (values[-1], max(values)) if values else ()
-            last, best = [f"{value:.2f}" for value in ends] or "--"
-            note = f"  diverged by {self.diverged[r]}" if self.diverged[r] >= 0 else ""
-            texts = [str(run["seed"]), *(f"{run[name]:g}" for name in names[1:])]
-            keys = " ".join(f"{t:>{max(9, len(n))}}" for t, n in zip(texts, names))
-            say(f"{run['run']:>4} {keys} {last:>9} {best:>9}{note}")
-        say(f"files: {self.directory or 'none'}")
-
-
-def keep_slices(new: dict, old: dict, dead: Tensor) -> None:
-    """Put old tensors' slices of the dead runs into new; what has no run dimension
-    (observation statistics, Adam's counts) is the same in both or a scalar."""
-    for key, value in new.items():
-        if isinstance(value, dict):
-            keep_slices(value, old[key], dead)
-        elif isinstance(value, Tensor) and value.ndim and len(value) > dead.max():
-            new[key] = value.clone()
-            new[key][dead] = old[key][dead].to(value.device)
 
 
 # ======================================================================================
@@ -2928,174 +2660,455 @@ def keep_slices(new: dict, old: dict, dead: Tensor) -> None:
 # ======================================================================================
 
 
-def describe(config, task: Task, data: Optional[Dataset], evaluator, device) -> None:
-    """The opening lines, warnings included; settles the reference returns."""
-    if evaluator is None:
-        say("no environment recorded, no --eval_env: training without evaluation, Q on")
-        say("  the data's, the policy's and uniform actions is in metrics.csv")
-    else:
-        evaluator.reference = reference_returns(task, evaluator.name)
-    if data is not None:
-        reference = evaluator.reference if evaluator else task.reference
-        score = normalized_score(data.returns, reference)
-        score = "" if math.isnan(score) else f" (score {score:.1f})"
-        cuts = f" ({data.left_out:,} left out, of unknown next observations)"
-        size = f"{len(data):,} transitions{cuts * bool(data.left_out)}"
-        size += f", {len(data.lengths):,} episodes"
-        say(f"data: {size}, mean return {data.returns.mean():.1f}{score}")
-    changed = {k for k, v in vars(config).items() if v != FIELDS[k].default}
-    changed -= {"precision"} if config.precision == "tf32" else set()
-    for name in sorted({"mixing_ratio", "is_sparse_reward"} & changed):
-        if not config.cal_ql:
-            say(f"{name} is set and cal_ql is not: this is CQL, not Cal-QL")
-    for name in sorted(changed.intersection(CONTINUOUS)) if task.discrete else ():
-        say(f"{name} has no effect on discrete actions")
-    chip = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    native = chip.get("avx512_bf16", True) or chip.get("amx_bf16", True)
-    if config.precision == "bf16" and not (task.discrete or native):
-        say("precision bf16 is slower than fp32 here: this CPU has no avx512_bf16")
-    gaps = [run["cql_target_action_gap"] for run in product_of_runs(config)]
-    if config.cql_lagrange and min(gaps) < 0:
-        say("cql_target_action_gap < 0 with cql_lagrange is a real target, not 'off':")
-        say("  it pushes Q of the data above the soft maximum")
-    elif "cql_target_action_gap" in changed:
-        say("cql_target_action_gap has no effect without cql_lagrange")
-    for name in ("buffer_size", "cql_alpha_online", "utd"):
-        if config.online_iterations == 0 and name in changed:
-            say(f"{name} has no effect offline")
-    if 0 < offline_updates(config) + config.online_iterations <= config.bc_steps:
-        say("bc_steps covers every update: this clones behaviour, and Q plays no part")
-    if config.cal_ql and not np.any(config.cql_alpha):
-        say("cal_ql has no effect with cql_alpha 0")
-    if config.checkpoints_path is None and not config.resume:
-        say("checkpoints_path is null: nothing will be written")
+class Run:
+    """What a training leaves behind: tables, checkpoints, wandb, lines."""
 
+    CHECKPOINT_SECONDS = 300
 
-def load(config: TrainConfig, checkpoint: Optional[dict], resumed: bool, device):
-    """Data (None where none is needed), task, evaluator (None without an environment)
-    and agent, as the checkpoint has it. Raises UserError."""
-    same = checkpoint and checkpoint["config"]["env"] == config.env
-    nothing = same and offline_updates(config) == config.online_iterations == 0
-    if config.env is None or nothing:
-        data = None
-        task = Task(**checkpoint["task"]) if checkpoint else task_of(config.eval_env)
-    else:
-        data = Dataset(config, device)
-        task = data.task
-        if resumed and checkpoint["transitions"] not in (0, len(data)):
-            was = f"{len(data)} transitions; the run had {checkpoint['transitions']}"
-            raise UserError(f"--env {config.env}: {was}")
-    has_env = task.env_id or config.eval_env
-    evaluator = Evaluator(task, config, device) if has_env else None
-    if config.online_iterations > 0 and evaluator is None:
-        raise UserError("--online_iterations: no environment; name an --eval_env")
-    if config.online_iterations > 0 and task.discrete:
-        raise UserError("--online_iterations: not yet for discrete actions")
-    statistics = data.statistics() if data and config.normalize else (0.0, 1.0)
-    runs = share_of_runs(config, checkpoint, resumed)
-    agent = make_agent(config, task, device, statistics, runs)
-    if checkpoint:
-        load_agent(agent, checkpoint)
-        bounds = task.action_low, task.action_high
-        old = checkpoint["task"]["action_low"], checkpoint["task"]["action_high"]
-        if old != bounds:
-            where = f"checkpoint {checkpoint['path']}"
-            raise UserError(f"{where}: action bounds {old}, here {bounds}")
-        if not resumed:
-            agent.restart()
-    return data, task, evaluator, agent
+    def __init__(self, config, agent, data, evaluator, online, directory, lock):
+        self.config = config
+        self.agent = agent
+        self.data = data
+        self.evaluator = evaluator
+        self.online = online
+        self.directory = directory
+        self.lock = lock
+        self.offline = config.max_timesteps
+        self.total = config.max_timesteps + config.online_iterations
+        self.metrics = Metrics(agent.device)
+        self.step = 0  # updates offline, environment steps online
+        self.logged = self.evaluated = -1  # steps of the last rows
+        self.diverged = [-1] * len(agent.runs)  # step by which a run went non-finite
+        self.warned = [False] * len(agent.runs)  # of Q running away
+        self.started = self.saved_at = self.logged_at = time.monotonic()
+        self.seconds = {"evaluation_seconds": 0.0, "checkpoint_seconds": 0.0}
+        self.wandb = None
 
+    def open(self, checkpoint: Optional[dict]) -> None:
+        """Take up a resumed run's state, or start anew; then write the first files."""
+        ids = []
+        config = self.config
+        directory = self.directory
+        if directory is not None:
+            self.lock = self.lock or lock_directory(directory)
+            if checkpoint is None and (directory / "checkpoint.pt").exists():
+                raise UserError(f"{directory}: begun by another process meanwhile")
+        garbled = LookupError, RuntimeError, TypeError, ValueError
+        with errors_as(UserError, f"{directory}: no run to go on with", garbled):
+            if checkpoint is not None:
+                self.take_up(checkpoint)
+                ids = checkpoint["wandb_ids"]
+            self.metrics_table = Table(directory, "metrics.csv", self.logged)
+            self.timing_table = Table(directory, "timing.csv", self.logged)
+            self.evaluations_table = Table(directory, "evaluations.csv", self.evaluated)
+        self.evaluations = self.evaluations_table.kept
+        self.logged_updates = self.agent.updates
+        if directory is not None:
+            text = yaml.safe_dump({**asdict(config), "resume": None}, sort_keys=False)
+            (directory / "config.tmp").write_text(text)
+            os.replace(directory / "config.tmp", directory / "config.yaml")
+            if Path(__file__).resolve() != (directory / "cql.py").resolve():
+                shutil.copyfile(__file__, directory / "cql.py")
+        self.wandb = WandbLogger(config, directory, self.agent.runs, ids)
+        runs = f"{len(self.agent.runs)} run(s) on {self.agent.device}"
+        steps = f"updates {self.step:,} to {self.total:,}"
+        if self.online:
+            steps += f", online after {self.offline:,}"
+        say(f"training {runs}, {steps}, in {directory or 'no directory'}")
 
-def train(config: TrainConfig, checkpoint: Optional[dict] = None) -> int:
-    """Train every run of the config from the checkpoint on; returns the exit status."""
-    keep_freed_memory()
-    device = pick_device(config.device, config.precision)
-    offline = offline_updates(config)
-    total = offline + config.online_iterations
-    latest = Path(config.resume or "", "checkpoint.pt")
-    resumed = bool(checkpoint and config.resume and Path(checkpoint["path"]) == latest)
-    online = resumed and checkpoint["phase"] == "online"
-    flag = "online_iterations" if online else "max_timesteps"
-    if resumed and checkpoint["step"] > (total if online else offline):
-        where = f"--{flag} {total - offline if online else offline}"
-        raise UserError(f"{where}: the run is at {checkpoint['step']}")
-    now, was = config.eval_env, checkpoint and checkpoint["config"]["eval_env"]
-    if resumed and now != was and (online or config.normalize_reward):
-        raise UserError(f"--eval_env {now}: the run learns from rewards of {was}")
-    if online:
-        before = offline_updates(TrainConfig(**checkpoint["config"]))
-        if offline != before:
-            where = f"--max_timesteps {offline}"
-            raise UserError(f"{where}: the run went online after {before} updates")
-    data, task, evaluator, agent = load(config, checkpoint, resumed, device)
-    directory, n_runs = run_directory(config), len(agent.runs)
-    run = Run(config, agent, task, data, evaluator, directory)
-    rank, ranks = rank_and_ranks()
-    hidden = rank > 0 or not sys.stderr.isatty()
-    look = {"unit": "update", "disable": hidden, "leave": False, "dynamic_ncols": True}
-    with locked(directory), noted_signals() as noted, tqdm(total=total, **look) as bar:
-        if config.resume and latest.exists():  # by another process, while this one read?
-            if not resumed or latest.stat().st_mtime_ns != checkpoint["written"]:
-                raise UserError(f"{directory}: changed meanwhile; try once more")
-        if ranks > 1:
-            settle_ranks(directory.parent)
-        describe(config, task, data, evaluator, device)
-        if checkpoint and not resumed:
-            say(f"model: {checkpoint['path']}, update {checkpoint['step']:,}")
-        elif config.resume and not resumed:
-            say(f"no checkpoint in {directory} yet: starting there")
-        run.open(checkpoint if resumed else None, total)
-        bar.initial = bar.n = run.step
-        plural = f"{n_runs} runs" if n_runs > 1 else "1 run"
-        where = f", in {directory}" if directory else ""
-        more = f", online after {offline:,}" if run.online else ""
-        more = f"updates {run.step:,} to {total:,}{more}"
-        say(f"training {plural} on {device}{where}, {more}")
+    def take_up(self, checkpoint: dict) -> None:
+        """The state of a run to go on with, but for its agent's."""
+        before = checkpoint["config"]
+        self.step = checkpoint["step"]
+        self.logged = checkpoint["logged"]
+        self.evaluated = checkpoint["evaluated"]
+        self.diverged = checkpoint["diverged"]
+        self.warned = checkpoint["warned"]
+        self.metrics.load(checkpoint["metrics"])
+        if self.online and checkpoint["online"]:
+            self.online.load(checkpoint["online"])
+        # A run that is made longer writes the last rows again if they stood between two
+        # regular ones.
+        if self.logged % before["log_freq"] and self.logged < self.total:
+            self.logged -= 1
+        regular = self.evaluated > 0 and self.evaluated % before["eval_freq"] == 0
+        if not regular and self.evaluated not in (self.offline, self.total):
+            self.evaluated -= 1
+
+    def alive(self) -> List[int]:
+        """The runs that have not diverged."""
+        return [r for r, step in enumerate(self.diverged) if step < 0]
+
+    def check_finite(self) -> Dict[int, Dict[str, float]]:
+        """Metric means of the live runs; one in which a mean or a weight is not finite
+        stops, and what it was at the last checkpoint is kept."""
+        means = self.metrics.means()
+        rows = {}
+        for r in self.alive():
+            rows[r] = means[r] if means else {}
+            broken = [name for name, x in rows[r].items() if not math.isfinite(x)]
+            for weight in self.agent.parameters():
+                if not broken and not weight[r].isfinite().all():
+                    broken = ["a weight"]
+            if broken:
+                del rows[r]
+                self.diverged[r] = self.step
+                what = f"run {r} diverged by update {self.step}"
+                say(f"{what}: {', '.join(broken[:4])} not finite")
+                self.keep_checkpoint(f"run{r}_before_{self.step}.pt")
+        return rows
+
+    def keep_checkpoint(self, name: str) -> None:
+        """A copy of the last checkpoint, in which a run that diverged was finite."""
+        path = self.directory and self.directory / "checkpoint.pt"
+        if path and path.exists():
+            with errors_as(MachineError, f"could not write {name}", OSError):
+                shutil.copyfile(path, self.directory / name)
+
+    def log(self) -> None:
+        """A row of metrics.csv per live run: means since the last regular one."""
+        regular = self.step % self.config.log_freq == 0
+        rows = self.check_finite()
+        table = []
+        for r, row in rows.items():
+            if self.online:
+                row.update(self.online.metrics(r, reset=regular))
+            table.append({"step": self.step, "run": r, **row})
+            if self.step <= self.offline:  # online, rewards unlike the data's may come
+                self.warn_of_drift(r, row)
+        self.metrics_table.append(table)
+        self.wandb.log(self.step, rows)
+        now = time.monotonic()
+        updates = self.agent.updates
+        rate = (updates - self.logged_updates) / max(now - self.logged_at, 1e-9)
+        timing = {"seconds": now - self.started, "updates_per_s": rate, **self.seconds}
+        self.timing_table.append([{"step": self.step, **timing}])
+        self.logged = self.step
+        self.logged_at = now
+        self.logged_updates = updates
+        if regular:
+            self.metrics.reset()
+
+    def reference(self) -> Optional[List[float]]:
+        """Returns scored 0 and 100, if known."""
+        return self.evaluator.reference if self.evaluator else None
+
+    def warn_of_drift(self, r: int, means: Dict[str, float]) -> None:
+        """Say once when Q exceeds what the data's rewards allow. With the entropy in the
+        target, they set no bound."""
+        config = self.config
+        if self.data is None or config.backup_entropy or config.discount == 1:
+            return
+        policy = means.get("cql_q1_current_actions", math.nan)
+        data = means.get("average_qf1", math.nan)
+        high = max(self.data.r_max, 0) / (1 - config.discount)
+        low = min(self.data.r_min, 0) / (1 - config.discount)
+        runs_away = max(policy, data) > high or abs(policy - data) > high - low
+        if runs_away and not self.warned[r]:
+            self.warned[r] = True
+            here = f"{policy:.4g} for the policy's actions, {data:.4g} for the data's"
+            allowed = f"rewards allow {low:.4g} to {high:.4g}"
+            say(f"run {r}: Q runs away: {here}, and {allowed}")
+            say("  Poor returns follow; a larger cql_alpha holds Q down")
+
+    def evaluation_due(self) -> bool:
+        """Whether the present step's evaluation is still to come."""
+        regular = self.step > 0 and self.step % self.config.eval_freq == 0
+        due = regular or self.step in (self.offline, self.total)
+        return due and self.evaluated != self.step
+
+    def evaluate(self, stop: list) -> None:
+        """Rows of evaluations.csv, a line on the terminal, and a checkpoint."""
+        before = time.monotonic()
+        self.check_finite()
+        alive = self.alive()
+        rows = {}
+        if self.evaluator and alive:
+            rows = self.evaluator.evaluate(self.agent, self.step, alive, stop)
+            if rows is None:
+                return
+        self.evaluated = self.step
+        self.seconds["evaluation_seconds"] += time.monotonic() - before
+        table = []
+        for r, row in rows.items():
+            table.append({"step": self.step, **self.agent.runs[r], **row})
+        self.evaluations_table.append(table)
+        self.evaluations += table
+        self.wandb.log(self.step, rows)
+        if table:
+            self.say_evaluation(table)
+        self.checkpoint()
+
+    def say_evaluation(self, table: List[dict]) -> None:
+        returns = []
+        scores = []
+        for row in table:
+            returns.append(f"{row['return_mean']:.0f} +- {row['return_std']:.0f}")
+            scores.append(row["d4rl_normalized_score"])
+        text = f"update {self.step:>9,}  return {' | '.join(returns)}"
+        if self.reference() is not None:
+            text += "  score " + " | ".join(f"{score:.1f}" for score in scores)
+            text += f" (mean {np.mean(scores):.1f})"
+        say(text)
+
+    def checkpoint(self) -> None:
+        """Write checkpoint.pt; when no run is left alive the file stays as it is."""
+        before = time.monotonic()
+        self.check_finite()
+        if self.directory is None or not self.alive():
+            return
+        payload = {
+            "format": "cql.py",
+            "version": VERSION,
+            "kind": type(self.agent).__name__,
+            "config": asdict(self.config),
+            "task": asdict(self.agent.task),
+            "fingerprint": self.data.fingerprint if self.data else None,
+            "agent": self.agent.state_dict(),
+            "online": self.online.state() if self.online else None,
+            "metrics": self.metrics.state(),
+            "wandb_ids": self.wandb.ids,
+            "step": self.step,
+            "logged": self.logged,
+            "evaluated": self.evaluated,
+            "diverged": self.diverged,
+            "warned": self.warned,
+        }
+        save_checkpoint(self.directory / "checkpoint.pt", payload)
+        self.saved_at = time.monotonic()
+        self.seconds["checkpoint_seconds"] += self.saved_at - before
+
+    def summary(self) -> None:
+        """The closing table: last and best evaluation of each run, and the files."""
+        column = "return_mean" if self.reference() is None else "d4rl_normalized_score"
+        names = ["seed", "cql_alpha"]
+        for name in SWEPT[2:]:
+            if isinstance(getattr(self.config, name), list):
+                names.append(name)
+        for r, run in enumerate(self.agent.runs):
+            text = f"run {r:<3}"
+            for name in names:
+                text += f"  {name} {run[name]}"
+            rows = [row for row in self.evaluations if int(row["run"]) == r]
+            values = [float(row[column]) for row in rows if row[column] != ""]
+            if values:
+                text += f"  {column} last {values[-1]:.2f}, best {max(values):.2f}"
+            if self.diverged[r] >= 0:
+                text += f"  diverged by {self.diverged[r]}"
+            say(text)
+        say(f"files: {self.directory or 'none'}")
+
+    def end(self, stop: list) -> int:
+        """The last lines; returns the exit status."""
+        if stop:
+            self.checkpoint()
+            text = f"interrupted at update {self.step:,}"
+            if self.directory:
+                text += f"; --resume {self.directory} goes on"
+            say(text)
+            return 128 + stop[0]
+        self.summary()
+        return 0 if len(self.alive()) == len(self.agent.runs) else 3
+
+    @contextmanager
+    def opened(self, checkpoint: Optional[dict]):
+        """Between `open` and the end, whatever that is."""
         try:
-            while run.alive().any():
-                due = run.step and run.step % config.eval_freq == 0
-                due = due or run.step in (offline, total)
-                if due and run.evaluated != run.step:
-                    if run.step == total and run.metrics.count:
-                        run.log(reset=False)
-                    run.evaluate(noted)
-                run.collect(wait=run.step == total)
-                if noted or run.step == total:
-                    break
-                run.advance()
-                bar.update()
-                if run.step % config.log_freq == 0:
-                    run.log()
-                if time.monotonic() - run.saved_at > run.CHECKPOINT_SECONDS:
-                    run.checkpoint()
-            bar.close()
-            if noted:
-                run.checkpoint()
-                again = directory and (directory.parent if ranks > 1 else directory)
-                more = f"; --resume {again} goes on" if directory else ""
-                say(f"interrupted at update {run.step:,}{more}")
-                return 128 + noted[0]
-            if config.record_dataset is not None:
-                run.online.write(run.reference())
-            if ranks > 1:  # again, for a rank that left no checkpoint
-                merge_tables(directory.parent)
-            run.summary()
+            self.open(checkpoint)
+            yield
         finally:
-            run.wandb.finish()
-            if evaluator:
-                evaluator.close()
-    if ranks > 1 and not run.alive().all():
-        say("exit status 0 all the same: at any other torchrun stops the other ranks")
-    return 0 if run.alive().all() or ranks > 1 else 3
+            if self.wandb:
+                self.wandb.finish()
+            for each in (self.evaluator, self.online):
+                for player in each.players if each else []:
+                    player.env.close()
+            if self.lock:
+                self.lock.release()
+
+
+def load(config: TrainConfig, checkpoint: Optional[dict], device):
+    """Data (None where nothing is learned from any), task, and evaluator (None without
+    an environment). Raises UserError."""
+    learns = config.max_timesteps > 0 or config.online_iterations > 0
+    task = checkpoint["task"] if checkpoint else None
+    other_data = not checkpoint or checkpoint["config"]["env"] != config.env
+    episodes = None
+    if config.env is not None and (learns or other_data):
+        episodes, task = read_data(config)
+    probe = None
+    env_id = task.env_id if task else None
+    if config.eval_env != "none" and (config.eval_env or env_id):
+        probe = make_env(config, task)
+    if task is None:
+        space = probe.unwrapped.observation_space
+        flat_space = probe.observation_space
+        structured = not isinstance(space, gym.spaces.Box)
+        task = make_task(space if structured else flat_space, probe.action_space)
+    elif probe is not None:
+        fields = action_fields(probe.action_space)
+        if task.env_id is not None:  # bounds are the data's; types as it takes them
+            fields = {name: fields[name] for name in ("action_shape", "action_dtype")}
+        n_actions = math.prod(fields["action_shape"])
+        if n_actions == len(task.action_low):  # else refused below
+            task = dataclasses.replace(task, **fields)
+    evaluator = Evaluator(config, task, probe) if probe else None
+    data = None
+    if episodes is not None:
+        data = Dataset(config, episodes, task, device)
+    return data, task, evaluator
+
+
+def check_resume(config: TrainConfig, checkpoint: dict, data: Optional[Dataset]) -> None:
+    """Raise UserError where a resumed run is to do less than it has done, or to learn
+    from something else than before."""
+    before = checkpoint["config"]
+    step = checkpoint["step"]
+    online = step > before["max_timesteps"]
+    planned = config.max_timesteps
+    if online and planned != before["max_timesteps"]:
+        what = f"the run went online after {before['max_timesteps']} updates"
+        raise UserError(f"--max_timesteps {planned}: {what}")
+    if not online and step > planned:
+        raise UserError(f"--max_timesteps {planned}: the run is at {step}")
+    if step > planned + config.online_iterations:
+        n = config.online_iterations
+        raise UserError(f"--online_iterations {n}: the run is at {step - planned}")
+    for name in ("eval_env", "max_episode_steps"):
+        if online and getattr(config, name) != before[name]:
+            raise UserError(f"--{name}: the run learns online with {before[name]}")
+    was = checkpoint["fingerprint"]
+    if data is not None and was and not np.allclose(data.fingerprint, was, rtol=1e-9):
+        what = f"{was[0]} transitions, here are {data.fingerprint[0]}, or other numbers"
+        raise UserError(f"--env {config.env}: other data: the run had {what}")
+
+
+def describe(config: TrainConfig, task: Task, data, evaluator) -> None:
+    """The opening lines: what was read, what actions were taken to be, what is
+    evaluated where; and flags that do not what their names say here."""
+    reference = evaluator.reference if evaluator else task.reference
+    if data is not None:
+        text = f"data: {len(data):,} transitions, {len(data.lengths):,} episodes"
+        if data.left_out:
+            text += f" ({data.left_out:,} left out, of unknown next observations)"
+        text += f", mean return {data.returns.mean():.1f}"
+        if reference is not None:
+            text += f" (score {normalized_score(data.returns.mean(), reference):.1f})"
+        say(text)
+    say(f"actions: {describe_actions(task)}")
+    if data is not None:
+        describe_seen_actions(task, data.columns["actions"])
+    if evaluator is not None:
+        say(evaluator.describe())
+    else:
+        say("evaluation: none; metrics.csv holds Q of the data's, the policy's and")
+        say("  uniform actions. --eval_env names an environment")
+    changed = {name for name, x in vars(config).items() if x != FIELDS[name].default}
+    unused = sorted(changed.intersection(CONTINUOUS))
+    if task.discrete and unused:
+        say(f"without effect on discrete actions: {', '.join(unused)}")
+    if config.cql_lagrange and np.min(config.cql_target_action_gap) < 0:
+        say("cql_target_action_gap < 0 is a real target here, not 'off'")
+
+
+def describe_seen_actions(task: Task, actions: Tensor) -> None:
+    """A word where the data's actions [n, A] are not what one may take them for."""
+    if task.discrete:
+        n = int(task.action_high[0] - task.action_low[0]) + 1
+        n_seen = len(actions.unique())
+        if n_seen < n:
+            say(f"  {n - n_seen} of them never occur in the data")
+    elif not (actions % 1).any():
+        say("  whole numbers, taken as a box: stored as one column of integers, or with")
+        say("  a Discrete --eval_env, they are discrete")
+
+
+def train(config: TrainConfig) -> int:
+    """Train every run of the config; returns the exit status. Raises UserError for bad
+    input, before anything is written, and MachineError."""
+    keep_freed_memory()
+    device = pick_device(config)
+    directory = run_directory(config)
+
+    # What to start from: a run to resume, a model to load, or nothing.
+    lock = None
+    checkpoint = None
+    resumed = False
+    if directory is not None and (directory / "checkpoint.pt").exists():
+        lock = lock_directory(directory)
+        checkpoint = read_checkpoint(directory)
+        resumed = True
+    elif config.load_model:
+        checkpoint = read_checkpoint(config.load_model)
+
+    # Data and environment; agent; what its batches come from.
+    data, task, evaluator = load(config, checkpoint, device)
+    statistics = None
+    if data is not None and config.normalize:
+        statistics = data.statistics()
+    agent = make_agent(config, task, device, statistics)
+    if resumed:
+        with errors_as(UserError, f"checkpoint {checkpoint['path']}: garbled"):
+            check_resume(config, checkpoint, data)
+    if checkpoint is not None:
+        load_agent(agent, checkpoint)
+    if not resumed:
+        agent.updates = 0  # count and draw as a fresh run does
+    replay = Replay(config, data, agent)
+    online = None
+    if config.online_iterations > 0:
+        online = Online(config, task, agent, replay)
+    run = Run(config, agent, data, evaluator, online, directory, lock)
+
+    def step(noise: Noise) -> None:
+        """An update of every run, as a CUDA graph captures it."""
+        batch = replay.sample(noise.fractions)
+        run.metrics.add(agent.update(batch, noise))
+
+    do_step = step
+    if device.type == "cuda":
+        do_step = GraphedStep(step, agent, run.metrics)
+    describe(config, task, data, evaluator)
+
+    with stop_signals() as stop, run.opened(checkpoint if resumed else None):
+        look = {"unit": "update", "leave": False, "dynamic_ncols": True}
+        bar = tqdm(total=run.total, initial=run.step, disable=None, **look)
+        if run.evaluation_due():  # all there is to do, or what a signal cut short
+            run.evaluate(stop)
+        while run.step < run.total and run.alive() and not stop:
+            # Online, a step of each run's environment enters the replay first; no
+            # update until that holds a batch.
+            updates = 1
+            if run.step >= run.offline:
+                online.step(run.alive(), run.step)
+                updates = config.utd if replay.ready() else 0
+
+            # Draw all randomness of an update; then batch, losses and optimizers.
+            for _ in range(updates):
+                noise = agent.draw(config.batch_size)
+                do_step(noise)
+            run.step += 1
+            bar.update()
+
+            # Log the means since the last row.
+            if run.step % config.log_freq == 0 or run.step == run.total:
+                run.log()
+
+            # Evaluate and save; save in between, so that a kill costs minutes at most.
+            if run.evaluation_due():
+                run.evaluate(stop)
+            elif time.monotonic() - run.saved_at > run.CHECKPOINT_SECONDS:
+                run.checkpoint()
+        bar.close()
+        return run.end(stop)
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     """The command line; returns the exit status (0, 1, 2, 3, 130 or 143)."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        given = read_command_line(sys.argv[1:] if argv is None else argv)
-        config, checkpoint = layered_config(split_over_ranks(given))
-        validate(config)
-        return train(config, checkpoint)
+        if {"-h", "--help"} & set(argv):
+            print_help()
+        return train(read_config(argv))
     except UserError as error:
         print("cql.py: error:", str(error).replace("\n", " "), file=sys.stderr)
         return 2

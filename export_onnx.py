@@ -4,39 +4,37 @@
     python export_onnx.py runs/quick policy.onnx       # of a stacked run: --run 1
 
 Input `observation` [n, O], raw, float32; output `action` [n, ...], for the environment:
-what cql.load_policy returns, normaliser and bounds included, deterministic.
+what cql.load_policy returns, normaliser and bounds included, deterministic. The graph is
+traced from the agent's own `choose`, so it holds whatever layers cql.py has.
 """
 
 import argparse
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 import cql
 
 
-class HostPolicy(nn.Module):
-    """One run's policy in plain layers, [n, O] -> [n, *action shape]."""
+class RunPolicy(nn.Module):
+    """One run of a stacked agent: raw observations [n, O] -> actions [n, ...]."""
 
-    def __init__(self, agent: cql.Agent, run: int, shape: list):
+    def __init__(self, agent: cql.Agent, run: int):
         super().__init__()
-        self.discrete, self.shape = isinstance(agent, cql.DiscreteCQL), shape
-        network = agent.critic if self.discrete else agent.policy
-        self.layers = [(x.weight[run].data, x.bias[run].data) for x in network.layers]
-        self.low, self.high = agent.action_low, agent.action_high
-        self.mean, self.std = agent.observation_mean, agent.observation_std
+        for parameter in agent.parameters():
+            parameter.data = parameter.data[run : run + 1]
+        agent.runs = agent.runs[run : run + 1]
+        self.agent = agent
+        self.shape = agent.task.action_shape
+        self.kind = np.dtype(agent.task.action_dtype)
 
     def forward(self, observation: torch.Tensor) -> torch.Tensor:
-        x = (observation - self.mean) / self.std
-        for weight, bias in self.layers[:-1]:
-            x = torch.relu(x @ weight + bias)  # a critic's layers have a dimension more
-        x = x @ self.layers[-1][0] + self.layers[-1][1]
-        if self.discrete:
-            return x.mean(0).argmax(-1) + self.low.long()
-        center = (self.high + self.low) / 2
-        x = center + (self.high - center) * x[:, : len(self.low)].tanh()
-        return x.clamp(self.low, self.high).reshape(-1, *self.shape)
+        actions = self.agent.choose(observation.unsqueeze(0)).squeeze(0)  # [n, A]
+        if actions.is_floating_point() and self.kind.kind in "iu":
+            actions = actions.round()  # as Task.to_environment
+        return actions.reshape(-1, *self.shape).to(getattr(torch, self.kind.name))
 
 
 def export(checkpoint: str, path: str, run: int = 0) -> None:
@@ -44,12 +42,10 @@ def export(checkpoint: str, path: str, run: int = 0) -> None:
     policy = cql.load_policy(checkpoint, run)
     if not Path(path).absolute().parent.is_dir():
         raise cql.UserError(f"{path}: no such directory")
-    task, agent = policy.task, policy.agent
-    place = [each["run"] for each in agent.runs].index(run)
-    module = HostPolicy(agent, place, task.action_shape).eval()
+    example = torch.zeros(2, policy.task.observation_dim)
     torch.onnx.export(
-        module,
-        (torch.zeros(2, task.observation_dim),),
+        RunPolicy(policy.agent, run).eval(),
+        (example,),
         path,
         input_names=["observation"],
         output_names=["action"],

@@ -44,8 +44,8 @@ def clocked(owner, name: str, label: str) -> None:
 
 
 PARTS = (
-    (cql, "read_command_line", "flags"),
-    (cql.Dataset, "__init__", "loading data"),
+    (cql, "read_config", "flags"),
+    (cql, "load", "data and environment"),
     (cql.Replay, "sample", "batches"),
     (cql.Agent, "draw", "noise"),
     (cql, "sample_actions", "policy, forward"),
@@ -56,7 +56,7 @@ PARTS = (
     (torch.optim.Adam, "step", "Adam"),
     (torch, "_foreach_lerp_", "target networks"),
     (cql.Metrics, "add", "metrics"),
-    (cql.Evaluator, "start", "evaluation"),
+    (cql.Evaluator, "evaluate", "evaluation"),
     (cql.Run, "checkpoint", "checkpoints"),
     (cql.Run, "log", "log rows"),
 )

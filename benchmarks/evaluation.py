@@ -1,6 +1,6 @@
 """Time of an evaluation beside that of stepping its environments alone.
 
-    python benchmarks/evaluation.py [ENVIRONMENT] [ROUNDS]
+    python benchmarks/evaluation.py [ENVIRONMENT] [ROUNDS] [OUT.csv]
 
 Ten episodes of HalfCheetah-v5, which never ends early, so 1,000 steps each: once as
 cql.py evaluates (networks of the default size, untrained), once with the same actions
@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 import cql  # noqa: E402
 
 COLUMNS = "evaluation", "environments", "environments_and_policy"
+EPISODES = 10
 
 
 def alone(envs, seeds, actions, act=None) -> None:
@@ -36,28 +37,43 @@ def alone(envs, seeds, actions, act=None) -> None:
             each.step(action)
 
 
-def main(name: str = "HalfCheetah-v5", rounds: str = "10") -> None:
-    torch.set_num_threads(1)
-    task = cql.task_of(name)
-    config = cql.TrainConfig(n_episodes=10)
-    config.eval_env = name
-    agent, simulator = cql.make_agent(config, task), cql.Simulator(task, config)
-    act, rows = agent.on_host(), []
-    states = (np.random.SeedSequence([0, 0, i]).generate_state(1) for i in range(10))
-    seeds, actions = [int(state[0]) for state in states], []
+def record(evaluator, agent) -> list:
+    """The actions of an evaluation, [episodes, ...] a step; makes its environments."""
+    act, actions = agent.act, []
 
     def recording(observations):
-        actions.append(act(observations)[0])
-        return actions[-1]
+        chosen = act(observations)
+        actions.append(agent.task.to_environment(chosen[0]))
+        return chosen
 
-    simulator.episodes(recording, [True], seeds)  # makes the environments
+    agent.act = recording
+    evaluator.episodes(agent, 0, [0], [])
+    del agent.act
+    return actions
+
+
+def main(
+    name: str = "HalfCheetah-v5",
+    rounds: str = "10",
+    out: str = str(ROOT / "benchmarks/results/evaluation.csv"),
+) -> None:
+    torch.set_num_threads(1)
+    cql.keep_freed_memory()  # as `train` does
+    flags = {"env": None, "max_timesteps": 0, "normalize": False}
+    config = cql.TrainConfig(eval_env=name, n_episodes=EPISODES, **flags)
+    _, task, evaluator = cql.load(config, None, torch.device("cpu"))
+    agent = cql.make_agent(config, task)
+    actions, rows = record(evaluator, agent), []
+    envs = [player.env for player in evaluator.players]
+    numbers = [cql.EVALUATE, config.eval_seed, config.seed, 0]
+    seeds = [cql.seed_from([*numbers, i]) for i in range(EPISODES)]
     for i in range(int(rounds)):
         start = time.perf_counter()
-        simulator.episodes(agent.on_host(), [True], seeds)
+        evaluator.episodes(agent, 0, [0], [])
         middle = time.perf_counter()
-        alone(simulator.envs.values(), seeds, actions)
+        alone(envs, seeds, actions)
         end = time.perf_counter()
-        alone(simulator.envs.values(), seeds, actions, act)
+        alone(envs, seeds, actions, agent.act)
         last = time.perf_counter()
         seconds = middle - start, end - middle, last - end
         rows.append({"round": i, **dict(zip(COLUMNS, seconds))})
@@ -66,7 +82,7 @@ def main(name: str = "HalfCheetah-v5", rounds: str = "10") -> None:
         ratios = [row[column] / row["environments"] for row in rows]
         spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
         print(f"{name}: {column}: median ratio {np.median(ratios):.3f} ({spread})")
-    with open(ROOT / "benchmarks/results/evaluation.csv", "w", newline="") as file:
+    with open(out, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

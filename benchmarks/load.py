@@ -60,10 +60,12 @@ def read(path: str) -> str:
     sys.path.insert(0, str(ROOT))
     import cql
 
-    start = time.perf_counter()
-    data = cql.Dataset(cql.TrainConfig(env=path))
+    start, config = time.perf_counter(), cql.TrainConfig(env=path)
+    episodes, task = cql.read_data(config)
+    data = cql.Dataset(config, episodes, task)
     seconds, n = time.perf_counter() - start, len(data)
-    size = sum(value.nbytes for value in vars(data).values() if hasattr(value, "nbytes"))
+    tensors = [data.observations, data.rows, *data.columns.values()]
+    size = sum(tensor.nbytes for tensor in tensors)
     limit = 1.2 * 4 * n * (2 * O_DIM + A_DIM + 2)
     return f"{n:,} in {seconds:.2f} s, {size / 1e6:.1f} MB of {limit / 1e6:.1f}"
 

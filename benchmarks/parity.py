@@ -105,12 +105,14 @@ def start_alike(policy):
         head.bias.fill_(value)
 
 
-def evaluate(agent, envs, step: int):
-    """Returns of an episode in each environment, stepped together."""
+def evaluate(agent, envs, seed: int, step: int):
+    """Returns of an episode in each environment, stepped together; seeds are those of
+    cql.py: of the stream EVALUATE (4), eval_seed 0, the run's seed, step and episode."""
     observations = []
     for i, env in enumerate(envs):
-        state = np.random.SeedSequence([0, step, i]).generate_state(1)
-        observations.append(env.reset(seed=int(state[0]))[0])
+        sequence = np.random.SeedSequence([4, 0, seed, step, i])
+        number = int(sequence.generate_state(1, np.uint64)[0] >> 1)
+        observations.append(env.reset(seed=number)[0])
     returns, lengths, running = (
         np.zeros(EPISODES),
         np.zeros(EPISODES),
@@ -171,7 +173,7 @@ def main() -> None:
             agent.update(dataset.sample_transition_batch(256))
             if step % EVERY:
                 continue
-            returns, lengths = evaluate(agent, envs, step)
+            returns, lengths = evaluate(agent, envs, seed, step)
             score = 100 * (returns.mean() - low) / (high - low)
             keys = {"step": step, "run": run}
             row = {**keys, "seed": seed, "cql_alpha": options.cql_alpha}

@@ -39,7 +39,7 @@ import matplotlib.pyplot as plt
 
 KEYS = ("cql_alpha", "cql_temp", "cql_target_action_gap")
 # What of config.yaml does not tell two groups apart: KEYS do, from the tables.
-OTHER = "seed name group project resume checkpoints_path device eval_workers log_freq"
+OTHER = "seed name group project resume checkpoints_path device log_freq"
 RESAMPLES, LEAST = 2000, 5  # the latter: seeds that make an interval
 Table = Dict[str, np.ndarray]  # a column over the steps
 

@@ -5,7 +5,8 @@
     python benchmarks/speed.py --figure scaling.png --out results/scaling.csv  # draw one
 
 Each side has an interpreter and a process of its own and random data in memory; in a
-`-loading` case it also draws its batches from a dataset by its own means. They take
+`-loading` case (and a `graph-` one, for GPUs) it also draws its batches from a dataset
+by its own means, cql.py as its `train` does, by CUDA graphs on a GPU. They take
 turns (A B A B ...), the idle one stopped, so that a slow spell hits both; the result is
 the median of the rounds' ratios.
 
@@ -85,7 +86,8 @@ CASES = {
     "hopper-compiled": Case(flags={"compile": True}),
     "hopper-k1-compiled": Case(flags={"compile": True, "cql_backward_actions": 1}),
     "quickstart-compiled": Case(n_actions=4, hidden=(128, 128), flags={"compile": True}),
-    # For GPUs: one CUDA graph from the drawing of the batch to the metrics' sums.
+    # For GPUs: a CUDA graph from the drawing of the batch to the metrics' sums, whose
+    # capture falls into the warm-up.
     **{
         f"graph-R{n}{'-k1' * k}{'-compiled' * fused}": Case(
             n_runs=n,
@@ -116,14 +118,21 @@ def random_data(case: Case, *shape: int) -> dict:
     return dict(zip(names, (states[0], actions, rewards, states[1], ends)))
 
 
+def stored_data(case: Case) -> dict:
+    """A dataset, whose next observations both sides find by index."""
+    data = random_data(case, STORED)
+    del data["next_observations"]
+    return data
+
+
 # A peer takes a case and a device. It returns its version, the number of parameters that
 # it trains, and the function to time, which makes one update of every run.
 
 
 def cql_py(case: Case, device: str):
     sys.path.insert(0, str(ROOT))
-    import h5py
     import torch
+    from gymnasium.spaces import Box
 
     import cql
 
@@ -131,23 +140,49 @@ def cql_py(case: Case, device: str):
         seed=list(range(case.n_runs)), batch_size=case.batch_size, cql_alpha=WEIGHT,
         hidden_dim=case.hidden[0], q_n_hidden_layers=len(case.hidden),
         cql_n_actions=case.n_actions, n_critics=case.n_critics, policy_lr=POLICY_LR,
-        qf_lr=CRITIC_LR, **case.flags,
+        qf_lr=CRITIC_LR, device=device, **case.flags,
     )  # fmt: skip
     cql.keep_freed_memory()  # as `train` does
-    device = cql.pick_device(device, config.precision)
-    agent = cql.ContinuousCQL(config, case.observation_dim, case.action_dim, device)
+    device = cql.pick_device(config)
+    observation_space = Box(-np.inf, np.inf, (case.observation_dim,))
+    task = cql.make_task(observation_space, Box(-1, 1, (case.action_dim,)))
+    agent = cql.make_agent(config, task, device)
     size = sum(p.numel() for g in agent.optimizer.param_groups for p in g["params"])
-    if not case.loading:
-        arrays = random_data(case, POOL, case.n_runs, case.batch_size).values()
-        parts = zip(*(torch.from_numpy(array).to(device) for array in arrays))
-        batches = itertools.cycle([cql.Batch(*part) for part in parts])
-        return torch.__version__, size, lambda: agent.update(next(batches))
+    if case.loading:
+        update = training_step(cql, config, task, agent, stored_data(case))
+    else:
+        arrays = random_data(case, POOL, case.n_runs, case.batch_size)
+        arrays["terminations"] = arrays.pop("terminals")
+        tensors = {k: torch.from_numpy(v).to(device) for k, v in arrays.items()}
+        batches = []
+        for i in range(POOL):
+            batches.append(cql.Batch(**{k: v[i] for k, v in tensors.items()}))
+        draw = itertools.cycle(batches).__next__
+        update = lambda: agent.update(draw())  # noqa: E731
+    return torch.__version__, size, update
+
+
+def training_step(cql, config, task, agent, arrays: dict):
+    """A step of cql.train on these arrays, on a GPU by its CUDA graphs."""
+    import h5py
+
     with tempfile.TemporaryDirectory() as directory:
-        config.env = f"{directory}/random.hdf5"
-        with h5py.File(config.env, "w") as file:
-            file.update(random_data(case, STORED))
-        data = cql.Dataset(config, device)
-    return torch.__version__, size, cql.Updater(agent, data, cql.Metrics())
+        path = f"{directory}/random.hdf5"
+        with h5py.File(path, "w") as file:
+            file.update(arrays)
+        episodes, _ = cql.read_episodes(path)
+    data = cql.Dataset(config, episodes, task, agent.device)
+    replay = cql.Replay(config, data, agent)
+    metrics = cql.Metrics(agent.device)
+
+    def step(noise):
+        batch = replay.sample(noise.fractions)
+        metrics.add(agent.update(batch, noise))
+
+    do_step = step
+    if agent.device.type == "cuda":
+        do_step = cql.GraphedStep(step, agent, metrics)
+    return lambda: do_step(agent.draw(config.batch_size))
 
 
 def d3rlpy(case: Case, device: str):
@@ -169,9 +204,7 @@ def d3rlpy(case: Case, device: str):
     nets = [(a.impl.policy, a.impl.q_function, a.impl.modules.log_temp) for a in agents]
     size = sum(p.numel() for net in itertools.chain(*nets) for p in net.parameters())
     if case.loading:
-        data = random_data(case, STORED)
-        del data["next_observations"]  # found by index, as in cql.py
-        dataset = d3rlpy.dataset.MDPDataset(**data)
+        dataset = d3rlpy.dataset.MDPDataset(**stored_data(case))
         draw = lambda: dataset.sample_transition_batch(case.batch_size)  # noqa: E731
     else:
         shape = (POOL * case.n_runs, case.batch_size)

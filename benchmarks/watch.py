@@ -9,6 +9,7 @@ rendering fails, set MUJOCO_GL=egl or MUJOCO_GL=osmesa (Debian: libegl1, libosme
 """
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -22,17 +23,30 @@ import cql
 SIZE = 200  # pixels, either way
 
 
+def make_env(directory: str, policy) -> gym.Env:
+    """The environment that the run was evaluated in, with pictures."""
+    config, task = policy.agent.config, policy.task
+    name = config.eval_env
+    if name in (None, "none"):
+        name = task.env_id
+    if name is None:
+        raise cql.UserError(f"{directory}: its data records no environment")
+    env_id = name.rpartition(":")[2]
+    if env_id != task.env_id:  # then the recorded settings are not its own
+        task.env_id, task.env_kwargs, task.max_episode_steps = env_id, {}, None
+    task.env_kwargs["render_mode"] = "rgb_array"
+    spec = gym.registry.get(env_id)
+    if spec and "mujoco" in str(spec.entry_point):
+        picture = {"width": SIZE, "height": SIZE, "camera_name": "track"}
+        task.env_kwargs |= picture
+    return cql.make_env(dataclasses.replace(config, eval_env=name), task)
+
+
 def film(directory: str, options):
     """Iterate over a policy's frames, for ever."""
     policy = cql.load_policy(directory, options.run)
-    weight = next(r for r in policy.agent.runs if r["run"] == options.run)["cql_alpha"]
-    if policy.task.env_id is None:
-        raise cql.UserError(f"{directory}: its data records no environment")
-    policy.task.env_kwargs["render_mode"] = "rgb_array"
-    if "mujoco" in str(gym.spec(policy.task.env_id).entry_point):
-        picture = {"width": SIZE, "height": SIZE, "camera_name": "track"}
-        policy.task.env_kwargs |= picture
-    env = cql.make_env(policy.task)
+    weight = policy.agent.runs[options.run]["cql_alpha"]
+    env = make_env(directory, policy)
     seed = options.seed
     while True:
         observation, total, ended, t = env.reset(seed=seed)[0], 0.0, False, 0

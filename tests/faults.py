@@ -95,7 +95,7 @@ def saved(directory: Path) -> dict:
     return torch.load(directory / "checkpoint.pt", weights_only=True)
 
 
-def plain(value, skip=("resume", "wandb_ids", "eval_workers")):
+def plain(value, skip=("resume", "wandb_ids", "eval_env")):
     """A checkpoint as something that == compares."""
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items() if k not in skip}
@@ -107,10 +107,10 @@ def plain(value, skip=("resume", "wandb_ids", "eval_workers")):
 
 
 def same(one: Path, other: Path) -> bool:
-    tables = (
-        (one / name).read_bytes() == (other / name).read_bytes() for name in TABLES
-    )
-    return all(tables) and plain(saved(one)) == plain(saved(other))
+    for name in TABLES:
+        if (one / name).read_bytes() != (other / name).read_bytes():
+            return False
+    return plain(saved(one)) == plain(saved(other))
 
 
 def one_line(err: str, *fragments) -> bool:
@@ -158,16 +158,15 @@ def killed_online(shop: Workshop, times: int):
     for i in range(times):
         killed += kill(shop, directory, argv, bool(i % 2))
         if (directory / "checkpoint.pt").exists():
-            held.append(saved(directory)["online"])
+            held.append(saved(directory)["online"]["replay"])
     status = shop.end(argv)[0]
-    final = saved(directory)["online"]["replay"]
-    lost = 0
-    for state in held:
-        for r, n in enumerate(state["replay"]["added"].tolist() if state else ()):
-            pairs = zip(state["replay"]["own"], final["own"])
-            kept = all(torch.equal(x[r, :n], y[r, :n]) for x, y in pairs)
-            lost += not (kept and int(final["added"][r]) >= n)
-    return killed, killed * (status == 0 and lost == 0 and bool(held))
+    final, lost = saved(directory)["online"]["replay"], 0
+    for replay in held:
+        for r, n in enumerate(replay["added"]):
+            lost += final["added"][r] < n
+            for name, column in replay["columns"].items():
+                lost += not torch.equal(column[r, :n], final["columns"][name][r, :n])
+    return killed, killed * (status == 0 and lost == 0 and len(held) > 0)
 
 
 def signalled(shop: Workshop, times: int):
@@ -197,7 +196,7 @@ def disk_full(shop: Workshop, times: int):
     for i in range(times):
         directory, copy = shop.root / f"disk{i}", shop.root / f"copy{i}"
         directory.mkdir()
-        size = shop.rng.randint(330, 480)
+        size = SCRIPT.stat().st_size // 1000 + shop.rng.randint(190, 340)
         mount = f"mount -t tmpfs -o size={size}k none {directory} && "
         mount += f'"$@"; status=$?; cp -r {directory} {copy}; exit $status'
         argv = shop.argv(directory, max_timesteps=10**6)
@@ -276,32 +275,15 @@ def broken_simulator(shop: Workshop, times: int):
     return times, survived
 
 
-def dead_worker(shop: Workshop, times: int):
-    """An evaluation worker dies: exit 1, one line; then on, bit for bit"""
-    whole, survived = shop.whole(800), 0
-    for i in range(times):
-        directory = shop.root / f"worker{i}"
-        argv = shop.argv(directory, max_timesteps=800)
-        process = shop.start([*argv, "--eval_workers=1"])
-        wait(shop, process, (directory / "evaluations.csv").exists)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
-        for child in map(int, children.split()):
-            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
-                os.kill(child, signal.SIGKILL)
-        _, err = process.communicate(timeout=300)
-        said = process.returncode == 1 and one_line(err, "failed at update")
-        survived += said and shop.end(argv)[0] == 0 and same(whole, directory)
-    return times, survived
-
-
 def no_network(shop: Workshop, times: int):
-    """wandb's server is out of reach: training goes on, offline, and says so"""
+    """wandb's server is out of reach: training goes on without it, and says so"""
     directory = shop.root / "wandb"
     variables = {"WANDB_MODE": "online", "WANDB_API_KEY": "a" * 40}
     variables |= {"WANDB_BASE_URL": "http://127.0.0.1:9", "no_proxy": "*"}
     argv = shop.argv(directory, max_timesteps=80, seed=0)
     status, out, _ = shop.end(argv, **variables)
-    return 1, int(status == 0 and "wandb: offline" in out)
+    said = "wandb: " in out and "not logging to it" in out
+    return 1, int(status == 0 and said and saved(directory)["step"] == 80)
 
 
 def two_at_once(shop: Workshop, times: int):
@@ -331,7 +313,6 @@ FAULTS = {
     truncated: 5,
     damaged: 5,
     broken_simulator: 0.1,
-    dead_worker: 0.1,
     no_network: 0.05,
     two_at_once: 0.1,
 }

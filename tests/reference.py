@@ -12,7 +12,10 @@ Below them, the tiny agents and batches that the tests share.
 
 import cmath
 import math
+from types import SimpleNamespace
+from typing import NamedTuple
 
+import gymnasium as gym
 import numpy as np
 import torch
 
@@ -31,6 +34,10 @@ def clamp(x, low, high):
     return low if x.real < low else high if x.real > high else x
 
 
+def less(x, y):
+    return x.real < y.real
+
+
 def least(values):
     return min(values, key=lambda x: x.real)
 
@@ -45,48 +52,82 @@ def logsumexp(values):
     return top + cmath.log(sum(cmath.exp(x - top) for x in values))
 
 
+def layer(weight, bias, x):
+    """A weight [in][out] and a bias [1][out] on x [in]: what cql.EnsembleLinear does."""
+    y = []
+    for o in range(len(bias[0])):
+        y.append(bias[0][o] + sum(x[i] * weight[i][o] for i in range(len(x))))
+    return y
+
+
 def mlp(layers, x):
-    """layers: pairs of a weight [in][out] and a bias [1][out]; ReLU between them."""
-    for depth, (weight, bias) in enumerate(layers):
-        y = []
-        for o in range(len(bias[0])):
-            y.append(bias[0][o] + sum(x[i] * weight[i][o] for i in range(len(x))))
-        x = [v if v.real > 0 else 0.0 for v in y] if depth + 1 < len(layers) else y
-    return x
+    """layers: pairs of a weight and a bias; ReLU between them."""
+    *hidden, last = layers
+    for weight, bias in hidden:
+        x = [v if v.real > 0 else 0.0 for v in layer(weight, bias, x)]
+    return layer(*last, x)
+
+
+def network_layers(parameters: dict, network: str, member=None):
+    """The layers of a network, of one critic where member is its number."""
+    layers, i = [], 0
+    while f"{network}.layers.{i}.weight" in parameters:
+        weight = parameters[f"{network}.layers.{i}.weight"]
+        bias = parameters[f"{network}.layers.{i}.bias"]
+        if member is not None:
+            weight, bias = weight[member], bias[member]
+        layers.append((weight.tolist(), bias.tolist()))
+        i += 1
+    return layers
+
+
+def least_of_targets(values, keys, n):
+    """The least of all, or of the n of largest key (REDQ's subset)."""
+    if n is not None:
+        order = sorted(range(len(values)), key=lambda j: -keys[j])
+        values = [values[j] for j in order[:n]]
+    return least(values)
+
+
+def of_run(arrays, r):
+    """Run r's part of a batch or of noise: nested lists by name, None where none is."""
+    found = {}
+    for name, array in arrays._asdict().items():
+        found[name] = None if array is None else array[r].tolist()
+    return SimpleNamespace(**found)
+
+
+class Row(NamedTuple):
+    """A critic's values in a state, and what the penalty makes of them."""
+
+    q_data: complex
+    q: list  # of the 3K proposals
+    bounded: list  # the same under Cal-QL's bound
+    gap: complex
+    clamped: complex
 
 
 class Reference:
-    """One run: its parameters, name -> array; flags; batch and noise without the R."""
+    """One run: its parameters, name -> array; flags; its part of batch and noise."""
 
-    def __init__(self, parameters, config, sweep: dict, batch, noise, step: int = 0):
-        self.parameters, self.config, self.sweep = parameters, config, sweep
-        self.batch = [array.tolist() for array in batch]
-        self.noise = [array.tolist() for array in noise]
-        self.cloning = step < config.bc_steps
+    def __init__(self, agent, batch, noise, r):
+        """Run r of an agent, with copies of its parameters."""
+        self.parameters = {}
+        for name, value in agent.named_parameters():
+            self.parameters[name] = value.detach()[r].numpy().copy()
+        self.config, self.sweep = agent.config, agent.runs[r]
+        self.batch, self.noise = of_run(batch, r), of_run(noise, r)
+        self.cloning = agent.updates < self.config.bc_steps
 
     # Networks
 
-    def layers(self, network, member=None):
-        layers, i = [], 0
-        while f"{network}.layers.{i}.weight" in self.parameters:
-            names = (f"{network}.layers.{i}.{kind}" for kind in ("weight", "bias"))
-            arrays = [self.parameters[name] for name in names]
-            layers.append(
-                [(a if member is None else a[member]).tolist() for a in arrays]
-            )
-            i += 1
-        return layers
-
     def gaussian(self, state):
-        outputs = mlp(self.layers("policy"), state)
+        outputs = mlp(network_layers(self.parameters, "policy"), state)
         A = len(outputs) // 2
-        multiplier, offset = (
-            self.parameters[f"policy.log_std_{name}"].item()
-            for name in ("multiplier", "offset")
-        )
-        return outputs[:A], [
-            clamp(multiplier * x + offset, -20.0, 2.0) for x in outputs[A:]
-        ]
+        multiplier = self.parameters["policy.log_std_multiplier"].item()
+        offset = self.parameters["policy.log_std_offset"].item()
+        log_stds = [clamp(multiplier * x + offset, -20.0, 2.0) for x in outputs[A:]]
+        return outputs[:A], log_stds
 
     def log_prob(self, state, pre_tanh, normals):
         """Of tanh(pre_tanh): a Gaussian's log density minus log(1 - tanh^2)."""
@@ -112,10 +153,11 @@ class Reference:
 
     def critics(self, network, state, action):
         """Q of every critic."""
-        n_critics = len(self.parameters[f"{network}.layers.0.weight"])
-        return [
-            mlp(self.layers(network, j), state + action)[0] for j in range(n_critics)
-        ]
+        values = []
+        for j in range(self.config.n_critics):
+            layers = network_layers(self.parameters, network, j)
+            values.append(mlp(layers, state + action)[0])
+        return values
 
     # Losses
 
@@ -128,166 +170,161 @@ class Reference:
 
     def log_pi(self):
         """Of the actor's own action, state by state."""
-        states, normals = self.batch[0], self.noise[0]
-        return [self.act(s, normals[b][0])[1] for b, s in enumerate(states)]
+        pairs = zip(self.batch.observations, self.noise.normals)
+        return [self.act(state, normals[0])[1] for state, normals in pairs]
 
     def temperature(self):
         if not self.config.use_automatic_entropy_tuning:
             return 0.0
-        log_alpha, A = self.parameters["log_alpha"].item(), len(self.batch[1][0])
+        log_alpha, A = self.parameters["log_alpha"].item(), len(self.batch.actions[0])
         return -mean(log_alpha * (log_pi - A) for log_pi in self.log_pi())
 
     def actor(self):
         losses = []
-        for b, (state, data_action) in enumerate(zip(*self.batch[:2])):
-            action, log_pi = self.act(state, self.noise[0][b][0])
+        for b, state in enumerate(self.batch.observations):
+            action, log_pi = self.act(state, self.noise.normals[b][0])
             if self.cloning:
-                worth = self.log_prob_of_data(state, data_action)
+                worth = self.log_prob_of_data(state, self.batch.actions[b])
             else:
-                qs = self.critics("critic", state, action)
-                n = self.config.n_target_critics
-                worth = least(qs) if n in (None, len(qs)) else mean(qs)
+                least_or_mean = least if self.config.n_target_critics is None else mean
+                worth = least_or_mean(self.critics("critic", state, action))
             losses.append(self.alpha * log_pi - worth)
         return mean(losses)
 
     def targets(self):
         """TD targets, and the values of the next states in them."""
         targets, values = [], []
-        _, _, rewards, next_states, terminations, _ = self.batch
         n_targets = self.config.cql_n_actions if self.config.cql_max_target_backup else 1
-        for b, state in enumerate(next_states):
+        n, keys = self.config.n_target_critics, self.noise.subset_keys
+        for b, state in enumerate(self.batch.next_observations):
             best, best_log_pi = -math.inf, None
-            for normals in self.noise[1][b][:n_targets]:
+            for normals in self.noise.next_normals[b][:n_targets]:
                 action, log_pi = self.act(state, normals)
                 qs = self.critics("target_critic", state, action)
-                if self.config.n_target_critics is not None:  # REDQ's subset
-                    keys = self.noise[4] or [0.0] * len(qs)
-                    order = sorted(range(len(qs)), key=lambda j: -keys[j])
-                    qs = [qs[j] for j in order[: self.config.n_target_critics]]
-                q = least(qs).real
+                q = least_of_targets(qs, keys, n).real
                 if q > best:
                     best, best_log_pi = q, log_pi.real
             if self.config.backup_entropy:
                 best -= self.alpha * best_log_pi
-            kept = 0.0 if terminations[b] else 1.0
-            targets.append(rewards[b] + self.config.discount * kept * best)
+            kept = 0.0 if self.batch.terminations[b] else 1.0
+            reward = self.batch.rewards[b]
+            targets.append(reward + self.config.discount * kept * best)
             values.append(best)
         return targets, values
 
     def proposals(self, b):
         """Actions and log densities: K uniform, K from pi(.|s), K from pi(.|s')."""
-        K, A = self.config.cql_n_actions, len(self.batch[1][b])
-        found = [(action, -A * math.log(2.0)) for action in self.noise[2][b]]
-        found += [self.act(self.batch[0][b], n) for n in self.noise[0][b][1:]]
-        found += [self.act(self.batch[3][b], n) for n in self.noise[1][b][-K:]]
+        K, A = self.config.cql_n_actions, len(self.batch.actions[b])
+        state, following = self.batch.observations[b], self.batch.next_observations[b]
+        found = [(action, -A * math.log(2.0)) for action in self.noise.uniforms[b]]
+        found += [self.act(state, n) for n in self.noise.normals[b][1:]]
+        found += [self.act(following, n) for n in self.noise.next_normals[b][-K:]]
         assert len(found) == 3 * K
         return found
 
+    def bounded(self, q, b):
+        """Cal-QL: Q of the policy's proposals is no lower than the return-to-go."""
+        if not self.config.cal_ql:
+            return q
+        K, returns = self.config.cql_n_actions, self.batch.mc_returns[b]
+        return q[:K] + [x if x.real > returns else returns for x in q[K:]]
+
+    def gap(self, q, q_data, log_mu):
+        """The soft maximum of q above q_data, by the form of the penalty."""
+        K, T = self.config.cql_n_actions, self.sweep["cql_temp"]
+        weighted = [x / T - density for x, density in zip(q, log_mu)]
+        if self.config.penalty == "mean":
+            return mean(q[K : 2 * K]) - q_data
+        if self.config.penalty == "policy_kl":
+            logits = [x / T for x in q[K : 2 * K]]
+            return T * (logsumexp(logits) - math.log(K)) - q_data
+        if self.config.penalty == "two_proposals":
+            return T * (logsumexp(weighted[: 2 * K]) - math.log(2 * K)) - q_data
+        if self.config.cql_importance_sample:
+            return T * logsumexp(weighted) - q_data
+        return T * logsumexp([x / T for x in [*q, q_data]]) - q_data
+
     def gaps(self):
-        """Q of the data and of the proposals, gap before and after the clamp; each by
-        critic, then by state."""
-        T, rows = self.sweep["cql_temp"], []
-        for b, state in enumerate(self.batch[0]):
-            data = self.critics("critic", state, self.batch[1][b])
+        """Row of every critic and state."""
+        critics = [[] for _ in range(self.config.n_critics)]
+        for b, state in enumerate(self.batch.observations):
+            data = self.critics("critic", state, self.batch.actions[b])
             proposals = self.proposals(b)
             others = [self.critics("critic", state, action) for action, _ in proposals]
-            K = self.config.cql_n_actions
-            for j, q_data in enumerate(data):
+            log_mu = [density for _, density in proposals]
+            for j, rows in enumerate(critics):
                 q = [other[j] for other in others]
-                bounded = list(q)
-                if self.config.cal_ql:
-                    returns = self.batch[5][b]
-                    bounded = [
-                        x if i < K or x.real > returns else returns
-                        for i, x in enumerate(q)
-                    ]
-                log_mu = [density for _, density in proposals]
-                if self.config.penalty == "mean":
-                    gap = mean(bounded[K : 2 * K]) - q_data
-                elif self.config.penalty == "policy_kl":
-                    logits = [x / T for x in bounded[K : 2 * K]]
-                    gap = T * (logsumexp(logits) - math.log(K)) - q_data
-                elif self.config.penalty == "two_proposals":
-                    pairs = list(zip(bounded, log_mu))[: 2 * K]
-                    logits = [x / T - density for x, density in pairs]
-                    gap = T * (logsumexp(logits) - math.log(2 * K)) - q_data
-                elif self.config.cql_importance_sample:
-                    logits = [x / T - density for x, density in zip(bounded, log_mu)]
-                    gap = T * logsumexp(logits) - q_data
-                else:
-                    logits = [x / T for x in [*bounded, q_data]]
-                    gap = T * logsumexp(logits) - q_data
+                bounded = self.bounded(q, b)
+                gap = self.gap(bounded, data[j], log_mu)
                 bounds = self.config.cql_clip_diff_min, self.config.cql_clip_diff_max
-                rows.append((j, (q_data, q, gap, clamp(gap, *bounds))))
-        n_critics = 1 + max(j for j, _ in rows)
-        return [[row for i, row in rows if i == j] for j in range(n_critics)]
+                rows.append(Row(data[j], q, bounded, gap, clamp(gap, *bounds)))
+        return critics
 
     def alpha_prime(self):
         value = cmath.exp(self.parameters["log_alpha_prime"].item())
         return clamp(value, 0.0, 1e6)
 
+    def weight(self):
+        """Of the gap, and what is subtracted from that."""
+        if not self.config.cql_lagrange:
+            return self.sweep["cql_alpha"], 0.0
+        weight = self.sweep["cql_alpha"] * self.alpha_prime().real
+        return weight, self.sweep["cql_target_action_gap"]
+
     def critic(self):
         """Sum over the critics of the TD error and the weighted penalty."""
-        total, weight, gap_target = 0.0, self.sweep["cql_alpha"], 0.0
-        if self.config.cql_lagrange:
-            weight = weight * self.alpha_prime().real
-            gap_target = self.sweep["cql_target_action_gap"]
-        targets, _ = self.targets()
+        total, (targets, _) = 0.0, self.targets()
+        weight, gap_target = self.weight()
         for rows in self.gaps():
-            total += mean((row[0] - y) ** 2 for row, y in zip(rows, targets))
-            total += weight * (mean(row[3] for row in rows) - gap_target)
+            total += mean((row.q_data - y) ** 2 for row, y in zip(rows, targets))
+            total += weight * (mean(row.clamped for row in rows) - gap_target)
         return total
 
     def multiplier(self):
         if not self.config.cql_lagrange:
             return 0.0
         weight, target = self.sweep["cql_alpha"], self.sweep["cql_target_action_gap"]
-        gaps = [mean(row[3] for row in rows).real for rows in self.gaps()]
+        gaps = [mean(row.clamped for row in rows).real for rows in self.gaps()]
         return -mean(self.alpha_prime() * weight * (gap - target) for gap in gaps)
 
     def metrics(self):
         """What CORL logs under these names; {j} is the list over the critics."""
-        K, gaps, (targets, values) = (
-            self.config.cql_n_actions,
-            self.gaps(),
-            self.targets(),
-        )
-        lagrange, weight, gap_target = (
-            self.config.cql_lagrange,
-            self.sweep["cql_alpha"],
-            0,
-        )
-        if lagrange:
-            weight = weight * self.alpha_prime().real
-            gap_target = self.sweep["cql_target_action_gap"]
-        shares = {"rand": 0, "current_actions": K, "next_actions": 2 * K}
-        by_share = {
-            f"cql_q{{j}}_{name}": [
-                mean(x for row in rows for x in row[1][first : first + K])
-                for rows in gaps
-            ]
-            for name, first in shares.items()
-        }
-        spreads = [
-            mean(np.std([row[0], *row[1]], ddof=1) for row in rows) for rows in gaps
-        ]
-        errors = [mean((r[0] - y) ** 2 for r, y in zip(rows, targets)) for rows in gaps]
-        diffs = [mean(row[3] for row in rows) for rows in gaps]
-        return {
-            **by_share,
+        K, gaps = self.config.cql_n_actions, self.gaps()
+        targets, values = self.targets()
+
+        def by_critic(value):
+            return [mean(value(row) for row in rows) for rows in gaps]
+
+        weight, gap_target = self.weight()
+        diffs = by_critic(lambda row: row.clamped)
+        errors = []
+        for rows in gaps:
+            errors.append(mean((row.q_data - y) ** 2 for row, y in zip(rows, targets)))
+        found = {
             "alpha_loss": self.temperature(),
             "alpha": self.alpha,
             "policy_loss": self.actor(),
             "log_pi": mean(self.log_pi()),
             "average_target_q": mean(values),
             "qf{j}_loss": errors,
-            "average_qf{j}": [mean(row[0] for row in rows) for rows in gaps],
-            "cql_std_q{j}": spreads,
+            "average_qf{j}": by_critic(lambda row: row.q_data),
+            "cql_q{j}_rand": by_critic(lambda row: mean(row.bounded[:K])),
+            "cql_q{j}_current_actions": by_critic(
+                lambda row: mean(row.bounded[K : 2 * K])
+            ),
+            "cql_q{j}_next_actions": by_critic(lambda row: mean(row.bounded[2 * K :])),
+            "cql_std_q{j}": by_critic(
+                lambda row: np.std([row.q_data, *row.bounded], ddof=1)
+            ),
             "cql_qf{j}_diff": diffs,
             "cql_min_qf{j}_loss": [weight * (diff - gap_target) for diff in diffs],
-            "alpha_prime": self.alpha_prime() if lagrange else 0.0,
+            "alpha_prime": self.alpha_prime() if self.config.cql_lagrange else 0.0,
             "alpha_prime_loss": self.multiplier(),
         }
+        if self.config.cal_ql:
+            lifted = by_critic(lambda row: 1.5 * mean(map(less, row.q, row.bounded)))
+            found["bound_rate"] = mean(lifted)  # of 2K of the 3K, which it can lift
+        return found
 
     def derivative(self, name, direction, h=1e-30):
         """Of the loss that trains the parameter, along a direction of its shape."""
@@ -297,6 +334,20 @@ class Reference:
         value = complex(getattr(self, loss)())
         self.parameters[name] = original
         return value.imag / h
+
+
+def bend_every_layer(monkeypatch):
+    """The sine of every layer's output, in cql.py and here."""
+    of_script, of_loops = cql.EnsembleLinear.forward, layer
+
+    def forward(*inputs):
+        return of_script(*inputs).sin()
+
+    def bent_layer(*inputs):
+        return [cmath.sin(y) for y in of_loops(*inputs)]
+
+    monkeypatch.setattr(cql.EnsembleLinear, "forward", forward)
+    monkeypatch.setitem(globals(), "layer", bent_layer)
 
 
 # Tiny agents, batches and noise
@@ -318,6 +369,13 @@ def tiny(**flags) -> cql.TrainConfig:
     return cql.TrainConfig(**{**small, **flags})
 
 
+def box_task(low=-1.0, high=1.0, observation_dim=OBS, action_dim=ACT) -> cql.Task:
+    """Of actions between two numbers, or two arrays [A]."""
+    observations = gym.spaces.Box(-np.inf, np.inf, (observation_dim,))
+    low, high = np.full(action_dim, low, float), np.full(action_dim, high, float)
+    return cql.make_task(observations, gym.spaces.Box(low, high, dtype=np.float64))
+
+
 def scrambled(agent, scale: float = 0.7):
     """The agent with noise on every parameter: targets unlike critics, biases not 0."""
     generator = torch.Generator().manual_seed(0)
@@ -329,7 +387,7 @@ def scrambled(agent, scale: float = 0.7):
 
 
 def tiny_agent(**flags) -> cql.ContinuousCQL:
-    return scrambled(cql.ContinuousCQL(tiny(**flags), OBS, ACT))
+    return scrambled(cql.ContinuousCQL(tiny(**flags), box_task()))
 
 
 def transitions(*shape: int, seed: int = 1, observation_dim=OBS, action_dim=ACT):
@@ -349,17 +407,25 @@ def transitions(*shape: int, seed: int = 1, observation_dim=OBS, action_dim=ACT)
     )
 
 
+def mapped(function, arrays):
+    """A batch or noise with function applied to every array that is there."""
+    found = {}
+    for name, array in arrays._asdict().items():
+        found[name] = None if array is None else function(array)
+    return type(arrays)(**found)
+
+
 def rows(data: cql.Batch, fractions) -> cql.Batch:
     """The transitions of one-dimensional data at fractions [R, B] of its length."""
     indices = (fractions * len(data.rewards)).long()
-    return cql.Batch(*(array[indices] for array in data))
+    return mapped(lambda array: array[indices], data)
 
 
 def train(agent, data: cql.Batch, n_updates: int, batch_size: int = 8):
-    """Updates as the script makes them: indices and noise from each generator."""
+    """Updates as the script makes them: batch and noise from the agent's draws."""
     for _ in range(n_updates):
         noise = agent.draw(batch_size)
-        metrics = agent.update(rows(data, noise.rows), noise)
+        metrics = agent.update(rows(data, noise.fractions), noise)
     return metrics
 
 

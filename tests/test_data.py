@@ -2,8 +2,11 @@
 
 import csv
 import dataclasses
+import fcntl
 import json
+import math
 import re
+import shutil
 import sys
 import warnings
 
@@ -28,10 +31,26 @@ import cql
 FIELDS = cql.Batch._fields[:5]
 
 
-def load(env, **flags):
-    """A Dataset of one transition or more."""
+def config_of(env, **flags):
+    """A config that takes as little as one transition."""
     env = list(map(str, env)) if isinstance(env, list) else str(env)
-    return cql.Dataset(cql.TrainConfig(**{"env": env, "batch_size": 1, **flags}))
+    return cql.TrainConfig(**{"env": env, "batch_size": 1, **flags})
+
+
+def load(env, **flags):
+    """The Dataset that `env` names."""
+    config = config_of(env, **flags)
+    return cql.Dataset(config, *cql.read_data(config))
+
+
+def task_of(env):
+    """The Task that `env` names."""
+    return cql.read_data(config_of(env))[1]
+
+
+def loaded(env, **flags):
+    """Dataset and Task where an environment has its say, as a run begins."""
+    return cql.load(config_of(env, **flags), None, "cpu")[:2]
 
 
 def everything(dataset):
@@ -65,15 +84,69 @@ def same(actual, expected, ends=True):
         np.testing.assert_array_equal(a, b, field)
 
 
+def states(episodes):
+    """The observations of all transitions, [n, O]."""
+    return np.concatenate([e["observations"][:-1] for e in episodes])
+
+
 def evaluations(directory):
     with open(directory / "evaluations.csv", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def line(out, start):
+    """The one line of `out` that begins so."""
+    [found] = [each for each in out.splitlines() if each.startswith(start)]
+    return found
 
 
 @pytest.fixture
 def in_tmp(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+Box, Dict, Tuple = gym.spaces.Box, gym.spaces.Dict, gym.spaces.Tuple
+
+
+LEVERS = {
+    "CqlThree-v0": gym.spaces.Discrete(3),
+    "CqlUnit-v0": Box(-1, 1, (1,)),
+    "CqlWide-v0": Box(-3, 3, (2,)),
+    "CqlWhole-v0": Box(-2, 2, (2,), np.int64),
+    "CqlSingle-v0": Box(-2, 2, (2,)),
+}
+
+
+class Levers(gym.Env):
+    """Three still numbers, and a space of actions, kept to by value and type."""
+
+    observation_space = Box(-9, 9, (3,))
+    done = []  # the actions so far
+
+    def __init__(self, name):
+        self.action_space = LEVERS[name]
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), repr(action)
+        Levers.done.append(action)
+        return np.zeros(3, np.float32), 1.0, False, False, {}
+
+
+@pytest.fixture
+def levers():
+    """The environments of LEVERS, for as long as a test lasts."""
+    Levers.done.clear()
+    for name in LEVERS:
+        entry = f"{__name__}:Levers"
+        gym.register(name, entry, max_episode_steps=5, kwargs={"name": name})
+    yield
+    for name in LEVERS:
+        del gym.registry[name]
 
 
 # --------------------------------------------------------------------------------------
@@ -103,12 +176,12 @@ def test_a_d4rl_file(following, timeouts, tmp_path):
     left_out = {} if following else {"next_observations": None}
     left_out |= {} if timeouts else {"timeouts": None}
     file = d4rl_file(tmp_path / "some.hdf5", episodes, **left_out)
-    dataset = load(file)
+    dataset, task = load(file), task_of(file)
     same(everything(dataset), transitions(episodes, following), ends=following)
     cuts = sum(bool(episode["truncations"][-1]) for episode in episodes)
     assert dataset.left_out == (0 if following else cuts)
-    assert dataset.task.env_id is None
-    assert (dataset.task.action_low, dataset.task.action_high) == ([-1, -1], [1, 1])
+    assert task.env_id is None
+    assert (task.action_low, task.action_high) == ([-1, -1], [1, 1])
 
 
 def test_d4rl_and_minari_give_the_same_tensors(tmp_path):
@@ -119,6 +192,159 @@ def test_d4rl_and_minari_give_the_same_tensors(tmp_path):
     same(everything(flat), everything(minari))
     for a, b in zip(flat.statistics(), minari.statistics()):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "name, env_id, dims",
+    [
+        ("hopper_medium-v2", "Hopper-v4", (11, 3)),
+        ("halfcheetah-medium-expert-v2", "HalfCheetah-v4", (17, 6)),
+        ("walker2d_medium_replay-v2", "Walker2d-v4", (17, 6)),
+        ("ant_medium-v2", "Ant-v4", (111, 8)),
+    ],
+)
+def test_a_d4rl_name_suggests_the_environment(name, env_id, dims, tmp_path, capsys):
+    episodes = random_episodes([9, 9], obs_dim=dims[0], action_dim=dims[1])
+    file = d4rl_file(tmp_path / f"{name}.hdf5", episodes)
+    task = task_of(file)
+    assert line(capsys.readouterr().out, file.name).count(env_id) == 1
+    env = cql.make_env(config_of(file), task)
+    assert env.spec.id == task.env_id == env_id
+    assert env.observation_space.shape == dims[:1] and env.action_space.shape == dims[1:]
+
+
+def test_a_name_is_only_a_guess(in_tmp):
+    """A log of another robot's is trained on, without the environment of its name."""
+    file = d4rl_file(in_tmp / "hopper_robot_logs.hdf5")
+    status, out, err = run(env=file, resume="out")
+    assert (status, err) == (0, "")
+    assert "Hopper-v4" in line(out, file.name) and "sizes" in line(out, file.name)
+    assert line(out, "evaluation").startswith("evaluation: none")
+
+
+def test_a_guess_gives_way_to_eval_env(in_tmp):
+    """Another environment of the same sizes, whose actions are its own."""
+    space = {"low": -2.0, "high": 2.0}
+    hopper = gym.make("Hopper-v5", disable_env_checker=True).observation_space
+
+    class Robot(make_data.Toy):
+        def __init__(self, **_):
+            super().__init__()
+            self.observation_space = Box(-9, 9, hopper.shape)
+            self.action_space = Box(shape=(3,), dtype=np.float32, **space)
+
+    gym.register("CqlRobot-v0", Robot, max_episode_steps=5)
+    try:
+        episodes = random_episodes([9, 9], obs_dim=hopper.shape[0], action_dim=3)
+        for episode in episodes:
+            episode["actions"] *= 2
+        file = d4rl_file(in_tmp / "hopper_mine.hdf5", episodes)
+        _, task = loaded(file, eval_env="CqlRobot-v0")
+    finally:
+        del gym.registry["CqlRobot-v0"]
+    assert (task.action_low, task.action_high) == ([-2.0] * 3, [2.0] * 3)
+
+
+def test_a_guess_gives_way_to_what_is_recorded(tmp_path):
+    """A file is joined to data of another version of its name's environment."""
+    episodes = random_episodes([9, 9], obs_dim=11, action_dim=3)
+    env = gym.make("Hopper-v5", disable_env_checker=True)
+    recorded = minari_dataset(tmp_path, "toy/hop-v0", episodes, env=env)
+    guessed = d4rl_file(tmp_path / "hopper_medium-v2.hdf5", episodes)
+    for names in ([recorded, guessed], [guessed, recorded]):
+        assert task_of(names).env_id == "Hopper-v5"
+        assert len(load(names)) == 36
+
+
+@pytest.mark.parametrize(
+    "name, other",
+    [
+        ("antmaze-umaze-v2", "D4RL/antmaze/"),
+        ("kitchen-complete-v0", "D4RL/kitchen/"),
+        ("hopper-medium-v2", "mujoco/hopper/"),
+    ],
+)
+def test_a_name_of_d4rl_s(name, other, refused):
+    """Other data is spoken of only where some is named."""
+    error = refused(None, f"--env {name}", ".hdf5", env=name)
+    assert "other data" not in error or other in error
+
+
+def test_an_own_dataset_of_such_a_name(tmp_path, monkeypatch):
+    """What lies there is read."""
+    toy_dataset(tmp_path, "hopper-mine-v0")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    same(everything(load("hopper-mine-v0")), transitions(toy_episodes()))
+
+
+def test_float64_data(tmp_path):
+    """Statistics are exact even where float32 sums would not be."""
+    episodes = random_episodes([400] * 5)
+    for e in episodes:
+        e["observations"] = 1000 + e["observations"].astype(np.float64)
+        e["actions"] = e["actions"].astype(np.float64)
+    spaces = {"observation_space": Box(-np.inf, np.inf, (3,), np.float64)}
+    spaces["action_space"] = Box(-1, 1, (2,), np.float64)
+    for path in (
+        minari_dataset(tmp_path, "toy/wide-v0", episodes, **spaces),
+        d4rl_file(tmp_path / "wide.hdf5", episodes),
+    ):
+        dataset = load(path)
+        same(everything(dataset), transitions(episodes))
+        mean, std = dataset.statistics()
+        np.testing.assert_allclose(mean, states(episodes).mean(0), rtol=1e-7)
+        np.testing.assert_allclose(std, states(episodes).std(0) + 1e-3, rtol=1e-4)
+
+
+def test_memory(tmp_path):
+    """Next observations are not stored twice: 1.2 times the numbers themselves."""
+    episodes = random_episodes([500] * 4, obs_dim=11, action_dim=3)
+    dataset = load(d4rl_file(tmp_path / "big.hdf5", episodes))
+    kept = [*vars(dataset).values(), *dataset.columns.values()]
+    size = sum(x.nbytes for x in kept if hasattr(x, "nbytes"))
+    numbers = 4 * len(dataset) * (11 + 3 + 1 + 1)
+    assert numbers <= size <= 1.2 * numbers
+
+
+def test_other_files_are_left_alone(tmp_path):
+    """Nothing is written into a dataset, not even its times."""
+    path, file = toy_dataset(tmp_path / "datasets"), d4rl_file(tmp_path / "toy.hdf5")
+    files = [file, *path.rglob("*.*")]
+    before = [(f.read_bytes(), f.stat().st_mtime_ns) for f in files]
+    for env in (path, file):
+        assert run(env=env, checkpoints_path="null")[0] == 0
+    assert [(f.read_bytes(), f.stat().st_mtime_ns) for f in files] == before
+    with h5py.File(file, "a"):
+        pass  # and it is closed again
+
+
+@pytest.mark.parametrize("form", ["minari", "d4rl"])
+def test_a_file_that_another_process_writes(form, tmp_path):
+    """HDF5 locks it meanwhile: it is not damaged, and said to be locked."""
+    path = file = d4rl_file(tmp_path / "toy.hdf5")
+    if form == "minari":
+        path = toy_dataset(tmp_path / "datasets")
+        file = path / "data" / "main_data.hdf5"
+    with open(file, "rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(cql.UserError, match="locked") as error:
+            load(path)
+    assert str(path) in str(error.value) and "damaged" not in str(error.value)
+    assert len(load(path)) == len(transitions(toy_episodes()).rewards)
+
+
+def test_a_file_of_many_episodes_gets_a_short_message(tmp_path, refused):
+    """Not the names of all that is in it."""
+    with h5py.File(tmp_path / "many.hdf5", "w") as file:
+        for i in range(3000):
+            file.create_group(f"episode_{i}")
+    error = refused(None, "observations", "episode_0", env=tmp_path / "many.hdf5")
+    assert len(error) < 500
+
+
+# --------------------------------------------------------------------------------------
+# Several files
+# --------------------------------------------------------------------------------------
 
 
 def test_a_list_is_joined_in_its_order(tmp_path):
@@ -132,55 +358,46 @@ def test_a_list_is_joined_in_its_order(tmp_path):
         dataset = load(names)
         same(everything(dataset), transitions(episodes))
         assert len(dataset) == 19
-        observations = np.concatenate([e["observations"][:-1] for e in episodes])
         mean, std = dataset.statistics()
-        np.testing.assert_allclose(mean, observations.mean(0), rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(std, observations.std(0) + 1e-3, rtol=1e-5)
+        np.testing.assert_allclose(mean, states(episodes).mean(0), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(std, states(episodes).std(0) + 1e-3, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "name, env_id, dims",
-    [
-        ("hopper_medium-v2", "Hopper-v4", (11, 3)),
-        ("halfcheetah-medium-expert-v2", "HalfCheetah-v4", (17, 6)),
-        ("walker2d_medium_replay-v2", "Walker2d-v4", (17, 6)),
-        ("ant_medium-v2", "Ant-v4", (111, 8)),
-    ],
-)
-def test_a_d4rl_name_chooses_the_environment(name, env_id, dims, tmp_path):
-    episodes = random_episodes([9, 9], obs_dim=dims[0], action_dim=dims[1])
-    task = load(d4rl_file(tmp_path / f"{name}.hdf5", episodes)).task
-    env = cql.make_env(task)
-    assert env.spec.id == task.env_id == env_id
-    assert env.observation_space.shape == dims[:1] and env.action_space.shape == dims[1:]
+def test_joined_data_of_other_settings(in_tmp):
+    paths = [toy_dataset(in_tmp / str(p), env_kwargs={"push": p}) for p in (0.3, 0.9)]
+    status, out, _ = run(env=paths, resume="out")
+    assert status == 0 and "0.9" in out and "those of the first" in out
 
 
-def test_float64_data(tmp_path):
-    """Statistics are exact even where float32 sums would not be."""
-    episodes = random_episodes([400] * 5)
-    for e in episodes:
-        e["observations"] = 1000 + e["observations"].astype(np.float64)
-        e["actions"] = e["actions"].astype(np.float64)
-    spaces = {"observation_space": gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)}
-    spaces["action_space"] = gym.spaces.Box(-1, 1, (2,), np.float64)
-    for path in (
-        minari_dataset(tmp_path, "toy/wide-v0", episodes, **spaces),
-        d4rl_file(tmp_path / "wide.hdf5", episodes),
-    ):
-        dataset = load(path)
-        same(everything(dataset), transitions(episodes))
-        observations = np.concatenate([e["observations"][:-1] for e in episodes])
-        mean, std = dataset.statistics()
-        np.testing.assert_allclose(mean, observations.mean(0), rtol=1e-7)
-        np.testing.assert_allclose(std, observations.std(0) + 1e-3, rtol=1e-4)
+@pytest.mark.parametrize("form", ["minari", "d4rl"])
+def test_two_kinds_of_actions_do_not_join(form, tmp_path, refused):
+    """In either order."""
+    moved = random_episodes([9, 9], action_dim=1)
+    chosen = [{**e, "actions": (e["actions"] > 0).astype(int)} for e in moved]
+    paths = [d4rl_file(tmp_path / "moved.hdf5", moved)]
+    if form == "minari":
+        flat = [{**e, "actions": e["actions"].ravel()} for e in chosen]
+        space = {"action_space": gym.spaces.Discrete(2)}
+        paths.append(minari_dataset(tmp_path, "toy/chosen-v0", flat, **space))
+    else:
+        paths.append(d4rl_file(tmp_path / "chosen.hdf5", chosen))
+    for order in (paths, paths[::-1]):
+        refused(None, "discrete", "continuous", env=order)
 
 
-def test_memory(tmp_path):
-    """Next observations are not stored twice: 1.2 times the numbers themselves."""
-    episodes = random_episodes([500] * 4, obs_dim=11, action_dim=3)
-    dataset = load(d4rl_file(tmp_path / "big.hdf5", episodes))
-    kept = [x.nbytes for x in vars(dataset).values() if hasattr(x, "nbytes")]
-    assert sum(kept) <= 1.2 * 4 * len(dataset) * (11 + 3 + 1 + 1)
+def test_ids_that_one_of_the_files_lacks(tmp_path):
+    """Together they say which there are."""
+    paths = []
+    for first in (0, 2):
+        episodes = random_episodes([8, 8], seed=first)
+        actions = first + np.arange(16) % 2
+        path = tmp_path / f"{first}.hdf5"
+        paths.append(d4rl_file(path, episodes, actions=actions))
+    for order in (paths, paths[::-1]):
+        task = task_of(order)
+        assert task.discrete and (task.action_low, task.action_high) == ([0], [3])
+        actions = everything(load(order)).actions
+        assert sorted(set(actions.ravel().tolist())) == [0, 1, 2, 3]
 
 
 # --------------------------------------------------------------------------------------
@@ -188,11 +405,11 @@ def test_memory(tmp_path):
 # --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_nothing_crosses_an_episode_s_end(seed, tmp_path):
     """Every (s, s') is a consecutive pair of one episode, and none is missing."""
     rng = np.random.default_rng(seed)
-    lengths = rng.choice([1, 1, 2, 3, 5, 17], rng.integers(1, 30))
+    lengths = rng.choice([1, 1, 2, 3, 5, 17], rng.integers(3, 30))
     episodes = random_episodes(lengths, seed)
     flagged = [e for e in episodes if e["terminations"][-1] or e["truncations"][-1]]
     for path, source in (
@@ -201,8 +418,6 @@ def test_nothing_crosses_an_episode_s_end(seed, tmp_path):
         (d4rl_file(tmp_path / "c.hdf5", episodes, timeouts=None), episodes),
         (d4rl_file(tmp_path / "d.hdf5", flagged, next_observations=None), flagged),
     ):
-        if not source:
-            continue
         following = path.name != "d.hdf5"
         batch, where = everything(load(path)), {}
         for e, episode in enumerate(source):
@@ -238,6 +453,34 @@ def test_a_truncation_is_no_termination(tmp_path):
             assert np.delete(terminations, [4, 5, 12]).max() == 0
 
 
+@pytest.mark.parametrize("form", ["minari", "d4rl"])
+@pytest.mark.parametrize("truth", [100, -1, 0.5])
+def test_a_flag_that_is_not_zero_is_true(form, truth, tmp_path):
+    """Whatever number stands for it: it multiplies nothing."""
+    episodes = random_episodes([4, 1, 7])  # a terminal, a time limit, a cut
+    flags = [
+        {key: e[key] * truth for key in ("terminations", "truncations")}
+        for e in episodes
+    ]
+    if form == "minari":
+        path = minari_dataset(tmp_path, "toy/flags-v0", episodes)
+        with h5py.File(path / "data" / "main_data.hdf5", "a") as file:
+            for i, each in enumerate(flags):
+                for key, value in each.items():
+                    del file[f"episode_{i}/{key}"]
+                    file[f"episode_{i}/{key}"] = value
+    else:
+        terminals, timeouts = (
+            np.concatenate([each[key] for each in flags]) for key in flags[0]
+        )
+        path = tmp_path / "flags.hdf5"
+        d4rl_file(path, episodes, terminals=terminals, timeouts=timeouts)
+    dataset = load(path)
+    same(everything(dataset), transitions(episodes))
+    returns = [e["rewards"].sum() for e in episodes]  # the cut one is no whole episode
+    np.testing.assert_allclose(dataset.returns, returns[:2])
+
+
 def test_jumps_split_episodes(tmp_path):
     """An end that no flag marks shows as an s' that is not the next row's s; the return
     of such an episode is no whole episode's."""
@@ -248,33 +491,82 @@ def test_jumps_split_episodes(tmp_path):
 
 
 def test_rounding_is_no_jump(tmp_path):
-    """next_observations that went through other arithmetic; NaN is refused."""
+    """next_observations that went through float32 arithmetic are still the next row."""
     episodes = random_episodes([4, 6, 3], ends="timeout")
     for episode in episodes:
         episode["observations"][:, 2] = 7.0  # a column without spread
     after = np.concatenate([e["observations"][1:] for e in episodes])
-    file = d4rl_file(tmp_path / "a.hdf5", episodes, next_observations=after * (1 + 1e-6))
+    rounded = after * (1 + np.finfo(np.float32).eps)
+    file = d4rl_file(tmp_path / "a.hdf5", episodes, next_observations=rounded)
     dataset = load(file)
     assert list(dataset.lengths) == [4, 6, 3]
     for actual, expected in zip(everything(dataset)[:5], transitions(episodes)):
-        np.testing.assert_allclose(actual, expected, rtol=1e-5)
-    after[1, 0] = np.nan
-    file = d4rl_file(tmp_path / "b.hdf5", episodes, next_observations=after)
-    with pytest.raises(cql.UserError, match="NaN"):
-        load(file)
+        np.testing.assert_allclose(actual, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("centre", [0.0, 3e4])
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_shuffled_rows_keep_their_own_next_observations(centre, kind, tmp_path):
+    """Far from zero, too, where another row's s is as near as a relative tolerance."""
+    rng = np.random.default_rng(0)
+    [episode] = random_episodes([400], ends="timeout")
+    walk = (centre + rng.normal(size=(401, 3))).astype(kind)
+    order = rng.permutation(400)
+    file = d4rl_file(
+        tmp_path / "shuffled.hdf5",
+        [episode],
+        observations=walk[:-1][order],
+        next_observations=walk[1:][order],
+        timeouts=None,
+    )
+    dataset = load(file)
+    batch = everything(dataset)
+    np.testing.assert_array_equal(batch.observations, walk[:-1][order].astype("f4"))
+    roundings = 8 * np.finfo(np.float32).eps * max(centre, 1)
+    wanted = walk[1:][order]
+    np.testing.assert_allclose(batch.next_observations, wanted, rtol=0, atol=roundings)
+    assert np.median(dataset.lengths) == 1
 
 
 def test_a_file_of_one_transition(tmp_path):
     file = d4rl_file(tmp_path / "a.hdf5", random_episodes([1], ends="terminal"))
-    assert len(load(file, batch_size=1)) == 1
+    assert len(load(file)) == 1
+
+
+def test_the_run_says_what_is_left_out(in_tmp):
+    episodes = random_episodes([5, 6, 7], ends="timeout")
+    path = d4rl_file(in_tmp / "bare.hdf5", episodes, next_observations=None)
+    status, out, _ = run(env=path, resume="out")
+    assert status == 0
+    told = line(out, "data:")
+    assert "15 transitions" in told and "3 left out" in told and "3 episodes" in told
+
+
+def test_a_d4rl_file_that_does_not_say_where_episodes_end(in_tmp, capsys):
+    episodes = random_episodes([30, 30], ends="timeout")
+    nothing = {"timeouts": None, "next_observations": None}
+    dataset = load(d4rl_file(in_tmp / "x.hdf5", episodes, **nothing))
+    assert "timeouts" in line(capsys.readouterr().out, "x.hdf5")
+    assert list(dataset.lengths) == [59] and dataset.left_out == 1
+    dataset = load(d4rl_file(in_tmp / "y.hdf5", episodes, timeouts=None))
+    assert capsys.readouterr().out == ""
+    assert list(dataset.lengths) == [30, 30] and dataset.left_out == 0
 
 
 # --------------------------------------------------------------------------------------
-# Spaces
+# Observations
 # --------------------------------------------------------------------------------------
 
-Box, Dict, Tuple = gym.spaces.Box, gym.spaces.Dict, gym.spaces.Tuple
 VECTOR = Box(-9, 9, (2,))
+COUNTED = {
+    "discrete": gym.spaces.Discrete(4),
+    "discrete from 3": gym.spaces.Discrete(4, start=3),
+    "multi-discrete": gym.spaces.MultiDiscrete([3, 1, 4]),
+    "multi-discrete from -1": gym.spaces.MultiDiscrete([3, 2], start=[-1, 5]),
+    "a table of them": gym.spaces.MultiDiscrete([[2, 3], [4, 2]]),
+    "multi-binary": gym.spaces.MultiBinary(5),
+    "a table of bits": gym.spaces.MultiBinary([2, 3]),
+}
 NESTED = {
     "dictionary": Dict({"z": VECTOR, "a": Box(-9, 9, (1,)), "M": Box(-9, 9, (2, 2))}),
     "ordered": Dict([("z", VECTOR), ("a", Box(-9, 9, (3,)))]),
@@ -282,23 +574,42 @@ NESTED = {
     "nested": Dict(b=Tuple((VECTOR, Dict(y=VECTOR, x=Box(-9, 9, ())))), a=VECTOR),
     "matrix": Box(-9, 9, (2, 3)),
     "integers": Dict(a=Box(0, 9, (2,), np.int64), b=VECTOR),
+    "all of them": Dict(a=Tuple(list(COUNTED.values())), b=VECTOR),
+    **COUNTED,
 }
 
 
 @pytest.mark.parametrize("kind", NESTED)
 def test_observations_are_flattened_as_gymnasium_does(kind, tmp_path):
+    """Counted ones as one-hot vectors."""
     space, episodes = NESTED[kind], random_episodes([5, 1, 4])
     space.seed(0)
+    flat = []
     for episode in episodes:
         samples = [space.sample() for _ in episode["observations"]]
         episode["observations"] = make_data.stacked(samples)
-        episode["flat"] = np.stack([gym.spaces.flatten(space, s) for s in samples])
-    raw = [{k: v for k, v in e.items() if k != "flat"} for e in episodes]
-    path = minari_dataset(tmp_path, "toy/nested-v0", raw, observation_space=space)
-    dataset = load(path)
-    expected = transitions([{**e, "observations": e["flat"]} for e in episodes])
-    same(everything(dataset), expected)
-    assert dataset.task.observation_dim == gym.spaces.flatdim(space)
+        vectors = np.stack([gym.spaces.flatten(space, s) for s in samples])
+        flat.append({**episode, "observations": vectors})
+    path = minari_dataset(tmp_path, "toy/nested-v0", episodes, observation_space=space)
+    same(everything(load(path)), transitions(flat))
+    assert task_of(path).observation_dim == gym.spaces.flatdim(space)
+
+
+@pytest.mark.parametrize("value", [-1, 3])
+def test_a_number_outside_its_space_is_refused(value, tmp_path):
+    """It must not stand in another's column."""
+    space = Dict(a=gym.spaces.MultiDiscrete([3, 3]), b=gym.spaces.Discrete(3))
+    for key in "ab":
+        episodes = random_episodes([5, 1, 4])
+        for episode in episodes:
+            n = len(episode["observations"])
+            parts = {"a": np.zeros((n, 2), int), "b": np.zeros(n, int)}
+            episode["observations"] = parts
+        episodes[1]["observations"][key][1] = value
+        name = f"toy/outside-{key}-v0"
+        path = minari_dataset(tmp_path, name, episodes, observation_space=space)
+        with pytest.raises(cql.UserError, match=re.escape(str(path))):
+            load(path)
 
 
 class Spy(make_data.Toy):
@@ -347,9 +658,128 @@ def test_evaluation_flattens_as_the_data(layout, in_tmp):
     np.testing.assert_allclose(policy(first), policy(vector), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["FrozenLake-v1", "Blackjack-v1"])
+def test_counted_observations_are_evaluated(name, in_tmp):
+    """One number, and a tuple of three; both with discrete actions."""
+    env = gym.make(name)
+    episodes = make_data.rollout(env, 12)
+    path = minari_dataset(in_tmp, "toy/counted-v0", episodes, env=env)
+    status, _, err = run(env=path, resume="out", cql_n_actions=None)
+    assert (status, err) == (0, "") and len(evaluations(in_tmp / "out")) == 1
+    policy = cql.load_policy("out/checkpoint.pt")
+    shown, _ = env.reset(seed=0)
+    vector = gym.spaces.flatten(env.observation_space, shown)
+    assert env.action_space.contains(policy(shown)) and policy(shown) == policy(vector)
+
+
+# --------------------------------------------------------------------------------------
+# Actions
+# --------------------------------------------------------------------------------------
+
+WHOLE = np.arange(40) % 3 - 1  # -1, 0, 1
+ACTIONS = {
+    "one integer column": (abs(WHOLE), "2 discrete, 0 and 1", ""),
+    "a column of its own": (abs(WHOLE)[:, None], "2 discrete, 0 and 1", ""),
+    "bytes": ((WHOLE + 1).astype(np.uint8), "3 discrete, 0 to 2", ""),
+    "truth values": (WHOLE == 0, "2 discrete, 0 and 1", ""),
+    "ids from -1": (WHOLE, "3 discrete, -1 to 1", ""),
+    "ids with a gap": (abs(WHOLE) * 2 + 1, "3 discrete, 1 to 3", "never occur"),
+    "two integer columns": (np.stack([WHOLE] * 2, 1), "2 in [-1, 1]", "whole numbers"),
+    "whole floats": (WHOLE.astype(float), "1 in [-1, 1]", "whole numbers"),
+    "three numbers": (np.stack([WHOLE / 2] * 3, 1), "3 in [-1, 1]", ""),
+}
+
+
+@pytest.mark.parametrize("kind", ACTIONS)
+def test_what_the_actions_are_taken_to_be(kind, in_tmp):
+    """A run says so in its opening lines, and a policy returns such actions."""
+    actions, described, word = ACTIONS[kind]
+    episodes = random_episodes([20, 20])
+    file = d4rl_file(in_tmp / "table.hdf5", episodes, actions=actions)
+    status, out, err = run(env=file, resume="out")
+    assert (status, err) == (0, "")
+    assert line(out, "actions:") == f"actions: {described}"
+    said = "never occur" in out or "whole numbers" in out
+    assert said == bool(word) and word in out
+    action = cql.load_policy("out/checkpoint.pt")(states(episodes))
+    if "discrete" in described:
+        assert np.isin(action, np.arange(actions.min(), actions.max() + 1)).all()
+    else:
+        assert action.size == 40 * int(described[0]) and (abs(action) <= 1).all()
+
+
 @pytest.mark.parametrize(
-    "low, high", [(-2, 6), ([-2, 0], [6, 0.5]), ([0, -1e-3], [100, 1e-3])]
+    "actions, name, described",
+    [
+        (abs(WHOLE), "CqlThree-v0", "3 discrete, 0 to 2"),  # one that never occurs
+        (abs(WHOLE).astype(np.float32), "CqlThree-v0", "3 discrete, 0 to 2"),
+        (WHOLE, "CqlUnit-v0", "1 in [-1, 1]"),
+        (np.stack([WHOLE * 3] * 2, 1), "CqlWide-v0", "2 in [-3, 3]"),
+        (np.stack([WHOLE * 2] * 2, 1), "CqlWhole-v0", "2 in [-2, 2]"),
+        (np.stack([WHOLE * 2.0] * 2, 1), "CqlWhole-v0", "2 in [-2, 2]"),
+    ],
 )
+def test_eval_env_says_what_the_actions_are(actions, name, described, levers, in_tmp):
+    """Whatever type they are stored in; each is taken by an environment that refuses
+    actions of another type than its space's."""
+    file = d4rl_file(in_tmp / "x.hdf5", random_episodes([20, 20]), actions=actions)
+    status, out, err = run(env=file, eval_env=name, resume="out")
+    assert (status, err) == (0, "")
+    assert line(out, "actions:") == f"actions: {described}"
+    assert "taken as a box" not in out or "discrete" not in described  # no untrue word
+    assert len(Levers.done) == 5
+    taken = everything(loaded(file, eval_env=name)[0]).actions
+    np.testing.assert_array_equal(taken.ravel(), actions.ravel())
+
+
+def test_ids_that_eval_env_does_not_have(levers, tmp_path):
+    actions = abs(WHOLE) * 2 + 1  # 1 and 3
+    file = d4rl_file(tmp_path / "x.hdf5", random_episodes([20, 20]), actions=actions)
+    with pytest.raises(cql.UserError, match="0 to 2"):
+        loaded(file, eval_env="CqlThree-v0")
+
+
+def test_eval_env_gives_a_bare_file_its_bounds(in_tmp, levers):
+    episodes = random_episodes([20, 20])
+    for episode in episodes:
+        episode["actions"] *= 3
+    file = d4rl_file(in_tmp / "wider.hdf5", episodes)
+    data, task = loaded(file, eval_env="CqlWide-v0")
+    assert (task.action_low, task.action_high) == ([-3, -3], [3, 3])
+    same(everything(data), transitions(episodes))
+    with pytest.raises(cql.UserError, match="actions.*--eval_env"):
+        loaded(file)
+
+
+def test_actions_of_a_box_of_integers_are_rounded():
+    task = cql.make_task(Box(-9, 9, (3,)), LEVERS["CqlWhole-v0"])
+    actions = task.to_environment(np.array([[1.6, -1.6], [-0.4, 2.0]]))
+    assert actions.dtype == np.int64 and actions.tolist() == [[2, -2], [0, 2]]
+
+
+@pytest.mark.parametrize("stored", [np.int32, np.float32, np.float64])
+@pytest.mark.parametrize("name", ["CqlWhole-v0", "CqlSingle-v0"])
+def test_actions_are_cast_to_the_environment_s_type(name, stored, levers, in_tmp):
+    """Whatever type the dataset recorded: the environment refuses what its space does
+    not hold."""
+    episodes = random_episodes([9, 9])
+    for episode in episodes:
+        episode["actions"] = np.rint(2 * episode["actions"]).astype(stored)
+    env = gym.make(name, disable_env_checker=True)
+    path = minari_dataset(in_tmp, "toy/cast-v0", episodes, env=env)
+    file = path / "data" / "metadata.json"
+    metadata = json.loads(file.read_text())
+    space = json.loads(metadata["action_space"])
+    space["dtype"] = np.dtype(stored).name
+    file.write_text(json.dumps({**metadata, "action_space": json.dumps(space)}))
+    flags = {"max_timesteps": 60, "policy_lr": 1e-2}  # far from acting like zero
+    status, _, err = run(env=path, resume="out", **flags)
+    assert (status, err) == (0, "") and len(Levers.done) == 5
+    action = cql.load_policy("out/checkpoint.pt")(np.zeros(3, np.float32))
+    np.testing.assert_allclose(action, Levers.done[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("low, high", [([-2, 0], [6, 0.5]), ([0, -1e-3], [100, 1e-3])])
 def test_actions_keep_their_bounds_from_end_to_end(low, high, in_tmp):
     """A policy that clones actions near the bounds returns those actions; an environment
     that refuses any out of bounds runs its evaluation."""
@@ -370,28 +800,8 @@ def test_actions_keep_their_bounds_from_end_to_end(low, high, in_tmp):
     assert (saved["action_low"], saved["action_high"]) == (low.tolist(), high.tolist())
 
 
-def test_eval_env_gives_a_bare_file_its_bounds(in_tmp):
-    gym.register(
-        "CqlWider-v0",
-        "make_data:Toy",
-        max_episode_steps=20,
-        kwargs={"low": -2, "high": [6, 3]},
-    )
-    try:
-        episodes = toy_episodes(low=-2, high=[6, 3])
-        file = d4rl_file(in_tmp / "wider.hdf5", episodes)
-        task = load(file, eval_env="CqlWider-v0").task
-        assert (task.action_low, task.action_high) == ([-2, -2], [6, 3])
-        assert run(env=file, eval_env="CqlWider-v0", resume="out")[0] == 0
-        assert len(evaluations(in_tmp / "out")) == 1
-        status, _, err = run(env=file)
-        assert status == 2 and "bounds" in err or "outside" in err
-    finally:
-        del gym.registry["CqlWider-v0"]
-
-
 # --------------------------------------------------------------------------------------
-# Statistics and rewards
+# Statistics, rewards, returns
 # --------------------------------------------------------------------------------------
 
 
@@ -400,10 +810,9 @@ def test_statistics_are_of_the_transitions_states(in_tmp):
     episodes = random_episodes([5, 1, 7])
     episodes[1]["observations"][-1] = 1e6
     path = minari_dataset(in_tmp, "toy/outlier-v0", episodes)
-    observations = np.concatenate([e["observations"][:-1] for e in episodes])
     mean, std = load(path).statistics()
-    np.testing.assert_allclose(mean, observations.mean(0), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(std, observations.std(0) + 1e-3, rtol=1e-5)
+    np.testing.assert_allclose(mean, states(episodes).mean(0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(std, states(episodes).std(0) + 1e-3, rtol=1e-5)
     for normalize in (True, False):
         out = in_tmp / f"normalize-{normalize}"
         assert run(env=path, normalize=normalize, resume=out)[0] == 0
@@ -411,6 +820,88 @@ def test_statistics_are_of_the_transitions_states(in_tmp):
         expected = (mean, std) if normalize else (torch.zeros(3), torch.ones(3))
         for name, value in zip(("observation_mean", "observation_std"), expected):
             torch.testing.assert_close(agent[name], value.float())
+
+
+def with_column(tmp_path, form, column):
+    """A dataset of 400 states whose second column is this one, [401]."""
+    [episode] = random_episodes([400], ends="timeout")
+    observations = episode["observations"].astype(column.dtype)
+    observations[:, 1] = column
+    episode["observations"] = observations
+    if form == "d4rl":
+        return d4rl_file(tmp_path / "column.hdf5", [episode])
+    space = Box(-np.inf, np.inf, (3,), column.dtype)
+    return minari_dataset(tmp_path, "toy/column-v0", [episode], observation_space=space)
+
+
+STEPS = np.arange(401.0)
+
+
+@pytest.mark.parametrize("form", ["minari", "d4rl"])
+@pytest.mark.parametrize("column", [1.7e9 + STEPS, -3e4 + 1e-3 * STEPS])
+def test_a_column_that_float32_would_flatten(form, column, tmp_path, refused):
+    """400 seconds of unix time are four numbers in float32."""
+    assert len(np.unique(column.astype(np.float32))) < 401
+    refused(
+        None, "--env", "column 1", "float32", env=with_column(tmp_path, form, column)
+    )
+
+
+@pytest.mark.parametrize("form", ["minari", "d4rl"])
+@pytest.mark.parametrize(
+    "column",
+    [
+        0.3 + 1e-7 * np.sin(STEPS),  # the pose of an object that nobody moves
+        1000 + np.sin(STEPS),
+        np.full(401, 1.7e9),
+        np.full(401, 1e12 + 0.1),
+        np.full(401, 1200.3, np.float32),  # whose float32 sums are inexact
+        np.full(401, 12345.678, np.float32),
+        np.full(401, 0.0),
+    ],
+)
+def test_a_column_that_float32_holds_well_enough(form, column, tmp_path):
+    dataset = load(with_column(tmp_path, form, column))
+    wanted = column[:-1].astype(np.float32)
+    np.testing.assert_array_equal(everything(dataset).observations[:, 1], wanted)
+
+
+def test_the_fingerprint_is_of_what_is_learned_from(tmp_path):
+    """The count, and the float64 sums of the float32 rewards, transformed, and of
+    |observations|."""
+    episodes = toy_episodes()
+    rewards = np.concatenate([e["rewards"] for e in episodes])
+    seen = np.concatenate([e["observations"] for e in episodes]).astype(float)
+    learned = np.float32(rewards).astype(float)
+    wanted = [len(rewards), learned.sum(), np.abs(seen).sum()]
+    file = d4rl_file(tmp_path / "one.hdf5", episodes)
+    minari = toy_dataset(tmp_path / "datasets")
+    for dataset in (load(file), load(minari), load(file, cal_ql=True)):
+        np.testing.assert_allclose(dataset.fingerprint, wanted, rtol=1e-9)
+    scaled = np.float32(np.float32(rewards) * np.float32(3)).astype(float)
+    fingerprint = load(file, reward_scale=3.0).fingerprint
+    np.testing.assert_allclose(fingerprint[1], scaled.sum(), rtol=1e-9)
+    others = {
+        "rewards": {"rewards": -rewards},
+        "observations": {"observations": 1.001 * states(episodes)},
+    }
+    for change in others.values():
+        other = load(d4rl_file(tmp_path / "other.hdf5", episodes, **change))
+        assert not np.allclose(other.fingerprint, wanted, rtol=1e-6)
+
+
+def test_data_may_move_between_two_halves_of_a_run(in_tmp):
+    """Other data may not take its place."""
+    path = toy_dataset(in_tmp / "here")
+    assert run(env=path, resume="out", max_timesteps=2)[0] == 0
+    moved = in_tmp / "there"
+    shutil.move(path, moved)
+    status, _, err = run(env=moved, resume="out", max_timesteps=4)
+    assert (status, err) == (0, "")
+    assert [row["step"] for row in evaluations(in_tmp / "out")][-1] == "4"
+    other = toy_dataset(in_tmp / "other", seed=1)
+    status, _, err = run(env=other, resume="out", max_timesteps=6)
+    assert status == 2 and "--env" in err and "other data" in err
 
 
 @pytest.mark.parametrize("form", ["minari", "d4rl", "d4rl without next observations"])
@@ -426,9 +917,8 @@ def test_normalize_reward(form, tmp_path):
     episodes += cut
     file, following = tmp_path / "hopper_medium-v2.hdf5", {}
     if form == "minari":
-        path = minari_dataset(
-            tmp_path, "toy/hop-v0", episodes, env=gym.make("Hopper-v5")
-        )
+        env = gym.make("Hopper-v5")
+        path = minari_dataset(tmp_path, "toy/hop-v0", episodes, env=env)
     else:
         following = {"next_observations": None} if "without" in form else {}
         path = d4rl_file(file, episodes, **following)
@@ -446,12 +936,11 @@ def test_normalize_reward_elsewhere_says_that_it_does_nothing(tmp_path, capsys):
     raw = transitions(toy_episodes()).rewards
     flags = {"reward_scale": 10.0, "reward_bias": -5.0}
     rewards = everything(load(path, normalize_reward=True, **flags)).rewards
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 and "normalize_reward" in lines[0] and "no effect" in lines[0]
+    [told] = capsys.readouterr().out.splitlines()
+    assert "normalize_reward" in told and "no effect" in told
     np.testing.assert_allclose(rewards, raw * 10 - 5, rtol=1e-6)
-    np.testing.assert_allclose(
-        everything(load(path, **flags)).rewards, raw * 10 - 5, rtol=1e-6
-    )
+    plain = everything(load(path, **flags)).rewards
+    np.testing.assert_allclose(plain, raw * 10 - 5, rtol=1e-6)
     assert capsys.readouterr().out == ""
 
 
@@ -466,12 +955,27 @@ def test_normalize_reward_goes_by_the_data_s_environment(tmp_path):
     assert factors[0] != 1 and factors == factors[:1] * 3
 
 
-def test_normalize_reward_without_a_whole_episode(refused, tmp_path):
+def test_normalize_reward_without_a_whole_episode(tmp_path):
     episodes = random_episodes([9, 9], obs_dim=11, action_dim=3, ends="cut")
     file = d4rl_file(tmp_path / "hopper_medium-v2.hdf5", episodes)
-    refused(
-        None, "--normalize_reward", "whole episodes", env=file, normalize_reward=True
-    )
+    with pytest.raises(cql.UserError, match="--normalize_reward.*whole episodes"):
+        load(file, normalize_reward=True)
+
+
+def test_returns_to_go_end_with_their_episode(tmp_path):
+    """In joined files, of transitions that are kept, after scale and bias."""
+    parts = [random_episodes([5, 1, 3], 1), random_episodes([4, 2], 2, ends="timeout")]
+    paths = [
+        minari_dataset(tmp_path, "toy/one-v0", parts[0]),
+        d4rl_file(tmp_path / "two.hdf5", parts[1], next_observations=None),
+    ]
+    data = load(paths, cal_ql=True, discount=0.9, reward_scale=2.0, reward_bias=1.0)
+    kept = [e["rewards"] for e in parts[0]] + [e["rewards"][:-1] for e in parts[1]]
+    wanted = []
+    for rewards in kept:
+        for t in range(len(rewards)):
+            wanted.append(sum((2 * r + 1) * 0.9**k for k, r in enumerate(rewards[t:])))
+    np.testing.assert_allclose(data.columns["mc_returns"], wanted, rtol=1e-5, atol=1e-6)
 
 
 # --------------------------------------------------------------------------------------
@@ -487,7 +991,8 @@ def test_without_an_environment_there_is_no_evaluation(form, in_tmp):
         path = minari_dataset(in_tmp, "toy/bare-v0", episodes)
     status, out, err = run(env=path, resume="out", log_freq=1)
     assert (status, err) == (0, "")
-    assert "evaluation" in out and "--eval_env" in out and "left out" not in out
+    assert line(out, "evaluation: none") and "--eval_env" in out
+    assert "left out" not in out
     with open("out/metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == ["1", "2", "3"]
@@ -506,31 +1011,73 @@ def test_the_evaluation_environment_comes_first(in_tmp):
     assert float(evaluations(in_tmp / "out")[0]["length_mean"]) == 9
     metadata = json.loads((path / "data" / "metadata.json").read_text())
     assert json.loads(metadata["env_spec"])["max_episode_steps"] == 20
-    gym.register("CqlShort-v0", "make_data:Toy", max_episode_steps=7, kwargs={"push": 0})
-    try:
-        flags = {"resume": "other", "eval_env": "CqlShort-v0"}
-        assert run(env=path, n_episodes=3, **flags)[0] == 0
-        assert float(evaluations(in_tmp / "other")[0]["length_mean"]) == 7
-    finally:
-        del gym.registry["CqlShort-v0"]
 
 
-def test_recorded_limits_and_arguments_are_used(in_tmp):
-    env = gym.make("CqlToy-v0", push=0.0, max_episode_steps=11, render_mode=None)
-    path = minari_dataset(in_tmp, "toy/limit-v0", toy_episodes(), env=env)
-    task = load(path).task
-    assert (task.env_kwargs, task.max_episode_steps) == ({"push": 0.0}, 11)
-    assert run(env=path, resume="out")[0] == 0
-    assert float(evaluations(in_tmp / "out")[0]["length_mean"]) == 11
+def test_the_recorded_environment_by_its_name(tmp_path):
+    """eval_env that names it keeps the recorded settings, which the scores hold for."""
+    path = toy_dataset(tmp_path, env_kwargs={"push": 0.1})
+    task = task_of(path)
+    for name, push in (
+        (None, 0.1),
+        ("CqlToy-v0", 0.1),
+        ("make_data:CqlToy-v0", 0.1),
+        ("CqlEndless-v0", 0.3),
+    ):
+        env = cql.make_env(config_of(path, eval_env=name), task)
+        assert env.unwrapped.push == push
+
+
+def limit(env, **flags):
+    """The time limit of evaluation in `env`'s environment."""
+    config = config_of(env, **flags)
+    made = cql.make_env(config, cql.read_data(config)[1])
+    return made.get_wrapper_attr("_max_episode_steps")
+
+
+def test_the_limit_is_the_environment_s(tmp_path):
+    """The recorded one in the recorded environment, the registered one elsewhere; a flag
+    goes before both."""
+    env = gym.make("CqlToy-v0", max_episode_steps=11)
+    path = minari_dataset(tmp_path, "toy/limit-v0", toy_episodes(), env=env)
+    assert limit(path) == limit(path, eval_env="CqlToy-v0") == 11
+    bare = d4rl_file(tmp_path / "bare.hdf5")
+    assert limit(bare, eval_env="CqlToy-v0") == 20
+    assert limit(path, max_episode_steps=7) == 7
+    assert limit(bare, eval_env="CqlEndless-v0", max_episode_steps=30) == 30
+
+
+def test_without_any_limit_it_is_the_data_s_longest_recorded_episode(tmp_path):
+    """A step left out counted in; at least 1,000, also where shuffled rows are episodes
+    of one step each."""
+    short, long = random_episodes([13, 5]), random_episodes([5, 1200], ends="timeout")
+    endless = {"eval_env": "CqlEndless-v0"}
+    env = gym.make("CqlEndless-v0")
+    recorded = minari_dataset(tmp_path, "toy/endless-v0", short, env=env)
+    assert limit(recorded) == 1000
+    assert limit(minari_dataset(tmp_path, "toy/long-v0", long, env=env)) == 1200
+    order = np.random.default_rng(0).permutation(18)
+    batch = transitions(short)
+    shuffled = d4rl_file(
+        tmp_path / "shuffled.hdf5",
+        short,
+        observations=batch.observations[order],
+        next_observations=batch.next_observations[order],
+    )
+    assert max(load(shuffled).lengths) < 5 and limit(shuffled, **endless) == 1000
+    cut = d4rl_file(tmp_path / "cut.hdf5", long, next_observations=None)
+    assert max(load(cut).lengths) == 1199 and limit(cut, **endless) == 1200
+    assert limit([recorded, cut]) == limit([cut, recorded]) == 1200
 
 
 def test_an_environment_without_a_time_limit_ends(in_tmp):
+    """And the run says when."""
     env = gym.make("CqlEndless-v0", push=0.0)
     assert env.spec.max_episode_steps is None
     path = minari_dataset(in_tmp, "toy/endless-v0", random_episodes([4, 13, 5]), env=env)
-    with make_data.deadline(20):
-        assert run(env=path, resume="out")[0] == 0
-    assert float(evaluations(in_tmp / "out")[0]["length_mean"]) == 13
+    with make_data.deadline(60):
+        status, out, _ = run(env=path, resume="out")
+    assert status == 0 and "1,000 steps" in line(out, "evaluation")
+    assert float(evaluations(in_tmp / "out")[0]["length_mean"]) == 1000
 
 
 def test_scores_by_the_dataset_s_own_references(in_tmp):
@@ -546,10 +1093,21 @@ def test_scores_by_the_table(in_tmp):
     path = hopper_dataset(in_tmp, episodes=4)
     status, out, err = run(env=path, resume="out")
     assert (status, err) == (0, "")
-    assert len([line for line in out.splitlines() if "D4RL" in line]) == 1
+    assert "D4RL" in line(out, "evaluation")
     row = evaluations(in_tmp / "out")[0]
     score = 100 * (float(row["return_mean"]) + 20.272305) / (3234.3 + 20.272305)
     assert float(row["d4rl_normalized_score"]) == pytest.approx(score, rel=1e-6)
+
+
+def test_no_score_without_references(in_tmp):
+    status, out, _ = run(env=toy_dataset(in_tmp), resume="out")
+    assert status == 0 and "no reference returns" in line(out, "evaluation")
+    assert evaluations(in_tmp / "out")[0]["d4rl_normalized_score"] in ("", "nan")
+
+
+def task_in(env_id, **more):
+    """A task of the toy's spaces, recorded in this environment."""
+    return cql.make_task(Box(-9, 9, (3,)), Box(-1, 1, (2,)), env_id=env_id, **more)
 
 
 @pytest.mark.parametrize(
@@ -571,14 +1129,15 @@ def test_scores_by_the_table(in_tmp):
         ("AdroitHandRelocate-v1", -6.425911, 4233.8778),
     ],
 )
-def test_the_table_of_references(env_id, low, high, capsys):
-    protocol = {"continuing_task": False} if "AntMaze" in env_id else {}
-    task = cql.Task("", [-1.0], [1.0], env_id, protocol)
-    reference = cql.reference_returns(task, env_id)
-    assert list(reference) == [low, high] and "D4RL" in capsys.readouterr().out
-    assert cql.normalized_score(np.array([low, high]), reference) == pytest.approx(50)
+def test_the_table_of_references(env_id, low, high):
+    settings = {"continuing_task": False} if "AntMaze" in env_id else {}
+    task = task_in(env_id, env_kwargs=settings)
+    reference, whose = cql.reference_returns(task, env_id)
+    assert reference == [low, high] and "D4RL" in whose
+    assert cql.normalized_score((low + high) / 2, reference) == pytest.approx(50)
     own = dataclasses.replace(task, reference=[1.0, 2.0])
-    assert list(cql.reference_returns(own, env_id)) == [1, 2]
+    reference, whose = cql.reference_returns(own, env_id)
+    assert reference == [1, 2] and "D4RL" not in whose
 
 
 @pytest.mark.parametrize(
@@ -590,32 +1149,25 @@ def test_the_table_of_references(env_id, low, high, capsys):
         ("FrankaKitchen-v1", {"remove_task_when_completed": False}, True),
     ],
 )
-def test_no_d4rl_score_where_returns_are_others(env_id, kwargs, recorded, capsys):
+def test_no_d4rl_score_where_returns_are_others(env_id, kwargs, recorded):
     """These settings pay at every step what D4RL pays once."""
-    task = cql.Task("", [-1.0], [1.0], env_id if recorded else "Other-v0", kwargs)
-    assert cql.reference_returns(task, env_id) is None
-    assert re.search(f"scores: none.*{env_id}", capsys.readouterr().out)
+    task = task_in(env_id if recorded else "Other-v0", env_kwargs=kwargs)
+    reference, why = cql.reference_returns(task, env_id)
+    assert reference is None and "not scored" in why
+    assert math.isnan(cql.normalized_score(1.0, reference))
 
 
-def test_whose_references(capsys):
+def test_whose_references():
     """The table's for an environment that it knows, before the data's of another one;
     the data's where no environment is recorded."""
-    task = cql.Task("", [-1.0], [1.0], "PointMaze_UMaze-v3", reference=[1.0, 2.0])
-    assert cql.reference_returns(task, "PointMaze_UMaze-v3") == [1, 2]
-    assert cql.reference_returns(task, "PointMaze_Medium-v3") == [13.13, 277.39]
-    assert cql.reference_returns(dataclasses.replace(task, env_id=None), "X-v0") == [
-        1,
-        2,
-    ]
-    assert "D4RL" in capsys.readouterr().out
-    assert cql.reference_returns(task, "X-v0") == [1, 2]
-    assert "which are PointMaze_UMaze-v3's" in capsys.readouterr().out
-
-
-def test_no_score_without_references(in_tmp):
-    status, out, _ = run(env=toy_dataset(in_tmp), resume="out")
-    assert status == 0 and "no reference returns" in out
-    assert evaluations(in_tmp / "out")[0]["d4rl_normalized_score"] in ("", "nan")
+    task = task_in("PointMaze_UMaze-v3", reference=[1.0, 2.0])
+    assert cql.reference_returns(task, "PointMaze_UMaze-v3")[0] == [1, 2]
+    reference, whose = cql.reference_returns(task, "PointMaze_Medium-v3")
+    assert reference == [13.13, 277.39] and "D4RL" in whose
+    reference, whose = cql.reference_returns(task, "X-v0")
+    assert reference == [1, 2] and "PointMaze_UMaze-v3" in whose
+    nowhere = dataclasses.replace(task, env_id=None)
+    assert cql.reference_returns(nowhere, "X-v0")[0] == [1, 2]
 
 
 # --------------------------------------------------------------------------------------
@@ -634,6 +1186,7 @@ class Wrapper(gym.Wrapper):
 gym.register("Planted-v0", entry_point="planted:Env")
 """
 WRAPPER = {"name": "Wrapper", "entry_point": "planted:Wrapper", "kwargs": {}}
+CODE = {"entry_point": "planted:Env", "additional_wrappers": [WRAPPER]}
 
 
 @pytest.fixture
@@ -648,13 +1201,14 @@ def planted(tmp_path, monkeypatch):
     path = toy_dataset(tmp_path / "datasets")
     file = path / "data" / "metadata.json"
 
-    def record(without=(), **spec):
+    def record(without=(), also=(), **spec):
         metadata = json.loads(file.read_text())
         spec = {**json.loads(metadata["env_spec"]), **spec}
         metadata |= {"env_spec": json.dumps(spec), "eval_env_spec": json.dumps(spec)}
-        file.write_text(
-            json.dumps({k: metadata[k] for k in metadata if k not in without})
-        )
+        metadata |= dict(also)
+        for key in without:
+            del metadata[key]
+        file.write_text(json.dumps(metadata))
         return path
 
     yield record, marker
@@ -671,16 +1225,16 @@ def test_the_planted_code_would_run(planted):
 
 def test_an_entry_point_and_a_wrapper_are_not_run(planted):
     record, marker = planted
-    path = record(entry_point="planted:Env", additional_wrappers=[WRAPPER])
-    status, out, err = run(env=path)
+    status, out, err = run(env=record(**CODE))
     assert (status, err) == (0, "") and "return" in out  # it was evaluated
     assert not marker.exists() and "planted" not in sys.modules
 
 
 @pytest.mark.parametrize("missing", ["observation_space", "action_space"])
-def test_no_environment_is_made_to_learn_spaces(missing, planted, refused):
+@pytest.mark.parametrize("form", ["hdf5", "arrow"])
+def test_no_environment_is_made_to_learn_spaces(missing, form, planted, refused):
     record, marker = planted
-    path = record([missing], entry_point="planted:Env", additional_wrappers=[WRAPPER])
+    path = record([missing], {"data_format": form}, **CODE)
     refused(None, path, missing, env=path)
     assert not marker.exists() and "planted" not in sys.modules
 
@@ -688,7 +1242,17 @@ def test_no_environment_is_made_to_learn_spaces(missing, planted, refused):
 @pytest.mark.parametrize("name", ["planted:Planted-v0", "planted:CqlToy-v0", "planted:"])
 def test_an_id_that_names_a_module_is_not_run(name, planted, refused):
     record, marker = planted
-    refused(None, name, "--eval_env", env=record(id=name, entry_point="planted:Env"))
+    for flags in ({}, {"eval_env": "CqlToy-v0"}):
+        refused(None, name, env=record(id=name, entry_point="planted:Env"), **flags)
+    assert not marker.exists() and "planted" not in sys.modules
+
+
+def test_the_other_spec_s_id_is_not_run_either(planted):
+    """Where a plain environment of evaluation is recorded beside it."""
+    record, marker = planted
+    plain = json.dumps({"id": "CqlToy-v0"})
+    path = record((), {"eval_env_spec": plain}, id="planted:Planted-v0", **CODE)
+    assert run(env=path, checkpoints_path="null")[0] in (0, 2)
     assert not marker.exists() and "planted" not in sys.modules
 
 
@@ -704,93 +1268,46 @@ def test_arguments_that_name_code_are_not_run(planted, refused):
     assert not marker.exists() and "planted" not in sys.modules
 
 
-def test_another_format_is_no_way_around(planted):
-    """Minari's own reader, which makes the recorded environment, is not reached."""
-    record, marker = planted
-    path = record(["observation_space"], entry_point="planted:Env")
-    file = path / "data" / "metadata.json"
-    metadata = json.loads(file.read_text())
-    file.write_text(json.dumps({**metadata, "data_format": "arrow"}))
-    assert run(env=path)[0] == 2
-    assert not marker.exists() and "planted" not in sys.modules
+# --------------------------------------------------------------------------------------
+# Numbers at fault
+# --------------------------------------------------------------------------------------
 
 
-def test_other_files_are_left_alone(tmp_path):
-    """Nothing is written into a dataset, not even its times."""
-    path, file = toy_dataset(tmp_path / "datasets"), d4rl_file(tmp_path / "toy.hdf5")
-    files = [file, *path.rglob("*.*")]
-    before = [(f.read_bytes(), f.stat().st_mtime_ns) for f in files]
-    for env in (path, file):
-        assert run(env=env, checkpoints_path="null")[0] == 0
-    assert [(f.read_bytes(), f.stat().st_mtime_ns) for f in files] == before
-    with h5py.File(file, "a"):
-        pass  # and it is closed again
+FINITE = ("observations", "actions", "rewards")
+FAULTS = [(field, x) for field in FINITE for x in (math.nan, math.inf, -math.inf, 1e300)]
+FAULTS.append(("terminations", math.nan))  # any other number but zero is true
 
 
-def test_a_d4rl_file_that_does_not_say_where_episodes_end(tmp_path, in_tmp):
-    episodes = random_episodes([30, 30], ends="timeout")
-    file = d4rl_file(
-        tmp_path / "x.hdf5", episodes, timeouts=None, next_observations=None
-    )
-    _, out, _ = run(env=file, resume="out")
-    assert "without timeouts, so only terminals end an episode" in out
-    assert "59 transitions (1 left out, of unknown next observations), 1 ep" in out
-    _, out, _ = run(
-        env=d4rl_file(tmp_path / "y.hdf5", episodes, timeouts=None), resume="b"
-    )
-    assert "without timeouts" not in out and "60 transitions, 2 episodes" in out
+@pytest.mark.parametrize("field, value", FAULTS)
+def test_a_number_that_is_not_finite_is_named(field, value, tmp_path):
+    """By file, episode and field, in the first row and in the last."""
+    for row in (0, -1):  # the last observation is that after the last action
+        episodes = random_episodes([5, 1, 6, 1, 7])
+        episodes = [{**e, field: e[field].astype(float)} for e in episodes]
+        episodes[3][field][row, ...] = value
+        path = minari_dataset(tmp_path, f"toy/{field}{-row}-v0", episodes)
+        named = field.removesuffix("inations").removesuffix("s")
+        with pytest.raises(cql.UserError, match=f"{path}.*episode 3.*{named}"):
+            load(path)
+        file = d4rl_file(tmp_path / "toy.hdf5", episodes)
+        # A next observation like that is not the next row's, and splits an episode.
+        number = "" if field == "observations" else "3"
+        with pytest.raises(cql.UserError, match=f"{file}.*episode {number}.*{named}"):
+            load(file)
 
 
-def test_joined_data_of_other_settings(in_tmp):
-    paths = [toy_dataset(in_tmp / str(p), env_kwargs={"push": p}) for p in (0.3, 0.9)]
-    status, out, _ = run(env=paths, resume="out")
-    assert status == 0 and "0.9" in out and "those of the first" in out
-
-
-@pytest.mark.parametrize("kind", ["d4rl", "minari", "observations"])
-def test_an_array_larger_than_its_file(tmp_path, refused, kind):
-    """As damaged files announce; to read it would take all memory."""
-    if kind == "d4rl":
-        path = file = d4rl_file(tmp_path / "data.hdf5")
-        name = "rewards"
-    else:
-        path = toy_dataset(tmp_path / "root")
-        [file] = path.rglob("*.hdf5")
-        name = "episode_1/" + ("rewards" if kind == "minari" else kind)
-    with h5py.File(file, "a") as data:
-        del data[name]
-        data.create_dataset(name, (10**12,), "?", chunks=(100,))
-    refused(None, "damaged", "1,000,000,000,000 bytes", env=path)
-
-
-def test_the_recorded_environment_by_its_name(in_tmp):
-    """eval_env that names it keeps the recorded settings, which the scores hold for."""
-    path = toy_dataset(in_tmp, env_kwargs={"push": 0.1})
-    task = load(path).task
-    for name, push in ((None, 0.1), ("CqlToy-v0", 0.1), ("CqlEndless-v0", 0.3)):
-        assert cql.make_env(task, name).unwrapped.push == push
-
-
-def test_the_run_says_what_is_left_out(in_tmp):
-    episodes = random_episodes([5, 6, 7], ends="timeout")
-    path = d4rl_file(in_tmp / "bare.hdf5", episodes, next_observations=None)
-    status, out, _ = run(env=path, resume="out")
-    assert status == 0
-    assert "data: 15 transitions (3 left out, of unknown next observations), 3 ep" in out
-
-
-@pytest.mark.parametrize("fault", ["infinite", "huge", "complex", "one action"])
-def test_bad_numbers_are_told_in_one_line(in_tmp, recwarn, fault):
+@pytest.mark.parametrize("fault", ["infinite", "infinite action", "huge", "complex"])
+def test_bad_numbers_are_told_in_one_line(fault, in_tmp, recwarn):
     """No warning of NumPy's or torch's beside it."""
     changes, episodes = {}, random_episodes([20, 20], ends="terminal")
-    states = np.concatenate([e["observations"][:-1] for e in episodes])
+    table = states(episodes)
     if fault == "complex":
-        changes["observations"] = states.astype(complex)
-    elif fault == "one action":
-        changes["actions"] = np.zeros((40, 1), int)
+        changes["observations"] = table.astype(complex)
+    elif fault == "infinite action":
+        changes["actions"] = np.full((40, 2), np.inf)
     else:
-        states[3] = np.inf if fault == "infinite" else 3e38
-        changes["observations"] = states
+        table[3] = np.inf if fault == "infinite" else 2e38
+        changes["observations"] = table
     path = d4rl_file(in_tmp / "bad.hdf5", episodes, **changes)
     status, _, error = run(env=path, resume="out", normalize=False, max_timesteps=3)
     assert (status, error.count("\n")) == ((3, 0) if fault == "huge" else (2, 1))

@@ -2,17 +2,33 @@
 
 import csv
 import math
+from typing import NamedTuple
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from make_data import d4rl_file, minari_dataset, random_episodes, rollout, run
-from reference import in_float64, least, logsumexp, mean, mlp, scrambled, tiny
+from reference import (
+    OBS,
+    bend_every_layer,
+    clamp,
+    in_float64,
+    least_of_targets,
+    logsumexp,
+    mean,
+    mlp,
+    network_layers,
+    of_run,
+    scrambled,
+    tiny,
+    train,
+)
+from reference import transitions as continuous_transitions
 
 import cql
 
-OBS, N_ACTIONS = 3, 4
+N_ACTIONS = 4
 close = dict(rtol=1e-9, atol=1e-9)
 SMALL = dict(
     device="cpu", hidden_dim=8, q_n_hidden_layers=2, batch_size=8, qf_lr=1e-2,
@@ -25,24 +41,19 @@ def double():
     yield from in_float64()
 
 
+def discrete_task(n_actions=N_ACTIONS, low=0, observation_dim=OBS) -> cql.Task:
+    observations = gym.spaces.Box(-np.inf, np.inf, (observation_dim,))
+    return cql.make_task(observations, gym.spaces.Discrete(n_actions, start=low))
+
+
 def discrete_agent(low=0, **flags):
-    agent = cql.DiscreteCQL(tiny(**flags), OBS, N_ACTIONS, action_low=low)
-    return scrambled(agent)
+    return scrambled(cql.DiscreteCQL(tiny(**flags), discrete_task(low=low)))
 
 
-def transitions(*shape, low=0, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*size):
-        return torch.randn(*shape, *size, generator=generator)
-
-    return cql.Batch(
-        normal(OBS),
-        torch.randint(N_ACTIONS, (*shape, 1), generator=generator) + low,
-        normal(),
-        normal(OBS),
-        (torch.rand(shape, generator=generator) < 1 / 3).to(normal()),
-    )
+def transitions(*shape, low=0):
+    generator = torch.Generator().manual_seed(1)
+    actions = torch.randint(N_ACTIONS, (*shape, 1), generator=generator)
+    return continuous_transitions(*shape)._replace(actions=actions + low)
 
 
 # --- the loss -------------------------------------------------------------------------
@@ -59,89 +70,110 @@ CASES = {
 }
 
 
+class Row(NamedTuple):
+    """A critic's values in a state, and what the loss makes of them."""
+
+    q: list
+    q_data: complex
+    error: complex
+    gap: complex  # clamped
+
+
 class Reference:
     """One run's loss from the formulas, parameters name -> array, by Python loops."""
 
-    def __init__(self, parameters, config, sweep, batch, keys, low):
-        self.parameters, self.config, self.sweep = parameters, config, sweep
-        self.batch, self.keys, self.low = [x.tolist() for x in batch[:5]], keys, low
+    def __init__(self, agent, batch, noise, r):
+        self.parameters = {}
+        for name, value in agent.named_parameters():
+            self.parameters[name] = value.detach()[r].numpy().copy()
+        self.config, self.sweep = agent.config, agent.runs[r]
+        self.batch, self.keys = of_run(batch, r), of_run(noise, r).subset_keys
+        self.low = int(agent.task.action_low[0])
 
     def critics(self, network, state):
-        layers = [
-            [
-                self.parameters[f"{network}.layers.{i}.{kind}"]
-                for kind in ("weight", "bias")
-            ]
-            for i in range(self.config.q_n_hidden_layers + 1)
-        ]
-        return [
-            mlp([(w[j].tolist(), b[j].tolist()) for w, b in layers], state)
-            for j in range(self.config.n_critics)
-        ]
+        values = []
+        for j in range(self.config.n_critics):
+            values.append(mlp(network_layers(self.parameters, network, j), state))
+        return values
 
-    def target(self, b):
-        _, _, rewards, following, terminations = self.batch
-        by_critic = self.critics("critic", following[b])
+    def next_value(self, b):
+        following = self.batch.next_observations[b]
+        by_critic = self.critics("critic", following)
         means = [mean(q[a] for q in by_critic).real for a in range(N_ACTIONS)]
         best = means.index(max(means))
-        values = [q[best].real for q in self.critics("target_critic", following[b])]
-        if self.keys:
-            order = sorted(range(len(values)), key=lambda j: -self.keys[j])
-            values = [values[j] for j in order[: self.config.n_target_critics]]
-        kept = 0.0 if terminations[b] else self.config.discount
-        return rewards[b] + kept * least(values)
+        values = [q[best].real for q in self.critics("target_critic", following)]
+        return least_of_targets(values, self.keys, self.config.n_target_critics)
+
+    def target(self, b):
+        kept = 0.0 if self.batch.terminations[b] else self.config.discount
+        return self.batch.rewards[b] + kept * self.next_value(b)
+
+    def rows(self):
+        """Row of every critic and state."""
+        T, critics = self.sweep["cql_temp"], []
+        low, high = self.config.cql_clip_diff_min, self.config.cql_clip_diff_max
+        for j in range(self.config.n_critics):
+            critics.append([])
+            for b, state in enumerate(self.batch.observations):
+                q = self.critics("critic", state)[j]
+                q_data = q[int(self.batch.actions[b][0]) - self.low]
+                error = (q_data - self.target(b)) ** 2
+                gap = T * logsumexp([x / T for x in q]) - q_data
+                critics[-1].append(Row(q, q_data, error, clamp(gap, low, high)))
+        return critics
 
     def loss(self):
         """[0] what trains the critics, [1] what trains log alpha'."""
-        T, weight, wanted = self.sweep["cql_temp"], self.sweep["cql_alpha"], 0.0
+        alpha, wanted = self.sweep["cql_alpha"], self.sweep["cql_target_action_gap"]
         prime = np.exp(self.parameters["log_alpha_prime"].item())
-        if self.config.cql_lagrange:
-            weight, wanted = weight * prime.real, self.sweep["cql_target_action_gap"]
-        total, gaps = 0.0, []
-        for j in range(self.config.n_critics):
-            errors, clamped = [], []
-            for b, state in enumerate(self.batch[0]):
-                q = self.critics("critic", state)[j]
-                q_data = q[int(self.batch[1][b][0]) - self.low]
-                errors.append((q_data - self.target(b)) ** 2)
-                gap = T * logsumexp([x / T for x in q]) - q_data
-                low, high = self.config.cql_clip_diff_min, self.config.cql_clip_diff_max
-                clamped.append(low if gap.real < low else min(gap, high, key=np.real))
-            gaps.append(mean(clamped))
-            total += mean(errors) + weight * (gaps[-1] - wanted)
+        critics = self.rows()
+        gaps = [mean(row.gap for row in rows) for rows in critics]
+        total = sum(mean(row.error for row in rows) for rows in critics)
         if not self.config.cql_lagrange:
-            return total, 0.0
-        weight = self.sweep["cql_alpha"]
-        return total, -mean(prime * weight * (gap.real - wanted) for gap in gaps)
+            return total + alpha * sum(gaps), 0.0
+        total += alpha * prime.real * sum(gap - wanted for gap in gaps)
+        return total, -mean(prime * alpha * (gap.real - wanted) for gap in gaps)
+
+    def metrics(self):
+        """What only the discrete agent computes; {j} is the list over the critics."""
+        critics = self.rows()
+
+        def by_critic(value):
+            return [mean(value(row) for row in rows) for rows in critics]
+
+        values = [self.next_value(b) for b in range(len(self.batch.rewards))]
+        return {
+            "average_target_q": mean(values),
+            "average_qf{j}": by_critic(lambda row: row.q_data),
+            "cql_qf{j}_diff": by_critic(lambda row: row.gap),
+            "cql_std_q{j}": by_critic(lambda row: np.std(row.q, ddof=1)),
+            "cql_q{j}_rand": by_critic(lambda row: mean(row.q)),
+            "cql_q{j}_current_actions": by_critic(lambda row: max(row.q, key=np.real)),
+        }
 
 
-@pytest.mark.parametrize("flags", CASES.values(), ids=CASES)
-def test_loss_and_gradients_match_scalar_loops(flags, double):
-    """Parameter by parameter, along a random direction (complex step, exact). Also the
-    published faults: a mean over actions for the soft maximum, a truncation taken for a
-    terminal, a (B) - (B, 1) broadcast."""
-    flags = dict(flags)
-    low = flags.pop("low", 0)
-    agent = discrete_agent(low, **flags)
-    R = len(agent.runs)
-    batch, noise = transitions(R, 5, low=low), agent.draw(5)
+def check_against_loops(agent, batch, noise):
+    """Losses, metrics and gradients of every run; the last parameter by parameter, along
+    a random direction (complex step, exact)."""
+    agent.zero_grad()
     losses, metrics = agent.losses(agent.prepare(batch), noise, False)
     losses.sum().backward()
     generator, compared = np.random.default_rng(0), 0
-    for r in range(R):
-        parameters = {k: v.detach()[r].numpy() for k, v in agent.named_parameters()}
-        one, keys = [x[r] for x in batch[:5]], noise.keys[r].tolist()
-        reference = Reference(parameters, agent.config, agent.runs[r], one, keys, low)
+    for r in range(len(agent.runs)):
+        reference = Reference(agent, batch, noise, r)
         total, multiplier = reference.loss()
         np.testing.assert_allclose(losses[r].item(), (total + multiplier).real, **close)
+        for name, value in reference.metrics().items():
+            actual = metrics[name][r].detach().numpy()
+            np.testing.assert_allclose(actual, np.real(value), **close, err_msg=name)
+        parameters = reference.parameters
         for name, parameter in agent.named_parameters():
             if not parameter.requires_grad:
                 assert name.startswith("target_critic.")
                 continue
             direction = generator.standard_normal(parameter[r].shape)
-            reference.parameters = {
-                **parameters, name: parameters[name] + 1e-30j * direction
-            }  # fmt: skip
+            moved = parameters[name] + 1e-30j * direction
+            reference.parameters = {**parameters, name: moved}
             part = reference.loss()[name == "log_alpha_prime"]
             wanted = complex(part).imag / 1e-30
             grad = parameter.grad
@@ -149,9 +181,34 @@ def test_loss_and_gradients_match_scalar_loops(flags, double):
             assert actual == pytest.approx(wanted, rel=1e-9, abs=1e-9), name
             compared += wanted != 0
     layers = 2 * (agent.config.q_n_hidden_layers + 1)
-    assert compared == R * (layers + agent.config.cql_lagrange)
-    gap = metrics["cql_qf{j}_diff"]
-    assert gap.shape == (R, agent.config.n_critics)
+    assert compared == len(agent.runs) * (layers + agent.config.cql_lagrange)
+
+
+@pytest.mark.parametrize("flags", CASES.values(), ids=CASES)
+def test_loss_metrics_and_gradients_match_scalar_loops(flags, double):
+    """Also the published faults: a mean over actions for the soft maximum, a truncation
+    taken for a terminal, a (B) - (B, 1) broadcast."""
+    agent = discrete_agent(**flags)
+    batch = transitions(len(agent.runs), 5, low=flags.get("low", 0))
+    check_against_loops(agent, batch, agent.draw(5))
+
+
+def test_every_forward_pass_goes_through_the_layer(double, monkeypatch):
+    """The layer is written once: changed, it is changed in the loss, in update and in
+    act."""
+    agent, batch = discrete_agent(), transitions(1, 40)
+    noise, plain = agent.draw(40), agent.act(batch.observations)
+    bend_every_layer(monkeypatch)
+    check_against_loops(agent, batch, noise)
+    reference, wanted = Reference(agent, batch, noise, 0), []
+    for state in batch.observations[0].tolist():
+        by_critic = reference.critics("critic", state)
+        wanted.append(np.mean(by_critic, axis=0).real.argmax())
+    np.testing.assert_array_equal(agent.act(batch.observations)[0, :, 0], wanted)
+    assert (plain[0, :, 0] != wanted).any()
+    metrics, expected = agent.update(batch, noise), reference.metrics()
+    for name in ("average_qf{j}", "cql_qf{j}_diff"):
+        np.testing.assert_allclose(metrics[name][0], np.real(expected[name]), **close)
 
 
 def test_gap_is_the_exact_soft_maximum(double):
@@ -166,22 +223,15 @@ def test_gap_is_the_exact_soft_maximum(double):
     assert (gap > 0).all()
 
 
-def train(agent, n_updates):
-    data = transitions(200)
-    for _ in range(n_updates):
-        noise = agent.draw(8)
-        indices = (200 * noise.rows).long()
-        agent.update(cql.Batch(*(x[indices] for x in data[:5])), noise)
-
-
 def test_stacked_runs_equal_solo_runs(double):
     flags = dict(n_critics=3, n_target_critics=2, cql_lagrange=True)
-    make = lambda **f: cql.DiscreteCQL(tiny(**flags, **f), OBS, N_ACTIONS)  # noqa: E731
-    stacked = make(seed=[3, 5], cql_alpha=[0.5, 2.0])
-    train(stacked, 60)
+    config, data = tiny(**flags, seed=[3, 5], cql_alpha=[0.5, 2.0]), transitions(200)
+    stacked = cql.DiscreteCQL(config, discrete_task())
+    train(stacked, data, 60)
     for r, run_ in enumerate(stacked.runs):
-        solo = make(seed=run_["seed"], cql_alpha=run_["cql_alpha"])
-        train(solo, 60)
+        config = tiny(**flags, seed=run_["seed"], cql_alpha=run_["cql_alpha"])
+        solo = cql.DiscreteCQL(config, discrete_task())
+        train(solo, data, 60)
         for ours, theirs in zip(stacked.parameters(), solo.parameters()):
             torch.testing.assert_close(ours[r], theirs[0], **close)
 
@@ -192,8 +242,14 @@ def test_acts_greedily_by_the_mean_of_the_critics():
     actions = agent.act(x)
     q = agent.critic(torch.tensor(x).float()).mean(1)
     np.testing.assert_array_equal(actions[..., 0], q.argmax(-1) + 2)
-    np.testing.assert_array_equal(agent.on_host()(x), actions[..., 0])
     assert actions.dtype == np.int64 and len(np.unique(actions)) > 1
+
+
+@pytest.mark.parametrize("flags", [{"penalty": "mean"}, {"cal_ql": True}], ids=str)
+def test_formulas_of_continuous_actions_are_refused(flags):
+    (name,) = flags
+    with pytest.raises(cql.UserError, match=f"{name}.*discrete"):
+        discrete_agent(**flags)
 
 
 # --- data and commands ----------------------------------------------------------------
@@ -242,8 +298,8 @@ def test_its_score_equals_a_loop_over_load_policy(cartpole, tmp_path):
     policy, env = cql.load_policy(tmp_path / "run"), gym.make("CartPole-v1")
     returns = []
     for i in range(3):
-        seed = np.random.SeedSequence([0, 4, i]).generate_state(1)[0]
-        (observation, _), over = env.reset(seed=int(seed)), False
+        seed = cql.seed_from([cql.EVALUATE, 0, 0, 4, i])  # eval_seed, seed, step
+        (observation, _), over = env.reset(seed=seed), False
         returns.append(0.0)
         while not over:
             observation, reward, ended, cut, _ = env.step(policy(observation))
@@ -270,9 +326,9 @@ def test_whole_numbers_in_a_plain_file_are_discrete(tmp_path):
         if actions:
             joined = np.concatenate([e["actions"] for e in episodes]).reshape(actions)
             path = d4rl_file(path, episodes, actions=joined)
-        data = cql.Dataset(cql.TrainConfig(env=str(path), batch_size=8))
-        assert data.task.discrete and data.task.action_high == [2.0]
-        assert isinstance(cql.make_agent(cql.TrainConfig(), data.task), cql.DiscreteCQL)
+        _, task = cql.read_data(cql.TrainConfig(env=str(path)))
+        assert task.discrete and task.action_low == [0.0] and task.action_high == [2.0]
+        assert isinstance(cql.make_agent(cql.TrainConfig(), task), cql.DiscreteCQL)
         status, out, err = run(env=path, **{**SMALL, "checkpoints_path": "null"})
         assert status == 0, err
 
@@ -295,7 +351,7 @@ def test_actions_out_of_the_space_are_refused(tmp_path, refused):
         if name == "half":
             episodes[1]["actions"] = episodes[1]["actions"] / 2
         path = minari_dataset(tmp_path, f"{name}/x-v0", episodes, action_space=space)
-        refused(None, f"--env {path}", "action", env=path)
+        refused(None, path, "episode", "action", env=path)
 
 
 def test_an_eval_env_of_the_other_kind_is_refused(cartpole, tmp_path, refused):
@@ -309,21 +365,12 @@ def test_an_eval_env_of_the_other_kind_is_refused(cartpole, tmp_path, refused):
     refused(None, "whole numbers", **box)
 
 
-@pytest.mark.parametrize(
-    "flags", [{"policy_lr": 1}, {"bc_steps": 3}, {"cql_n_actions": 2}]
-)
-def test_flags_of_continuous_actions_say_that_they_do_nothing(cartpole, flags):
-    status, out, _ = run(
-        **{**SMALL, **flags, "env": cartpole, "checkpoints_path": "null"}
-    )
-    (name,) = flags
-    assert status == 0 and f"{name} has no effect on discrete actions\n" in out
-
-
-@pytest.mark.parametrize("flags", [{"penalty": "mean"}, {"cal_ql": True}])
-def test_formulas_of_continuous_actions_are_refused(cartpole, flags, refused):
-    (name,) = flags
-    refused(None, f"--{name}", "discrete", env=cartpole, **{**SMALL, **flags})
+def test_flags_of_continuous_actions_say_that_they_do_nothing(cartpole):
+    flags = {**SMALL, "policy_lr": 1, "bc_steps": 3, "checkpoints_path": "null"}
+    status, out, _ = run(env=cartpole, **flags)
+    (line,) = [line for line in out.splitlines() if "without effect" in line]
+    assert status == 0 and "bc_steps" in line and "policy_lr" in line
+    assert "qf_lr" not in line and "precision" not in line
 
 
 def test_load_model_refuses_the_other_kind(cartpole, tmp_path, refused):
@@ -332,7 +379,7 @@ def test_load_model_refuses_the_other_kind(cartpole, tmp_path, refused):
         tmp_path / "box.hdf5", random_episodes([20], obs_dim=4, action_dim=1)
     )
     flags = {"env": path, "batch_size": 8, "load_model": tmp_path / "run"}
-    refused(None, "holds a DiscreteCQL", **flags)
+    refused(None, "discrete", **flags)
 
 
 def test_learns_what_the_data_show(double):
@@ -342,9 +389,14 @@ def test_learns_what_the_data_show(double):
     actions = rng.integers(2, size=400)
     rewards = np.where(actions == states, 1.0, 0.0)
     observations = np.eye(2)[states]
-    agent = cql.DiscreteCQL(tiny(cql_alpha=0.1), 2, 2)
-    done = np.ones(400)
-    batch = cql.Batch(observations, actions[:, None], rewards, observations, done)
+    agent = cql.DiscreteCQL(tiny(cql_alpha=0.1), discrete_task(2, observation_dim=2))
+    batch = cql.Batch(
+        observations=observations,
+        actions=actions[:, None],
+        rewards=rewards,
+        next_observations=observations,
+        terminations=np.ones(400),
+    )
     for _ in range(300):
         metrics = agent.update(batch)
     assert agent.act(np.eye(2))[:, 0].tolist() == [0, 1]

@@ -8,7 +8,9 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
-from make_data import minari_dataset, rollout, run, toy_dataset
+import torch
+import torch.nn.functional as F
+from make_data import minari_dataset, random_episodes, rollout, run, toy_dataset
 
 import cql
 
@@ -16,40 +18,82 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="an optional extra")
 pytest.importorskip("onnxscript", reason="an optional extra")
 import export_onnx  # noqa: E402
 
-SMALL = dict(
-    device="cpu", hidden_dim=8, q_n_hidden_layers=2, batch_size=8, cql_n_actions=2,
-    max_timesteps=20, eval_freq=20, n_episodes=1, policy_lr=1e-2, qf_lr=1e-2,
-)  # fmt: skip
+
+def box_data(root):
+    return toy_dataset(root, env_kwargs={"low": [-2.0, 0.0], "high": [1.0, 4.0]})
 
 
-@pytest.mark.parametrize("kind", ["box", "discrete"])
-def test_an_exported_policy_acts_alike(kind, tmp_path):
-    if kind == "box":
-        bounds = {"low": [-2.0, 0.0], "high": [1.0, 4.0]}
-        data = toy_dataset(tmp_path, env_kwargs=bounds)
-    else:
-        env = gym.make("CartPole-v1")
-        data = minari_dataset(tmp_path, "cart/pole-v0", rollout(env, 20), env=env)
-    directory = tmp_path / "run"
-    assert run(env=data, resume=directory, seed="[0,1]", **SMALL)[0] == 0
-    path = str(tmp_path / "policy.onnx")
-    export_onnx.export(str(directory), path, run=1)
+def discrete_data(root):
+    env = gym.make("CartPole-v1")
+    return minari_dataset(root, "cart/pole-v0", rollout(env, 20), env=env)
+
+
+def integer_data(root):
+    """Without an environment; actions are matrices of the integers 0 to 3."""
+    space, rng = gym.spaces.Box(0, 3, (2, 2), np.int32), np.random.default_rng(0)
+    episodes = random_episodes([20, 20])
+    for each in episodes:
+        each["actions"] = rng.integers(0, 4, (20, 2, 2), dtype=np.int32)
+    return minari_dataset(root, "box/of-integers-v0", episodes, action_space=space)
+
+
+def trained(data, directory):
+    """A run directory of two stacked runs, whose networks are then made to differ."""
+    status, _, err = run(env=data, resume=directory, seed="[0,1]", q_n_hidden_layers=2)
+    assert status == 0, err
+    payload = torch.load(directory / "checkpoint.pt", weights_only=True)
+    generator = torch.Generator().manual_seed(0)
+    for name, values in payload["agent"].items():
+        if name.endswith(("weight", "bias")):
+            values += 0.3 * torch.randn(values.shape, generator=generator)
+    torch.save(payload, directory / "checkpoint.pt")
+    return directory
+
+
+def both(directory, path):
+    """Actions of run 1 for random observations, by load_policy and by its export."""
+    export_onnx.export(str(directory), str(path), run=1)
     policy = cql.load_policy(directory, run=1)
     dim = policy.task.observation_dim
     x = 3 * np.random.default_rng(0).normal(size=(40, dim)).astype(np.float32)
-    session = onnxruntime.InferenceSession(path)
+    session = onnxruntime.InferenceSession(str(path))
     for n in (1, 7, 40):
         (actions,) = session.run(["action"], {"observation": x[:n]})
-        np.testing.assert_allclose(actions, policy(x[:n]), atol=1e-5)
+        expected = policy(x[:n])
+        assert actions.dtype == expected.dtype and actions.shape == expected.shape
+        np.testing.assert_allclose(actions, expected, atol=1e-4)
+    other = cql.load_policy(directory, run=0)(x)
+    assert (other != expected).any()  # the runs' policies can be told apart
+    return actions
+
+
+@pytest.mark.parametrize("data", [box_data, discrete_data, integer_data])
+def test_an_exported_policy_acts_alike(data, tmp_path):
+    directory = trained(data(tmp_path), tmp_path / "run")
+    actions = both(directory, tmp_path / "policy.onnx")
     assert len(np.unique(actions)) > 1
     with pytest.raises(cql.UserError):
-        export_onnx.export(str(directory), path, run=2)
+        export_onnx.export(str(directory), str(tmp_path / "none.onnx"), run=2)
+
+
+def test_a_changed_layer_is_exported(tmp_path, monkeypatch):
+    """As in a fork that normalizes its layers: the export has no forward of its own."""
+    directory = trained(box_data(tmp_path), tmp_path / "run")
+    plain = both(directory, tmp_path / "plain.onnx")
+    forward = cql.EnsembleLinear.forward
+
+    def normalized(layer, x, state=None):
+        x = forward(layer, x, state)
+        return F.layer_norm(x, x.shape[-1:])
+
+    monkeypatch.setattr(cql.EnsembleLinear, "forward", normalized)
+    changed = both(directory, tmp_path / "changed.onnx")
+    assert np.abs(changed - plain).max() > 0.1
 
 
 def test_without_its_packages(tmp_path):
     """One line that says what to install."""
-    data, directory = toy_dataset(tmp_path), tmp_path / "run"
-    assert run(env=data, resume=directory, **SMALL)[0] == 0
+    directory = trained(toy_dataset(tmp_path), tmp_path / "run")
     code = "import runpy, sys; sys.modules['onnxscript'] = None; sys.argv = sys.argv[1:]"
     code += "; runpy.run_path('export_onnx.py', run_name='__main__')"
     command = [sys.executable, "-c", code, "export_onnx.py", directory, "policy.onnx"]

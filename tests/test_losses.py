@@ -5,7 +5,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from reference import ACT, OBS, Reference, in_float64, tiny_agent, transitions
+from reference import (
+    ACT,
+    OBS,
+    Reference,
+    bend_every_layer,
+    in_float64,
+    mapped,
+    tiny_agent,
+    transitions,
+)
 from torch.distributions import (
     Independent,
     Normal,
@@ -42,7 +51,7 @@ CASES = {
     ),
     "backup_entropy": dict(backup_entropy=True, alpha_multiplier=0.3),
     "cloning": dict(bc_steps=1),
-    "cloning_over": dict(bc_steps=1, step=1),
+    "cloning_over": dict(bc_steps=1, updates=1),
     "alpha_multiplier": dict(alpha_multiplier=0.3),
     "fixed_alpha": dict(use_automatic_entropy_tuning=False, alpha_multiplier=0.3),
     "fixed_alpha_cloning": dict(
@@ -69,7 +78,7 @@ CASES = {
     "redq_max_backup": dict(
         n_critics=4, n_target_critics=1, cql_max_target_backup=True, backup_entropy=True
     ),
-    "redq_of_all": dict(n_critics=3, n_target_critics=3),
+    "redq_of_all": dict(n_critics=3, n_target_critics=3),  # the actor takes the mean
     "three_seeds": dict(seed=[0, 1, 2]),
     "product": dict(
         LAGRANGE, seed=[3, 4], cql_alpha=[0.5, 2.0], cql_target_action_gap=[1.0, 5.0]
@@ -77,49 +86,25 @@ CASES = {
 }
 
 
-def reference_of(agent, batch, noise, r):
-    """The scalar reference of run r, with copies of the agent's parameters."""
-    parameters = {
-        name: value.detach()[r].numpy().copy()
-        for name, value in agent.named_parameters()
-    }
-    sweep = cql.product_of_runs(agent.config)[r]
-    one = ([array[r].numpy() for array in arrays] for arrays in (batch, noise))
-    return Reference(parameters, agent.config, sweep, *one, agent.step)
-
-
-@pytest.mark.parametrize("flags", CASES.values(), ids=CASES)
-def test_losses_metrics_and_gradients_match_scalar_loops(flags):
-    """Of every flag. The gradient of each tensor is compared along a random direction,
-    and is that of one loss alone: what a loss must not train would add to it. Also: the
-    faults 'logsumexp over 3 values', 'logsumexp that mixes the critics', 'temperature
-    divides log mu too', 'log_prob ignores a' and 'the multiplier's sign'."""
-    flags = dict(flags)
-    step, log_std = flags.pop("step", 0), flags.pop("log_std", None)
-    agent = tiny_agent(**flags)
-    agent.step = step
-    R = len(cql.product_of_runs(agent.config))
-    batch, noise = transitions(R, 4), agent.draw(4)
-    if log_std is not None:
-        middle = agent.policy(batch.observations)[1].median().item()
-        agent.policy.log_std_offset.data += log_std - middle
-        clamped = agent.policy(batch.observations)[1] == log_std
-        assert clamped.any() and not clamped.all()
+def check_against_loops(agent, batch, noise):
+    """Losses, metrics and gradients of every run. A tensor's gradient is compared along
+    a random direction, and is that of one loss alone: what a loss must not train would
+    add to it."""
+    config = agent.config
+    agent.zero_grad()
     losses, metrics = agent.losses(batch, noise, agent.stage()[0])
     losses.sum().backward()
     generator = np.random.default_rng(0)
-    for r in range(R):
-        reference = reference_of(agent, batch, noise, r)
-        expected = sum(
-            getattr(reference, loss)()
-            for loss in ("temperature", "actor", "critic", "multiplier")
-        )
+    for r in range(len(agent.runs)):
+        reference = Reference(agent, batch, noise, r)
+        expected = reference.temperature() + reference.actor()
+        expected += reference.critic() + reference.multiplier()
         torch.testing.assert_close(losses[r].item(), expected.real, **close)
-        wanted = {k: np.real(v) for k, v in reference.metrics().items()}
+        wanted = reference.metrics()
         assert metrics.keys() == wanted.keys()
         for name, value in wanted.items():
             actual = metrics[name][r].detach().numpy()
-            np.testing.assert_allclose(actual, value, **close, err_msg=name)
+            np.testing.assert_allclose(actual, np.real(value), **close, err_msg=name)
         compared = 0
         for name, parameter in agent.named_parameters():
             if not parameter.requires_grad:
@@ -133,18 +118,57 @@ def test_losses_metrics_and_gradients_match_scalar_loops(flags):
             assert actual == pytest.approx(expected, rel=1e-9, abs=1e-9), name
             compared += expected != 0
         # No comparison was of 0 with 0, but where nothing is learned.
-        config = agent.config
         learned = config.use_automatic_entropy_tuning + config.cql_lagrange
         assert compared == 10 + 2 * (config.q_n_hidden_layers + 1) + learned
-    clipped = [
-        row[2] != row[3]
-        for r in range(R)
-        for critic in reference_of(agent, batch, noise, r).gaps()
-        for row in critic
-    ]
+
+
+@pytest.mark.parametrize("flags", CASES.values(), ids=CASES)
+def test_losses_metrics_and_gradients_match_scalar_loops(flags):
+    """Of every flag. Also the faults 'logsumexp over 3 values', 'logsumexp that mixes
+    the critics', 'temperature divides log mu too', 'log_prob ignores a' and 'the
+    multiplier's sign'."""
+    flags = dict(flags)
+    updates, log_std = flags.pop("updates", 0), flags.pop("log_std", None)
+    agent = tiny_agent(**flags)
+    agent.updates = updates
+    R, config = len(agent.runs), agent.config
+    batch, noise = transitions(R, 4), agent.draw(4)
+    if log_std is not None:
+        middle = agent.policy(batch.observations)[1].median().item()
+        agent.policy.log_std_offset.data += log_std - middle
+        clamped = agent.policy(batch.observations)[1] == log_std
+        assert clamped.any() and not clamped.all()
+    check_against_loops(agent, batch, noise)
+    # A case is worth something only where some samples are clamped and some are not,
+    # and some proposals bounded and some not.
+    clipped, bounded = [], []
+    for r in range(R):
+        for rows in Reference(agent, batch, noise, r).gaps():
+            clipped += [row.gap != row.clamped for row in rows]
+            bounded += [row.q[-1] != row.bounded[-1] for row in rows]
     bounds = config.cql_clip_diff_min, config.cql_clip_diff_max
-    # The case is worth something only where some samples are clamped and some are not.
     assert (0 < sum(clipped) < len(clipped)) == (bounds != (-INF, INF))
+    assert (0 < sum(bounded) < len(bounded)) == config.cal_ql
+
+
+def test_every_forward_pass_goes_through_the_layer(monkeypatch):
+    """The layer is written once: changed, it is changed in all losses, in update and in
+    act."""
+    agent = tiny_agent()
+    batch, noise = transitions(1, 4), agent.draw(4)
+    observations, normals = batch.observations, noise.normals[:, :, 0]
+    plain = agent.act(observations, normals)
+    bend_every_layer(monkeypatch)
+    check_against_loops(agent, batch, noise)
+    reference = Reference(agent, batch, noise, 0)
+    pairs = zip(observations[0].tolist(), normals[0].tolist())
+    wanted = np.real([[reference.act(*pair)[0] for pair in pairs]])
+    np.testing.assert_allclose(agent.act(observations, normals), wanted, **close)
+    assert np.abs(wanted - plain).min() > 1e-3
+    updated, metrics = agent.update(batch, noise), reference.metrics()
+    for name in ("policy_loss", "qf{j}_loss", "cql_qf{j}_diff"):
+        actual, value = updated[name][0].numpy(), np.real(metrics[name])
+        np.testing.assert_allclose(actual, value, **close)
 
 
 def test_losses_are_means_over_the_batch():
@@ -152,14 +176,12 @@ def test_losses_are_means_over_the_batch():
     agent = tiny_agent(**LAGRANGE)
     batch, noise = transitions(1, 6), agent.draw(6)
     whole, _ = agent.losses(batch, noise, False)
-    halves = [
-        agent.losses(
-            *(type(x)(*(array[:, part] for array in x)) for x in (batch, noise)),
-            False,
-        )
-        for part in (slice(0, 3), slice(3, 6))
-    ]
-    torch.testing.assert_close(whole, (halves[0][0] + halves[1][0]) / 2, **close)
+    halves = []
+    for part in (slice(0, 3), slice(3, 6)):
+        half = mapped(lambda x, part=part: x[:, part], batch)
+        its_noise = mapped(lambda x, part=part: x[:, part], noise)
+        halves.append(agent.losses(half, its_noise, False)[0])
+    torch.testing.assert_close(whole, (halves[0] + halves[1]) / 2, **close)
 
 
 # ======================================================================================
@@ -175,11 +197,12 @@ def one_loss(agent, name):
     if name == "temperature":
         return cql.temperature_loss(agent.log_alpha, samples.log_pi, -ACT)[0]
     if name == "actor":
-        return cql.actor_loss(agent.critic, batch, samples, alpha)[0]
+        return cql.actor_loss(agent.critic, batch, samples, alpha, config)[0]
     if name == "cloning":
         return cql.cloning_loss(batch, samples, alpha)[0]
-    target, _ = cql.td_target(agent.target_critic, batch, samples, alpha, config)
-    args = (batch, samples, target, agent.log_alpha_prime, agent.sweep, config)
+    args = batch, samples, alpha, noise.subset_keys, config
+    target, _ = cql.td_target(agent.target_critic, *args)
+    args = batch, samples, noise, target, agent.log_alpha_prime, agent.sweep, config
     return cql.critic_loss(agent.critic, *args)[0]
 
 
@@ -208,8 +231,8 @@ def test_targets_and_proposals_carry_no_graph():
     batch, noise = transitions(1, 4), agent.draw(4)
     agent.target_critic.requires_grad_(True)  # even so
     samples = cql.sample_actions(agent.policy, batch, noise)
-    alpha = agent.log_alpha.exp()
-    target, _ = cql.td_target(agent.target_critic, batch, samples, alpha, agent.config)
+    args = batch, samples, agent.log_alpha.exp(), noise.subset_keys, agent.config
+    target, _ = cql.td_target(agent.target_critic, *args)
     constants = samples.proposals, samples.log_mu, samples.target_log_pi, target
     assert not any(tensor.requires_grad for tensor in constants)
     assert samples.actions.requires_grad and samples.log_pi.requires_grad
@@ -217,12 +240,15 @@ def test_targets_and_proposals_carry_no_graph():
 
 def test_critics_train_again_after_the_actor_loss():
     """The actor freezes the critics for itself only, and even if it fails."""
-    agent = tiny_agent()
+    agent, batch = tiny_agent(), transitions(1, 4)
+    before = list(agent.critic.parameters())
     one_loss(agent, "actor")
-    assert all(parameter.requires_grad for parameter in agent.critic.parameters())
-    with pytest.raises(AttributeError):
-        cql.actor_loss(agent.critic, None, None, None)
-    assert all(parameter.requires_grad for parameter in agent.critic.parameters())
+    samples = cql.sample_actions(agent.policy, batch, agent.draw(4))
+    broken = samples._replace(actions=samples.actions[..., :1])
+    with pytest.raises(RuntimeError):
+        cql.actor_loss(agent.critic, batch, broken, torch.ones(1), agent.config)
+    for parameter, old in zip(agent.critic.parameters(), before):
+        assert parameter is old and parameter.requires_grad
 
 
 # ======================================================================================
@@ -318,10 +344,8 @@ def test_terminal_transitions_do_not_bootstrap_and_others_do():
     agent = tiny_agent(discount=0.9)
     batch, noise = transitions(1, 6), agent.draw(6)
     samples = cql.sample_actions(agent.policy, batch, noise)
-    alpha = torch.ones(1)
-    target, metrics = cql.td_target(
-        agent.target_critic, batch, samples, alpha, agent.config
-    )
+    args = batch, samples, torch.ones(1), None, agent.config
+    target, metrics = cql.td_target(agent.target_critic, *args)
     ended = batch.terminations == 1
     assert 0 < ended.sum() < 6
     assert torch.equal(target[ended], batch.rewards[ended])
@@ -360,12 +384,10 @@ def gradients(agent, batch, noise):
 
 def repeated(n, batch, noise):
     """The batch n times over, its noise with it, but with new offsets."""
-    tiled = (
-        type(x)(*(array.repeat_interleave(n, 1) for array in x)) for x in (batch, noise)
-    )
-    batch, noise = tiled
-    R, N, B = *noise.offsets.shape[:1], 2, batch.rewards.shape[1]
-    return batch, noise._replace(offsets=torch.rand(R, N, B))
+    R, N, B = noise.resampling_offset.shape
+    batch = mapped(lambda x: x.repeat_interleave(n, 1), batch)
+    noise = mapped(lambda x: x.repeat_interleave(n, 1), noise)
+    return batch, noise._replace(resampling_offset=torch.rand(R, N, n * B))
 
 
 @pytest.mark.parametrize("flags", SAMPLED.values(), ids=SAMPLED)
@@ -402,6 +424,19 @@ def test_the_sampled_backward_logs_what_the_exact_one_does(flags):
     wanted, others, _ = gradients(exact, batch, noise)
     torch.testing.assert_close(losses, wanted, **close)
     torch.testing.assert_close(metrics, others, **close)
+
+
+@pytest.mark.parametrize("k", [0, 2])
+def test_a_bound_of_minus_infinity_is_plain_cql(k):
+    """Cal-QL is data, not a branch."""
+    bounded = tiny_agent(cal_ql=True, cql_backward_actions=k)
+    plain = tiny_agent(cql_backward_actions=k)
+    batch, noise = transitions(1, 6), plain.draw(6)
+    batch = batch._replace(mc_returns=torch.full((1, 6), -INF))
+    losses, metrics, slopes = gradients(bounded, batch, noise)
+    assert metrics.pop("bound_rate").item() == 0
+    for actual, wanted in zip((losses, metrics, slopes), gradients(plain, batch, noise)):
+        torch.testing.assert_close(actual, wanted, **close)
 
 
 def test_systematic_resampling():
@@ -533,51 +568,38 @@ def test_density_integrates_to_one(mean, log_std):
 
 
 @pytest.mark.parametrize("lead", [(1,), (3,), (2, 3)])
-@pytest.mark.parametrize("relu", [True, False])
-@pytest.mark.parametrize("bias_rows", [1, 2])
-@pytest.mark.parametrize("layout", ["plain", "expanded", "split"])
-def test_member_layer_passes_gradcheck(lead, relu, bias_rows, layout):
-    """Also for inputs that all members share, weights that are part of a tensor, and a
-    bias row for every two inputs, as the critics' first layer has them."""
-    x = torch.randn(*lead[:-1], *(lead[-1:] if layout == "plain" else (1,)), 4, 3)
-    w = torch.randn(*lead, 5 if layout == "split" else 3, 2)
-    b = torch.randn(*lead, bias_rows, 2)
+@pytest.mark.parametrize("with_state", [False, True])
+def test_ensemble_linear_is_every_members_own_product(lead, with_state):
+    """Values and gradients, also where the first part of the input is a state that two
+    rows share."""
+    layer, members = cql.EnsembleLinear(lead, 5, 4), math.prod(lead)
+    weight, bias = torch.randn(*lead, 5, 4), torch.randn(*lead, 1, 4)
+    x, state = torch.randn(members, 6, 5), None
+    if with_state:
+        x, state = x[..., :3], torch.randn(members, 3, 2)
 
-    def layer(x, w, b):
-        return cql.member_layer(x.expand(*lead, 4, 3), w[..., -3:, :], b, relu)
+    def of_layer(weight, bias, x, state):
+        parameters = {"weight": weight, "bias": bias}
+        return torch.func.functional_call(layer, parameters, (x, state))
 
-    expected = x @ w[..., -3:, :] + b.repeat_interleave(4 // bias_rows, -2)
-    expected = expected.relu() if relu else expected
-    torch.testing.assert_close(layer(x, w, b), expected, **close)
-    for used in ([True] * 3, [False, True, True], [True, False, False]):
-        checked = [x.detach().requires_grad_(u) for x, u in zip((x, w, b), used)]
-        assert torch.autograd.gradcheck(layer, checked)
-
-
-@pytest.mark.parametrize("lead", [(2,), (2, 3)])
-def test_ensemble_linear_equals_one_batched_product(lead):
-    """Values and gradients of the loop over members, and of torch.matmul."""
-    layer = cql.EnsembleLinear(lead, 3, 4)
-    with torch.no_grad():
-        layer.weight.normal_()
-        layer.bias.normal_()
-    x = torch.randn(*lead, 6, 3, requires_grad=True)
-    batched = torch.matmul(x, layer.weight) + layer.bias
-    looped = layer(x)
-    torch.testing.assert_close(looped, batched, **close)
-    inputs, weights = (x, layer.weight, layer.bias), torch.randn_like(batched)
-    for actual, expected in zip(
-        torch.autograd.grad((looped * weights).sum(), inputs),
-        torch.autograd.grad((batched * weights).sum(), inputs),
-    ):
-        torch.testing.assert_close(actual, expected, **close)
+    y = of_layer(weight, bias, x, state)
+    for m in range(members):
+        whole = x[m]
+        if with_state:
+            whole = torch.cat([state[m].repeat_interleave(2, 0), x[m]], 1)
+        w, b = weight.view(members, 5, 4)[m], bias.view(members, 4)[m]
+        torch.testing.assert_close(y[m], whole @ w + b, **close)
+    inputs = [weight, bias, x, state]
+    for tensor in inputs[: 3 + with_state]:
+        tensor.requires_grad_()
+    assert torch.autograd.gradcheck(of_layer, inputs)
 
 
-@pytest.mark.parametrize("lead", [(1,), (3,)])
-def test_inputs_for_other_members_are_refused(lead):
-    """Two layers have no answer to one input or to three, least of all old memory."""
-    with pytest.raises(ValueError):
-        cql.EnsembleLinear((2,), 3, 4)(torch.randn(*lead, 6, 3))
+@pytest.mark.parametrize("n_members", [1, 3])
+def test_inputs_for_other_members_are_refused(n_members):
+    """Two layers have no answer to one input or to three."""
+    with pytest.raises(RuntimeError):
+        cql.EnsembleLinear((2,), 3, 4)(torch.randn(n_members, 6, 3))
 
 
 @pytest.mark.parametrize("q_n_hidden_layers", [1, 2, 5])

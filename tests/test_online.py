@@ -1,15 +1,15 @@
-"""The online phase: replay, environments, Cal-QL's returns, resume, recording."""
+"""The online phase: replay, environments, Cal-QL's returns, resume."""
 
 import csv
-import json
 import math
+from fractions import Fraction
 
 import gymnasium as gym
-import minari
 import numpy as np
 import pytest
 import torch
-from make_data import Toy, datasets_path, hopper_dataset, run, toy_dataset
+from make_data import Toy, d4rl_file, hopper_dataset, random_episodes, run, toy_dataset
+from reference import trained
 
 import cql
 
@@ -21,6 +21,7 @@ BASE = dict(
 NOTHING = dict(
     env="null", eval_env="CqlGoal-v0", normalize=False, cql_alpha=0, max_timesteps=0
 )
+CALIBRATED = dict(cal_ql=True, reward_scale=3.0, reward_bias=-1.0, discount=0.9)
 SCORES = {"ref_min_score": -5.0, "ref_max_score": 15.0}
 
 
@@ -38,7 +39,26 @@ class Goal(Toy):
         return *rest, {"success": bool(np.linalg.norm(self.point) < 0.3)}
 
 
+class Single(Toy):
+    """A simulator of which there can be `allowed` at a time."""
+
+    allowed, opened = 1, 0
+
+    def __init__(self, **kwargs):
+        if Single.opened >= Single.allowed:
+            raise RuntimeError("one instance only")
+        Single.opened += 1
+        super().__init__(**kwargs)
+
+    def close(self):
+        Single.opened -= 1
+
+
 gym.register("CqlGoal-v0", Goal, max_episode_steps=10)
+# The point moves so little that only the limit ends an episode.
+gym.register("CqlTen-v0", Goal, max_episode_steps=10, kwargs={"push": 0.02})
+gym.register("CqlLong-v0", Goal, max_episode_steps=99, kwargs={"push": 0.002})
+gym.register("CqlOneAtATime-v0", Single, max_episode_steps=10)
 
 
 @pytest.fixture(scope="module")
@@ -68,175 +88,285 @@ def saved(directory):
     return torch.load(directory / "checkpoint.pt", weights_only=True)
 
 
+def replay_columns(directory):
+    return saved(directory)["online"]["replay"]["columns"]
+
+
+def n_updates(directory):
+    return saved(directory)["agent"]["_extra_state"]["updates"]
+
+
 # --- the replay -----------------------------------------------------------------------
+
+
+def dataset(path, **flags):
+    config = cql.TrainConfig(**{**BASE, "env": str(path), **flags})
+    return cql.Dataset(config, *cql.read_data(config))
 
 
 def replay_of(toy=None, seeds=(0, 1), **flags):
     config = cql.TrainConfig(
         **{**BASE, "env": toy and str(toy), "seed": list(seeds), **flags}
     )
-    data = cql.Dataset(config) if toy else None
-    agent = cql.ContinuousCQL(config, 3, 2)
+    data = dataset(toy, **flags) if toy else None
+    boxes = gym.spaces.Box(-2, 2, (3,)), gym.spaces.Box(-1, 1, (2,))
+    agent = cql.make_agent(config, cql.make_task(*boxes))
     return cql.Replay(config, data, agent)
 
 
-def episode(T, first):
-    """Numbers that tell where they stand: step t holds first + t."""
-    t = first + np.arange(T + 1.0)
-    return np.stack([t] * 3, 1), np.stack([t[:-1]] * 2, 1) / 100, t[:-1], t[:-1] == -1
+def add_steps(replay, r, rewards):
+    """One transition a reward, all of whose numbers tell where it stands."""
+    for reward in rewards:
+        transition = cql.Batch(
+            observations=np.full((1, 3), reward),
+            actions=np.full((1, 2), reward / 1000),
+            rewards=np.array([reward]),
+            next_observations=np.full((1, 3), reward + 1),
+            terminations=np.array([reward % 10 == 9]),
+        )
+        replay.add([r], transition)
+
+
+def every(n, n_runs=2):
+    """Fractions that ask for each of n rows once, in order."""
+    return ((torch.arange(n) + 0.5) / n).double().expand(n_runs, -1)
 
 
 @pytest.mark.parametrize("capacity", [7, 8, 50])
 def test_the_first_in_go_first_out(capacity):
-    """Against a list; episodes that fill the buffer exactly, and longer ones."""
+    """Against a list, step by step, round the ring and on; run 0 has none."""
     replay, kept = replay_of(buffer_size=capacity), []
-    for T, first in ((3, 0), (4, 100), (1, 200), (20, 300), (6, 400)):
-        replay.add(1, *episode(T, first))
-        kept = (kept + [first + t for t in range(T)])[-capacity:]
-        size = int(replay.sizes[1])
-        assert size == len(kept) and int(replay.sizes[0]) == 0
-        rows = ((torch.arange(size) + 0.5) / size).double().expand(2, -1)
-        batch = replay.sample(rows)
-        assert sorted(batch.rewards[1].tolist()) == sorted(kept)
-        assert (batch.observations[1, :, 0] == batch.rewards[1]).all()
-        assert (batch.next_observations[1, :, 2] == batch.rewards[1] + 1).all()
-        assert torch.allclose(batch.actions[1, :, 0], batch.rewards[1] / 100)
+    for reward in range(30):
+        add_steps(replay, 1, [reward])
+        kept = (kept + [reward])[-capacity:]
+        assert replay.sizes.tolist() == [[0], [len(kept)]]
+        batch = replay.sample(every(len(kept)))
+        rewards = batch.rewards[1]
+        assert sorted(rewards.tolist()) == kept
+        assert (batch.observations[1] == rewards.unsqueeze(1)).all()
+        assert (batch.next_observations[1] == rewards.unsqueeze(1) + 1).all()
+        assert torch.allclose(batch.actions[1, :, 1], rewards / 1000)
+        assert torch.equal(batch.terminations[1], (rewards % 10 == 9).float())
+        assert batch.mc_returns is None  # no cal_ql
+    places = replay.columns["rewards"][1].tolist()
+    assert [places[reward % capacity] for reward in kept] == kept
 
 
 def test_one_buffer_is_uniform_over_data_and_own(toy):
     replay = replay_of(toy)
-    n = replay.offline
-    replay.add(0, *episode(10, 1000))
-    rows = ((torch.arange(n + 10) + 0.5) / (n + 10)).double().expand(2, -1)
-    batch = replay.sample(rows)
-    mine = batch.rewards >= 1000
-    assert mine[0].tolist() == [False] * n + [True] * 10 and not mine[1].any()
+    n = len(replay.data)
+    add_steps(replay, 0, range(1000, 1010))
+    batch = replay.sample(every(n + 10))
+    online = batch.rewards >= 1000
+    assert online[0].tolist() == [False] * n + [True] * 10 and not online[1].any()
     assert batch.rewards[0, n:].tolist() == list(range(1000, 1010))
     data = replay.data.gather(torch.arange(n).unsqueeze(0))
-    for ours, theirs in zip(batch[:5], data[:5]):
-        assert torch.equal(ours[0, :n], theirs[0])
+    for name in replay.columns:
+        assert torch.equal(getattr(batch, name)[0, :n], getattr(data, name)[0]), name
 
 
-@pytest.mark.parametrize("ratio, offline", [(0.5, 8), (0.25, 4), (0.0, 0), (1.0, 16)])
-def test_mixing_ratio_is_the_offline_share(toy, ratio, offline):
-    replay = replay_of(toy, mixing_ratio=ratio)
-    rows = torch.rand(2, 16, dtype=torch.float64)
-    before = replay.sample(rows)
-    assert (before.rewards < 1000).all()  # nothing online yet: all offline
-    replay.add(1, *episode(10, 1000))
-    batch = replay.sample(rows)
-    assert torch.equal(batch.rewards[0], before.rewards[0])
-    assert ((batch.rewards[1] < 1000).sum()) == offline
-    assert torch.equal(batch.rewards[1, :offline], before.rewards[1, :offline])
-    assert before.mc_returns is None  # no cal_ql
-    own = replay.sample(torch.rand(2, 8000, dtype=torch.float64)).rewards[1]
-    counts = torch.bincount((own[own >= 1000] - 1000).long(), minlength=10)
-    expected = 8000 * (1 - ratio) / 10
-    assert (counts - expected).abs().max() <= 5 * math.sqrt(expected) + 1e-9
+@pytest.mark.parametrize("ratio", [0.5, 0.25, 0.1, 0.7, 0.05, 0.95])
+@pytest.mark.parametrize("batch_size", [8, 20, 256])
+def test_any_first_rows_hold_both_sources_in_proportion(ratio, batch_size):
+    """Row p is offline where floor((p + 1) r) > floor(p r), in exact numbers."""
+    config = cql.TrainConfig(mixing_ratio=ratio, batch_size=batch_size)
+    places = cql.offline_places(config).tolist()
+    exact = Fraction(str(ratio))
+    assert len(places) == batch_size
+    for n in range(batch_size + 1):
+        assert sum(places[:n]) == math.floor(n * exact), n
+    assert cql.n_online_rows(config) == batch_size - sum(places)
+
+
+@pytest.mark.parametrize("ratio, n_online", [(0.5, 4), (0.25, 6), (0.8, 2)])
+def test_mixing_ratio_is_the_offline_share(toy, ratio, n_online):
+    """All rows are offline until a run holds the online share of a batch."""
+    replay, fractions = replay_of(toy, mixing_ratio=ratio), every(8)
+    offline = replay.data.sample(fractions)
+    for added in range(n_online):
+        assert torch.equal(replay.sample(fractions).rewards, offline.rewards), added
+        add_steps(replay, 1, [1000 + added])
+    batch = replay.sample(fractions)
+    places = cql.offline_places(replay.config)
+    assert torch.equal(batch.rewards[0], offline.rewards[0])
+    assert torch.equal(batch.rewards[1] < 1000, places)
+    assert torch.equal(batch.rewards[1][places], offline.rewards[1][places])
+
+
+def test_either_source_is_drawn_from_uniformly(toy):
+    replay = replay_of(toy, mixing_ratio=0.25, batch_size=40, online_iterations=100)
+    add_steps(replay, 1, range(1000, 1100))
+    generator, drawn = torch.Generator().manual_seed(0), []
+    for _ in range(200):
+        fractions = torch.rand(2, 40, dtype=torch.float64, generator=generator)
+        drawn.append(replay.sample(fractions).rewards[1])
+    drawn = torch.cat(drawn)
+    own = drawn[drawn >= 1000].long() - 1000
+    assert len(own) == 6000
+    counts = torch.bincount(own, minlength=100)
+    assert (counts - 60).abs().max() <= 5 * math.sqrt(60)
+
+
+def test_a_checkpoint_holds_what_was_gathered_only():
+    replay = replay_of(online_iterations=200_000)
+    add_steps(replay, 0, range(10))
+    state = replay.state()
+    stored = [x.untyped_storage().nbytes() for x in state["columns"].values()]
+    assert sum(stored) < 2 * 10 * 4 * 30
+    other = replay_of(online_iterations=200_000)
+    other.load(state)
+    assert torch.equal(other.sample(every(10)).rewards, replay.sample(every(10)).rewards)
+    assert other.added.tolist() == [10, 0] and other.sizes.tolist() == [[10], [0]]
 
 
 # --- return-to-go ---------------------------------------------------------------------
 
 
 def loop_returns(rewards, discount):
-    return [
-        sum(r * discount**k for k, r in enumerate(rewards[t:]))
-        for t in range(len(rewards))
-    ]
+    returns = []
+    for t in range(len(rewards)):
+        later = rewards[t:]
+        returns.append(sum(r * discount**k for k, r in enumerate(later)))
+    return returns
 
 
 def test_return_to_go_of_the_data(toy):
     """Of transformed rewards, episode by episode: nothing leaks across an end."""
-    flags = {"reward_scale": 3.0, "reward_bias": -1.0, "discount": 0.9, "cal_ql": True}
-    config = cql.TrainConfig(**{**BASE, **flags, "env": str(toy)})
-    data = cql.Dataset(config)
+    data = dataset(toy, **CALIBRATED)
     assert len(data.lengths) > 1
+    raw = dataset(toy).columns["rewards"]
+    rewards, returns = data.columns["rewards"], data.columns["mc_returns"]
+    torch.testing.assert_close(rewards, raw * 3 - 1)
     wanted, first = [], 0
     for length in data.lengths:
-        rewards = data.rewards[first : first + length].tolist()
-        wanted += loop_returns(rewards, 0.9)
+        wanted += loop_returns(rewards[first : first + length].tolist(), 0.9)
         first += length
-    np.testing.assert_allclose(data.mc_returns, wanted, rtol=1e-5)
-    ended = cql.returns_to_go(np.array([1.0, 2.0, 4.0]), [0, 1, 0], config, -9.0)
-    np.testing.assert_allclose(ended, [1 + 0.9 * 2, 2, 4])  # a termination on the way
+    np.testing.assert_allclose(returns, wanted, rtol=1e-5, atol=1e-6)
     batch = data.gather(torch.tensor([[0, 5, 7]]))
-    assert torch.equal(batch.mc_returns[0], data.mc_returns[[0, 5, 7]])
+    assert torch.equal(batch.mc_returns[0], returns[[0, 5, 7]])
+    ended = cql.returns_to_go(
+        np.array([1.0, 2.0, 4.0]), [0, 1, 0], cql.TrainConfig(discount=0.9), -9.0
+    )
+    np.testing.assert_allclose(ended, [1 + 0.9 * 2, 2, 4])  # a termination on the way
 
 
 def test_sparse_rewards():
     """An episode of the data's least reward alone is worth r_min / (1 - discount); any
-    other reward in it, and it is a plain sum."""
-    config = cql.TrainConfig(is_sparse_reward=True, cal_ql=True, discount=0.9)
-    failed = cql.returns_to_go(np.full(4, -5.0), np.zeros(4), config, -5.0)
-    np.testing.assert_allclose(failed, [-50.0] * 4)
-    succeeded = cql.returns_to_go(np.array([-5.0, -5.0, 5.0]), [0, 0, 1], config, -5.0)
-    np.testing.assert_allclose(succeeded, loop_returns([-5.0, -5.0, 5.0], 0.9))
+    other reward in it, be it the first, and it is a plain sum."""
+    sparse = cql.TrainConfig(is_sparse_reward=True, cal_ql=True, discount=0.9)
     dense = cql.TrainConfig(cal_ql=True, discount=0.9)
-    plain = cql.returns_to_go(np.full(4, -5.0), np.zeros(4), dense, -5.0)
-    np.testing.assert_allclose(plain, loop_returns([-5.0] * 4, 0.9))
+    failed = np.full(4, -5.0)
+    worth = cql.returns_to_go(failed, np.zeros(4), sparse, -5.0)
+    np.testing.assert_allclose(worth, [-50.0] * 4)
+    plain = cql.returns_to_go(failed, np.zeros(4), dense, -5.0)
+    np.testing.assert_allclose(plain, loop_returns(failed, 0.9))
+    for rewards in ([-5.0, -5.0, 5.0], [5.0, -5.0, -5.0], [-4.0] * 3):
+        worth = cql.returns_to_go(np.array(rewards), [0, 0, 1], sparse, -5.0)
+        np.testing.assert_allclose(worth, loop_returns(rewards, 0.9))
 
 
-def test_online_episodes_are_transformed_as_the_data(toy):
-    flags = {"reward_scale": 3.0, "reward_bias": -1.0, "discount": 0.9, "cal_ql": True}
-    replay = replay_of(toy, mixing_ratio=0.0, **flags)
-    observations, actions, rewards, ends = episode(5, 0)
-    replay.add(0, observations, actions, rewards, ends)
-    wanted = loop_returns((rewards * 3 - 1).tolist(), 0.9)
-    batch = replay.sample(((torch.arange(5) + 0.5) / 5).double().expand(2, -1))
-    np.testing.assert_allclose(batch.rewards[0], rewards * 3 - 1)
-    np.testing.assert_allclose(batch.mc_returns[0], wanted, rtol=1e-6)
-    offline = replay.data.gather(torch.zeros(1, 1, dtype=torch.long))
-    first = replay.sample(torch.zeros(2, 1, dtype=torch.float64))
-    assert first.mc_returns[1] == offline.mc_returns[0]  # run 1 has none of its own
+def test_the_bound_comes_with_the_end_of_the_episode(toy):
+    """Until then it is -inf, which bounds nothing; another run's are left alone."""
+    replay = replay_of(toy, **CALIBRATED)
+    raw = dataset(toy).columns["rewards"].tolist()[:5]
+    for t, reward in enumerate(raw, 1):
+        add_steps(replay, 0, [reward])
+        add_steps(replay, 1, [reward])
+        assert (replay.columns["mc_returns"][:, :t] == -math.inf).all()
+    replay.end_episode(0, raw, False)
+    rewards, returns = replay.columns["rewards"], replay.columns["mc_returns"]
+    wanted = loop_returns(rewards[0, :5].tolist(), 0.9)
+    np.testing.assert_allclose(returns[0, :5], wanted, rtol=1e-6)
+    assert (returns[1, :5] == -math.inf).all()
+    add_steps(replay, 0, [7.0])
+    assert returns[0, 5] == -math.inf
+    np.testing.assert_allclose(returns[0, :5], wanted, rtol=1e-6)
+
+
+def test_online_numbers_are_the_data_s(tmp_path):
+    """Rewards and returns-to-go of the same episode, to the last bit of float32."""
+    (episode,) = random_episodes([30], ends="terminal")
+    file = d4rl_file(tmp_path / "x.hdf5", [episode])
+    flags = {**CALIBRATED, "reward_bias": -0.1}
+    replay = replay_of(file, **flags)
+    for reward in episode["rewards"]:
+        add_steps(replay, 0, [reward])
+    replay.end_episode(0, episode["rewards"].tolist(), True)
+    for name in ("rewards", "mc_returns"):
+        ours, theirs = replay.columns[name][0, :30], replay.data.columns[name]
+        assert ours.dtype == theirs.dtype == torch.float32
+        assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("length", [3, 10, 25])
+def test_the_bound_is_filled_in_for_rows_that_are_still_there(length):
+    """In a ring of ten: an episode that wraps, that fills it, that outruns it."""
+    replay = replay_of(buffer_size=10, **CALIBRATED)
+    add_steps(replay, 1, range(100, 108))  # an earlier episode
+    replay.end_episode(1, list(range(100, 108)), False)
+    before = dict(zip(range(100, 108), replay.columns["mc_returns"][1].tolist()))
+    rewards = [float(r) for r in range(200, 200 + length)]
+    add_steps(replay, 1, rewards)
+    replay.end_episode(1, rewards, False)
+    wanted = dict(zip(rewards, loop_returns([3 * r - 1 for r in rewards], 0.9)))
+    kept = [*range(100, 108), *rewards][-10:]
+    for reward in kept:
+        place = (replay.columns["rewards"][1] == 3 * reward - 1).nonzero().item()
+        found = replay.columns["mc_returns"][1, place].item()
+        assert found == pytest.approx({**before, **wanted}[reward], rel=1e-6), reward
+    assert (replay.columns["mc_returns"][0] == 0).all()
 
 
 def test_an_online_failure_is_known_by_the_data_s_least_reward(toy):
     """Whatever rounding does to a transformed reward."""
     flags = {"reward_bias": -0.1, "discount": 0.9, "cal_ql": True}
-    replay = replay_of(toy, is_sparse_reward=True, mixing_ratio=0.0, **flags)
-    least = (replay.data.rewards == replay.data.rewards.min()).nonzero()[0, 0]
-    raw = toy_rewards(toy)[least]
-    observations, actions, _, ends = episode(4, 0)
-    replay.add(0, observations, actions, np.full(4, raw), ends)
-    wanted = float(replay.data.rewards.min()) / (1 - 0.9)
-    np.testing.assert_allclose(replay.own.mc_returns[0, :4], wanted, rtol=1e-5)
-
-
-def toy_rewards(toy):
-    """The raw rewards of the toy data."""
-    data = cql.Dataset(cql.TrainConfig(env=str(toy), batch_size=8))
-    return data.rewards.numpy()
+    replay = replay_of(toy, is_sparse_reward=True, **flags)
+    raw = float(dataset(toy).columns["rewards"].min())
+    add_steps(replay, 0, [raw] * 4)
+    replay.end_episode(0, [raw] * 4, False)
+    wanted = replay.data.r_min / (1 - 0.9)
+    np.testing.assert_allclose(replay.columns["mc_returns"][0, :4], wanted, rtol=1e-6)
+    add_steps(replay, 0, [raw, raw + 1])
+    replay.end_episode(0, [raw, raw + 1], False)
+    assert (replay.columns["mc_returns"][0, 4:6] > wanted / 2).all()
 
 
 def test_normalize_reward_holds_online(tmp_path):
     """By the factor of the data's returns, in the environments that have one."""
-    data = hopper_dataset(tmp_path)
-    config = {**BASE, "env": str(data), "normalize_reward": True, "mixing_ratio": 0.0}
-    config = cql.TrainConfig(**config)
-    dataset = cql.Dataset(config)
-    agent = cql.ContinuousCQL(config, 11, 3)
-    replay = cql.Replay(config, dataset, agent)
-    observations, rewards = np.zeros((5, 11)), np.arange(4.0)
-    replay.add(0, observations, np.zeros((4, 3)), rewards, rewards < 0)
-    factor = 1000 / np.ptp(dataset.returns)
+    path = hopper_dataset(tmp_path, episodes=4)
+    flags = {**BASE, "env": str(path), "normalize_reward": True}
+    config = cql.TrainConfig(**flags)
+    episodes, task = cql.read_data(config)
+    data = cql.Dataset(config, episodes, task)
+    replay = cql.Replay(config, data, cql.make_agent(config, task))
+    factor = 1000 / np.ptp(data.returns)
     assert abs(factor - 1) > 0.1
-    np.testing.assert_allclose(replay.own.rewards[0, :4], rewards * factor, rtol=1e-5)
+    transition = cql.Batch(
+        observations=np.zeros((1, 11)),
+        actions=np.zeros((1, 3)),
+        rewards=np.array([2.0]),
+        next_observations=np.zeros((1, 11)),
+        terminations=np.array([False]),
+    )
+    replay.add([0], transition)
+    assert float(replay.columns["rewards"][0, 0]) == pytest.approx(2 * factor)
 
 
 def test_a_bound_of_minus_infinity_is_cql(toy):
     """Cal-QL is a lower bound in the data; one that bounds nothing changes nothing."""
-    config = {"hidden_dim": 8, "cql_n_actions": 3, "cql_backward_actions": 2}
-    plain = cql.ContinuousCQL(cql.TrainConfig(**config), 3, 2)
-    bounded = cql.ContinuousCQL(cql.TrainConfig(**config, cal_ql=True), 3, 2)
-    data = cql.Dataset(cql.TrainConfig(env=str(toy), batch_size=8))
+    flags = {**BASE, "env": str(toy), "cql_backward_actions": 2}
+    agents = []
+    for cal_ql in (False, True):
+        config = cql.TrainConfig(**flags, cal_ql=cal_ql)
+        agents.append(cql.make_agent(config, cql.read_data(config)[1]))
+    data = dataset(toy)
     for _ in range(5):
-        noise = plain.draw(8)
-        batch = data.sample(noise.rows)
+        noise = agents[0].draw(8)
+        batch = data.sample(noise.fractions)
         never = torch.full_like(batch.rewards, -math.inf)
-        plain.update(batch, noise)
-        bounded.update(batch._replace(mc_returns=never), noise)
-    for ours, theirs in zip(plain.parameters(), bounded.parameters()):
-        assert torch.equal(ours, theirs)
+        agents[0].update(batch, noise)
+        agents[1].update(batch._replace(mc_returns=never), noise)
+    torch.testing.assert_close(trained(agents[0]), trained(agents[1]), rtol=0, atol=0)
 
 
 # --- the phase ------------------------------------------------------------------------
@@ -245,13 +375,9 @@ def test_a_bound_of_minus_infinity_is_cql(toy):
 def test_offline_then_online(go):
     directory = go("run", seed="[0,1]", utd=2, cql_alpha_online=0.25)
     checkpoint = saved(directory)
-    assert (checkpoint["step"], checkpoint["phase"]) == (56, "online")
-    agent = checkpoint["agent"]["_extra_state"]
-    assert agent["step"] == 6 + 2 * 50
-    online = checkpoint["online"]
-    inside = [0 if x is None else len(x[2]) for x in online["partial"]]
-    added = online["replay"]["added"].tolist()
-    assert [a + b for a, b in zip(added, inside)] == [50, 50]  # every step, once
+    assert checkpoint["step"] == 56
+    assert n_updates(directory) == 6 + 2 * 50
+    assert checkpoint["online"]["replay"]["added"] == [50, 50]
     steps = [int(row["step"]) for row in table(directory, "evaluations.csv")]
     assert steps == [6, 6, 20, 20, 40, 40, 56, 56]
     rows = table(directory, "metrics.csv")
@@ -262,58 +388,75 @@ def test_offline_then_online(go):
     assert 0.25 < weights[0] < 1  # six updates at 1, the others at 0.25
 
 
-def test_returns_and_regret(go):
-    directory = go("run", eval_env="CqlGoal-v0", log_freq=4)
-    rows = table(directory, "metrics.csv")
-    returns = [float(row["train_return"]) for row in rows if row["train_return"]]
-    assert len(returns) >= 3
-    regret = float(rows[-1]["train_regret"])
-    assert 0 <= regret <= 1
-    told = [row["train_success"] for row in rows if row["train_return"]]
-    assert all(0 <= float(x) <= 1 for x in told)
-    evaluations = table(directory, "evaluations.csv")
-    assert all(0 <= float(row["success_rate"]) <= 1 for row in evaluations)
-    assert evaluations[0]["eval_regret"] == ""  # step 6 is the last of offline
-    rates = [float(row["success_rate"]) for row in evaluations[1:]]
-    for n, row in enumerate(evaluations[1:], 1):
-        expected = 1 - np.mean(rates[:n])
-        assert float(row["eval_regret"]) == pytest.approx(expected, rel=1e-6, abs=1e-6)
+def test_an_episode_longer_than_the_phase_is_learned_from(go):
+    """Its only episode has not ended when the phase does."""
+    alone = go("alone", online_iterations=0, max_timesteps=56, eval_env="none")
+    flags = {"eval_env": "CqlLong-v0", "cal_ql": True, "mixing_ratio": 0.25}
+    directory = go("run", **flags)
+    checkpoint = saved(directory)
+    online = checkpoint["online"]
+    assert online["finished"] == [[]] and online["begun"] == [1]
+    assert online["replay"]["added"] == [50] and n_updates(directory) == 56
+    columns = replay_columns(directory)
+    assert (columns["mc_returns"] == -math.inf).all()
+    here, after = columns["observations"][0], columns["next_observations"][0]
+    assert torch.equal(here[1:], after[:-1])
+    weights = [saved(x)["agent"]["critic.layers.0.weight"] for x in (alone, directory)]
+    assert not torch.equal(*weights)
+    assert table(directory, "metrics.csv")[-1]["qf1_loss"]
 
 
-def test_regret_by_score_where_nobody_tells_of_success(go):
-    directory = go("run", log_freq=4)
-    evaluations = table(directory, "evaluations.csv")
-    assert all(row["success_rate"] == "" for row in evaluations)
-    scores = [float(row["d4rl_normalized_score"]) for row in evaluations[1:]]
-    for n, row in enumerate(evaluations[1:], 1):
-        expected = 1 - np.mean(scores[:n]) / 100
-        assert float(row["eval_regret"]) == pytest.approx(expected, rel=1e-5)
+def test_plain_sac_from_nothing(go):
+    """Uniform actions until there is a batch; then an update a step on what was
+    gathered, in an episode that has not ended."""
+    directory = go("run", batch_size=30, **{**NOTHING, "eval_env": "CqlLong-v0"})
+    assert n_updates(directory) == 50 - 29
+    actions = replay_columns(directory)["actions"][0, :29]
+    assert actions.max() > 0.7 and actions.min() < -0.7 and actions.abs().max() <= 1
     rows = table(directory, "metrics.csv")
-    returns = [float(row["train_return"]) for row in rows if row["train_return"]]
-    scores = [5 * x + 25 for x in returns]  # one episode in a row, at most
-    assert float(rows[-1]["train_regret"]) == pytest.approx(1 - np.mean(scores) / 100)
+    assert [bool(row["qf1_loss"]) for row in rows] == [False] * 2 + [True] * 3
+    assert cql.load_policy(directory)(np.zeros(3)).shape == (2,)
+
+
+def test_a_model_from_nothing_is_evaluated(go, tmp_path):
+    model = go("run", **NOTHING)
+    flags = {"load_model": model, "max_timesteps": 0, "device": "cpu"}
+    status, out, err = run(resume=tmp_path / "evaluated", n_episodes=3, **flags)
+    assert status == 0, err
+    (row,) = table(tmp_path / "evaluated", "evaluations.csv")
+    assert row["episodes"] == "3"
+
+
+def test_fine_tuning_from_an_offline_checkpoint(go):
+    offline = go("offline", online_iterations=0, cql_alpha="[1,5]")
+    flags = {"load_model": offline, "max_timesteps": 0, "cql_alpha": ...}
+    directory = go("fine", online_iterations=20, **flags)
+    steps = [int(row["step"]) for row in table(directory, "metrics.csv")]
+    assert steps == [10, 10, 20, 20]
+    before, after = (saved(x)["agent"] for x in (offline, directory))
+    name = "policy.layers.0.weight"
+    assert not torch.equal(before[name], after[name])
+    assert torch.equal(before["observation_mean"], after["observation_mean"])
 
 
 def test_training_and_evaluation_have_their_own_seeds(go):
     Goal.seeds.clear()
     go("run", eval_env="CqlGoal-v0", eval_seed=3)
-    first = [seed for seed in Goal.seeds if seed is not None]
-    assert len(set(first)) == len(first)  # no two episodes start alike
+    first = list(Goal.seeds)
+    assert None not in first and len(set(first)) == len(first)  # no two starts alike
     Goal.seeds.clear()
     go("again", eval_env="CqlGoal-v0", eval_seed=4)
-    second = [seed for seed in Goal.seeds if seed is not None]
-    common = set(first) & set(second)
+    common = set(first) & set(Goal.seeds)
     assert common and len(common) < len(first)  # training's stay, evaluation's move
 
 
 def test_a_time_limit_bootstraps(go):
-    directory = go("run", eval_env="CqlGoal-v0", online_iterations=60)
-    own = saved(directory)["online"]["replay"]["own"]
-    ends = own[4][0]
-    assert 0 < len(ends) and ends.sum() < 60 / 10  # episodes end mostly by the limit
-    after, here = own[3][0][:-1], own[0][0][1:]
-    jumps = (after != here).any(1)
-    assert jumps.any()  # a next observation is its own episode's
+    directory = go("run", eval_env="CqlTen-v0")
+    columns = replay_columns(directory)
+    assert not columns["terminations"].any()
+    here, after = columns["observations"][0], columns["next_observations"][0]
+    jumps = (after[:-1] != here[1:]).any(1).nonzero().flatten() + 1
+    assert jumps.tolist() == [10, 20, 30, 40]  # a next observation is its own episode's
 
 
 def test_a_stacked_run_equals_its_solo_run(go):
@@ -327,39 +470,168 @@ def test_a_stacked_run_equals_its_solo_run(go):
             ), name
 
 
-@pytest.mark.parametrize("stop", [4, 6, 26, 41])
-def test_resume_inside_either_phase(go, stop):
-    """Offline exactly; online every transition before the checkpoint is there, the
-    counts go on, and each step stands in the tables once."""
+def test_an_environment_that_fails(go, monkeypatch):
+    def fail(self, action):
+        raise ValueError("broken gripper")
+
+    flags = {"eval_env": "CqlGoal-v0", "max_timesteps": 40}
+    go("run", online_iterations=0, **flags)
+    monkeypatch.setattr(Goal, "step", fail)
+    directory = go("run", expected=1, online_iterations=20, **flags)
+    assert saved(directory)["step"] == 40
+
+
+def test_the_phase_takes_an_environment_of_its_own(go, monkeypatch):
+    """One for training beside one for evaluation, all closed at the end; where there is
+    only one, evaluation is possible and the phase is not."""
+    flags = {"eval_env": "CqlOneAtATime-v0", "max_timesteps": 6}
+    monkeypatch.setattr(Single, "allowed", 1)
+    monkeypatch.setattr(Single, "opened", 0)
+    go("offline", online_iterations=0, **flags)
+    assert Single.opened == 0
+    directory = go("refused", expected=2, **flags)
+    assert not directory.exists()
+    monkeypatch.setattr(Single, "allowed", 2)
+    monkeypatch.setattr(Single, "opened", 0)
+    go("online", **flags)
+    assert Single.opened == 0
+
+
+def test_a_run_that_diverges_online_stops_alone(go, monkeypatch):
+    step = cql.Online.step
+
+    def poisoned(online, *arguments):
+        if online.begun[1] == 2:
+            with torch.no_grad():
+                online.agent.policy.layers[0].weight[1].fill_(math.nan)
+        step(online, *arguments)
+
+    monkeypatch.setattr(cql.Online, "step", poisoned)
+    directory = go("run", expected=3, seed="[0,1]")
+    rows = table(directory, "metrics.csv")
+    assert [row["step"] for row in rows if row["run"] == "0"][-1] == "56"
+    assert [row["step"] for row in rows if row["run"] == "1"][-1] != "56"
+    assert saved(directory)["online"]["replay"]["added"][0] == 50
+
+
+# --- exploration ----------------------------------------------------------------------
+
+
+def online_of(toy, nothing=False, **flags):
+    """An online phase whose replay holds a batch from the start, or nothing."""
+    values = {**BASE, "env": str(toy), "eval_env": "CqlToy-v0", **flags}
+    config = cql.TrainConfig(**values)
+    episodes, task = cql.read_data(config)
+    data = None if nothing else cql.Dataset(config, episodes, task)
+    agent = cql.make_agent(config, task)
+    return cql.Online(config, task, agent, cql.Replay(config, data, agent))
+
+
+def actions_at(online, step):
+    """What it does in a state, [R, A]."""
+    runs = range(len(online.players))
+    for player in online.players:
+        player.observation = np.array([0.1, -0.2, 0.3])
+    return online.act(list(runs), step)
+
+
+@pytest.mark.parametrize("nothing", [False, True])
+def test_exploration_is_a_function_of_seed_and_step(toy, nothing):
+    """Whatever was drawn before, and whoever shares the device."""
+    stacked = online_of(toy, nothing, seed=[3, 5], cql_alpha=[1.0, 4.0])
+    solo = online_of(toy, nothing, seed=5)
+    at_7, at_8 = actions_at(stacked, 7), actions_at(stacked, 8)
+    assert np.array_equal(at_7[0], at_7[1]) and np.array_equal(at_7[2], at_7[3])
+    assert not np.isclose(at_7[0], at_7[2]).any()
+    assert not np.isclose(at_7, at_8).any()
+    np.testing.assert_allclose(actions_at(solo, 7)[0], at_7[2], rtol=1e-6)
+    assert np.array_equal(actions_at(stacked, 7), at_7)
+
+
+def test_exploration_is_the_policy_s_own_noise(toy):
+    """Mean and spread of many steps' actions, before the squashing, are the policy's."""
+    online = online_of(toy)
+    agent, x = online.agent, torch.tensor([[[0.1, -0.2, 0.3]]])
+    mean, log_std = agent.policy(x)
+    actions = np.stack([actions_at(online, step)[0] for step in range(400)])
+    before = torch.as_tensor(actions).atanh()
+    std = log_std.exp().flatten()
+    error = (before.mean(0) - mean.flatten()).abs() / std
+    assert (error < 5 / math.sqrt(400)).all()
+    torch.testing.assert_close(before.std(0), std, rtol=0.2, atol=0)
+
+
+def test_without_a_batch_actions_are_uniform(toy):
+    online = online_of(toy, nothing=True)
+    actions = np.stack([actions_at(online, step)[0] for step in range(400)])
+    assert np.abs(actions).max() <= 1
+    np.testing.assert_allclose(actions.mean(0), 0, atol=0.15)
+    np.testing.assert_allclose(actions.std(0), 1 / math.sqrt(3), atol=0.08)
+
+
+# --- resume ---------------------------------------------------------------------------
+
+
+def assert_same_run(first, second):
+    """The same bytes in the tables, the same state in the checkpoint."""
+    for name in ("metrics.csv", "evaluations.csv"):
+        assert (first / name).read_text() == (second / name).read_text(), name
+    ours, theirs = saved(first), saved(second)
+    for name in ("config", "wandb_ids"):  # as to the directory
+        del ours[name], theirs[name]
+    assert repr(ours) == repr(theirs)  # numbers of tensors in short
+    for name in ("agent", "metrics", "online"):
+        assert_equal(ours[name], theirs[name], name)
+
+
+def assert_equal(ours, theirs, where):
+    """Every tensor in nested dictionaries, bit for bit."""
+    if isinstance(ours, dict):
+        for name in ours:
+            assert_equal(ours[name], theirs[name], f"{where}.{name}")
+    elif isinstance(ours, torch.Tensor):
+        assert torch.equal(ours.nan_to_num(), theirs.nan_to_num()), where
+
+
+@pytest.mark.parametrize("stop", [4, 6, 16, 26])
+def test_resume_between_two_episodes_is_exact(go, stop):
+    """Of ten steps each: an offline phase of 6 stopped before its end and at it, an
+    online one after its first episode and its second."""
+    flags = {"eval_env": "CqlTen-v0", "cal_ql": True, "cql_alpha_online": 0.5}
+    flags |= {"seed": "[0,1]", "eval_freq": 10}
     short = {"max_timesteps": 4, "online_iterations": 0}
     if stop >= 6:
         short = {"online_iterations": stop - 6}
-    go("run", **short)
-    directory = go("run")
-    checkpoint = saved(directory)
-    online = checkpoint["online"]
-    inside = sum(len(x[2]) for x in online["partial"] if x is not None)
-    assert int(online["replay"]["added"][0]) + inside == 50
-    assert checkpoint["agent"]["_extra_state"]["step"] == 56
-    for name in ("metrics.csv", "evaluations.csv"):
+    directory = go("run", **{**flags, **short})
+    assert saved(directory)["step"] == stop
+    assert_same_run(go("run", **flags), go("whole", **flags))
+
+
+def test_resume_within_an_episode_begins_it_anew(go):
+    """The transitions before the checkpoint stay, the counts go on, each step stands in
+    the tables once; the episode that was cut gets no bound."""
+    flags = {"eval_env": "CqlTen-v0", "cal_ql": True}
+    go("run", online_iterations=23, **flags)
+    directory, whole = go("run", **flags), go("whole", **flags)
+    online = saved(directory)["online"]
+    assert online["replay"]["added"] == [50] and n_updates(directory) == 56
+    assert online["begun"] == [6]  # two whole, one cut, and three after it
+    ours, theirs = replay_columns(directory), replay_columns(whole)
+    for name in ours:
+        assert torch.equal(ours[name][:, :20], theirs[name][:, :20]), name
+        if name != "mc_returns":
+            assert torch.equal(ours[name][:, 20:23], theirs[name][:, 20:23]), name
+    bounded = ours["mc_returns"][0] > -math.inf
+    assert bounded.tolist() == [True] * 20 + [False] * 3 + [True] * 20 + [False] * 7
+    here, after = ours["observations"][0], ours["next_observations"][0]
+    jumps = (after[:-1] != here[1:]).any(1).nonzero().flatten() + 1
+    assert jumps.tolist() == [10, 20, 23, 33, 43]
+    starts = [tuple(here[i].tolist()) for i in (0, *jumps.tolist())]
+    assert len(set(starts)) == 6  # none as one before
+    for name, freq in (("metrics.csv", 10), ("evaluations.csv", 20)):
         steps = [int(row["step"]) for row in table(directory, name)]
         assert steps == sorted(set(steps)) and steps[-1] == 56
-    if stop > 6:  # no episode starts as one before did
-        starts = [x[0] for x in first_observations(checkpoint)]
-        assert len(set(starts)) == len(starts) > 1
-    if stop <= 6:
-        whole = go("whole")
-        for name in ("metrics.csv", "evaluations.csv"):
-            assert (whole / name).read_text() == (directory / name).read_text()
-
-
-def first_observations(checkpoint):
-    """Of each online episode in the replay, going by the jumps."""
-    own = checkpoint["online"]["replay"]["own"]
-    here, after = own[0][0], own[3][0]
-    ends = (here[1:] != after[:-1]).any(1).nonzero().flatten()
-    jumps = [0, *(1 + ends).tolist()]
-    return [tuple(here[i].tolist()) for i in jumps]
+        assert set(range(freq, 56, freq)) <= set(steps) <= {6, *range(0, 57, freq), 56}
 
 
 @pytest.mark.parametrize("weight", [0.25, 0.0])
@@ -372,228 +644,136 @@ def test_the_online_weight_survives_a_resume(go, weight):
     np.testing.assert_allclose(weights, weight, rtol=1e-5)
 
 
-def test_online_actions_are_sampled(go):
-    """They differ from the deterministic ones of the policy that made them, whose
-    learning rate is zero here."""
-    directory = go("run", policy_lr=0)
-    own = saved(directory)["online"]["replay"]["own"]
-    policy = cql.load_policy(directory)
-    actions = torch.as_tensor(policy(own[0][0].numpy()))
-    difference = (own[1][0] - actions).abs().mean(0)
-    assert (difference > 0.05).all()
+def test_an_offline_run_gets_the_columns_of_an_online_one(go):
+    directory = go("run", online_iterations=0, max_timesteps=20)
+    assert "train_return" not in table(directory, "metrics.csv")[0]
+    go("run", max_timesteps=20, online_iterations=20)
+    for name in ("evaluations.csv", "metrics.csv"):
+        rows = table(directory, name)
+        steps = [int(row["step"]) for row in rows]
+        assert steps == sorted(set(steps)) and steps[-1] == 40, name
+        assert all(None not in row and None not in row.values() for row in rows)
+    assert rows[0]["train_return"] == "" and float(rows[-1]["train_return"])
 
 
-def test_success_is_told_anew_in_each_episode(go, monkeypatch):
-    """One success, in the second episode, is one success."""
+def test_what_a_run_that_went_online_cannot_change(go):
+    go("run", eval_env="CqlGoal-v0", online_iterations=20)
+    go("run", expected=2, eval_env="CqlToy-v0")
+    go("run", expected=2, eval_env="CqlGoal-v0", max_episode_steps=5)
+    go("run", expected=2, eval_env="CqlGoal-v0", max_timesteps=10)
+    go("run", expected=2, eval_env="CqlGoal-v0", online_iterations=10)
+    go("offline", max_timesteps=20, online_iterations=0)
+    go("offline", expected=2, max_timesteps=10)
+
+
+# --- returns and success --------------------------------------------------------------
+
+
+def test_returns_of_episodes_and_their_success(go):
+    """Of those that ended since the last row."""
+    directory = go("run", eval_env="CqlTen-v0", seed="[0,1]")
+    rewards = replay_columns(directory)["rewards"].double()
+    rows = table(directory, "metrics.csv")
+    for row in rows:
+        # The k-th ends with step 6 + 10 k, and rows come every ten.
+        k, r = int(row["step"]) // 10 - 1, int(row["run"])
+        if k == 0:
+            assert row["train_return"] == row["train_success"] == ""
+        elif row["step"] != "56":
+            wanted = float(rewards[r, 10 * k - 10 : 10 * k].sum())
+            assert float(row["train_return"]) == pytest.approx(wanted, rel=1e-6)
+            assert row["train_success"] in ("0", "1")
+
+
+@pytest.mark.parametrize("reach", [0.3, 0.0])
+def test_success_rates_of_evaluations(go, monkeypatch, reach):
+    """A rate of 0 is a rate."""
 
     def step(self, action):
         *rest, _ = Toy.step(self, action)
-        done = len(Goal.seeds) == before[0] + 2 and self.training
-        return *rest, {"success": done}
-
-    def reset(self, seed=None, options=None):
-        Goal.seeds.append(seed)
-        self.training = True
-        return Toy.reset(self, seed=seed)
+        return *rest, {"success": bool(np.linalg.norm(self.point) < reach)}
 
     monkeypatch.setattr(Goal, "step", step)
-    monkeypatch.setattr(Goal, "reset", reset)
-    before = [len(Goal.seeds) + 2]  # after the evaluation at the offline phase's end
-    directory = go("run", eval_env="CqlGoal-v0", eval_freq=1000, log_freq=100)
-    (row,) = table(directory, "metrics.csv")
-    episodes = len(first_observations(saved(directory)))
-    rate = float(row["train_success"])
-    assert episodes >= 4 and rate <= 1 / (episodes - 2) and rate > 0
-    assert float(row["train_regret"]) == pytest.approx(1 - rate)
+    rows = table(go("run", eval_env="CqlGoal-v0"), "evaluations.csv")
+    rates = [float(row["success_rate"]) for row in rows]
+    assert sum(rates) > 0 if reach else rates == [0, 0, 0, 0]
 
 
-def test_a_run_that_diverges_online_stops_alone(go, monkeypatch):
-    step = cql.Online.step
-
-    def poisoned(online, alive):
-        if online.begun[1] == 2:
-            with torch.no_grad():
-                online.agent.policy.layers[0].weight[1].fill_(math.nan)
-        step(online, alive)
-
-    monkeypatch.setattr(cql.Online, "step", poisoned)
-    directory = go("run", expected=3, seed="[0,1]")
-    steps = [row["step"] for row in table(directory, "metrics.csv") if row["run"] == "0"]
-    assert steps[-1] == "56"
-
-
-def test_fewer_columns_after_a_resume_keep_the_rows(go):
-    """The online phase announced, stopped before it, taken back, announced again."""
-    flags = {"eval_freq": 4, "log_freq": 4}
-    stopped = {"max_timesteps": 8, "online_iterations": 0}
-    go("run", **flags, **{**stopped, "online_iterations": 4})
-    directory = go("run", **flags, **{**stopped, "online_iterations": 12})
-    for name in ("metrics.csv", "evaluations.csv"):
-        steps = [int(row["step"]) for row in table(directory, name)]
-        assert steps == [4, 8, 12, 16, 20], name
-    tables = cql.Table(directory, "metrics.csv")
-    tables.keep(20)
-    tables.append([{"step": 24, "run": 0}])  # a row without the last columns
-    rows = cql.Table(directory, "metrics.csv").keep(24)
-    assert [int(row["step"]) for row in rows] == [4, 8, 12, 16, 20, 24]
-
-
-def test_online_needs_the_offline_updates_first(go, capsys):
-    go("run", max_timesteps=20, online_iterations=0)
-    go("run", expected=2, max_timesteps=10, online_iterations=20)
-
-
-def test_the_training_environment_stays(go):
-    go("run", eval_env="CqlGoal-v0", online_iterations=20)
-    go("run", expected=2, eval_env="CqlToy-v0")
-
-
-def test_a_model_from_nothing_is_evaluated(go, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    flags = {"env": "null", "eval_env": "CqlGoal-v0", "normalize": False, "cql_alpha": 0}
-    model = go("run", max_timesteps=0, **flags)
-    command = {"load_model": model, "max_timesteps": 0, "device": "cpu"}
-    status, out, err = run(resume=tmp_path / "evaluated", n_episodes=3, **command)
-    assert status == 0, err
-    assert len(table(tmp_path / "evaluated", "evaluations.csv")) == 1
-
-
-def test_a_checkpoint_holds_what_was_gathered_only():
-    replay = replay_of(online_iterations=200_000)
-    replay.add(0, *episode(10, 0))
-    stored = sum(x.untyped_storage().nbytes() for x in replay.state()["own"])
-    assert stored < 2 * 10 * 4 * 30
-
-
-def test_an_offline_run_gets_the_columns_of_an_online_one(go):
-    directory = go("run", online_iterations=0, max_timesteps=20)
-    head = (directory / "evaluations.csv").read_text().splitlines()[0]
-    assert head.endswith("d4rl_normalized_score")
-    go("run", max_timesteps=20, online_iterations=20)
+def test_no_success_rate_where_nobody_tells_of_it(go):
+    directory = go("run")
     rows = table(directory, "evaluations.csv")
-    assert [int(row["step"]) for row in rows] == [20, 40]
-    assert rows[0]["eval_regret"] == "" and float(rows[1]["eval_regret"])
-    assert all(None not in row and None not in row.values() for row in rows)
+    assert all(row["success_rate"] == "" for row in rows)
+    rows = table(directory, "metrics.csv")
+    assert all(row["train_success"] == "" for row in rows)
+    assert any(row["train_return"] for row in rows)
 
 
-def test_fine_tuning_from_an_offline_checkpoint(go, tmp_path):
-    offline = go("offline", online_iterations=0, cql_alpha="[1,5]")
-    flags = {"load_model": offline, "max_timesteps": 0, "cql_alpha": ...}
-    directory = go("fine", online_iterations=20, **flags)
-    steps = [int(row["step"]) for row in table(directory, "metrics.csv")]
-    assert steps == [10, 10, 20, 20]
-    before, after = (saved(x)["agent"] for x in (offline, directory))
-    assert not torch.equal(
-        before["policy.layers.0.weight"], after["policy.layers.0.weight"]
-    )
-    assert torch.equal(before["observation_mean"], after["observation_mean"])
+@pytest.mark.parametrize("key", ["success", "is_success"])
+def test_success_told_only_when_it_comes(go, monkeypatch, key):
+    """An episode that is not told of has not succeeded yet; one success is one."""
+    starts = []
+
+    def reset(self, seed=None, options=None):
+        starts.append(seed)
+        self.number, self.steps = len(starts), 0
+        return Toy.reset(self, seed=seed)
+
+    def step(self, action):
+        *rest, _ = Toy.step(self, action)
+        self.steps += 1
+        return *rest, {key: True} if (self.number, self.steps) in lucky else {}
+
+    monkeypatch.setattr(Goal, "reset", reset)
+    monkeypatch.setattr(Goal, "step", step)
+    lucky = {(2, 1), (4, 3)}  # of evaluation the second start, of training too
+    flags = {"eval_env": "CqlTen-v0", "eval_freq": 1000, "log_freq": 100}
+    directory = go("run", **flags)
+    first, last = table(directory, "evaluations.csv")
+    assert float(first["success_rate"]) == 0.5
+    assert last["success_rate"] == ""  # no episode of this evaluation was told of
+    (row,) = table(directory, "metrics.csv")
+    assert float(row["train_success"]) == pytest.approx(1 / 5)
 
 
-def test_plain_sac_from_nothing(go, tmp_path, monkeypatch):
-    """Uniform actions until there is a batch; then updates on what was gathered."""
-    monkeypatch.chdir(tmp_path)
-    flags = {"env": "null", "eval_env": "CqlGoal-v0", "normalize": False, "cql_alpha": 0}
-    directory = go("run", max_timesteps=0, batch_size=30, **flags)
-    checkpoint = saved(directory)
-    updates = checkpoint["agent"]["_extra_state"]["step"]
-    assert 0 < updates <= 50 - 30
-    actions = checkpoint["online"]["replay"]["own"][1][0][:25]
-    assert actions.max() > 0.7 and actions.min() < -0.7 and actions.abs().max() <= 1
-    assert table(directory, "metrics.csv")[-1]["qf1_loss"]
-    policy = cql.load_policy(directory)
-    assert policy(np.zeros(3)).shape == (2,)
-
-
-@pytest.mark.parametrize("form", ["directory", "relative", "id"])
-def test_recorded_episodes_are_a_dataset(go, tmp_path, form, monkeypatch):
-    """Raw rewards and actions, whole; cql.py trains on them."""
-    monkeypatch.chdir(tmp_path)
-    name = "mine/toy-v0" if form == "id" else "./mine/toy-v0"
-    name = str(tmp_path / name) if form == "directory" else name
-    flags = {"reward_scale": 3.0, "record_dataset": name, "seed": "[0,1]"}
-    with datasets_path(tmp_path / "minari"):
-        directory = go("run", online_iterations=60, **flags)
-        config = cql.TrainConfig(env=name, batch_size=8)
-        data = cql.Dataset(config)
-        assert data.task.env_id == "CqlToy-v0" and data.task.reference == [-5.0, 15.0]
-    online = saved(directory)["online"]
-    assert int(data.lengths.sum()) == 2 * 60  # the cut ones too
-    own = online["replay"]["own"]
-    n = [int(x) for x in online["replay"]["added"]]
-    rewards = [own[2][r][: n[r]] for r in range(2)]
-    rewards += [3 * x[2] for x in online["partial"] if x is not None]
-    rewards = sorted(torch.cat(rewards).tolist())
-    assert sorted((3 * data.rewards).tolist()) == pytest.approx(rewards)
-    if form == "id":
-        with datasets_path(tmp_path / "minari"):
-            assert minari.load_dataset(name).total_episodes == len(data.lengths)
-
-
-def test_a_longer_run_does_not_pass_over_its_recording(go, tmp_path):
-    name = tmp_path / "mine/toy-v0"
-    flags = {"record_dataset": str(name)}
-    go("run", online_iterations=20, **flags)
-    go("run", online_iterations=20, **flags)  # nothing new
-    go("run", expected=1, online_iterations=40, **flags)
-    name.rename(tmp_path / "mine/old-v0")
-    go("run", online_iterations=40, **flags)
-    steps = [minari_steps(tmp_path / "mine" / x) for x in ("old-v0", "toy-v0")]
-    assert steps == [20, 40]
-
-
-def minari_steps(directory):
-    return json.loads((directory / "data/metadata.json").read_text())["total_steps"]
+# --- what is refused ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "flags, fragment",
     [
         ({"env": "null"}, "--eval_env"),
-        (
-            {"env": "null", "eval_env": "CqlGoal-v0", "normalize": False},
-            "--max_timesteps",
-        ),
-        (
-            {"env": "null", "eval_env": "CqlGoal-v0", "max_timesteps": 0},
-            "--normalize must be false",
-        ),
-        (
-            {"env": "null", "eval_env": "CqlGoal-v0", "online_iterations": 0},
-            "--online_iterations",
-        ),
-        ({"record_dataset": "mine"}, "--record_dataset"),
-        ({"record_dataset": "./a.b/c"}, "--record_dataset"),
-        ({"record_dataset": "a.b/c-v0"}, "--record_dataset"),
-        ({"record_dataset": ""}, "--record_dataset"),
-        ({"record_dataset": "/proc/x/y-v0"}, "--record_dataset"),
+        ({**NOTHING, "max_timesteps": 6}, "--max_timesteps"),
+        ({**NOTHING, "normalize": True}, "--normalize"),
+        ({**NOTHING, "online_iterations": 0}, "--online_iterations"),
+        ({**NOTHING, "eval_env": "none"}, "--eval_env"),
+        ({"eval_env": "none"}, "--eval_env"),
         ({"mixing_ratio": 1}, "--mixing_ratio"),
         ({"mixing_ratio": 0}, "--mixing_ratio"),
-        ({"buffer_size": 4}, "--buffer_size"),
-        ({"buffer_size": 10**12, "online_iterations": 10**12}, "--buffer_size"),
-        (
-            {**NOTHING, "online_iterations": 20, "batch_size": 30},
-            "--online_iterations",
-        ),
-        ({"record_dataset": "mine-v0", "online_iterations": 0}, "--online_iterations"),
         ({"mixing_ratio": -0.5}, "--mixing_ratio"),
+        ({**NOTHING, "buffer_size": 4}, "--buffer_size"),
+        ({"mixing_ratio": 0.25, "buffer_size": 5}, "--buffer_size"),
+        ({"buffer_size": 10**12, "online_iterations": 10**12}, "--buffer_size"),
+        ({**NOTHING, "batch_size": 30, "online_iterations": 29}, "--online_iterations"),
+        ({"mixing_ratio": 0.25, "online_iterations": 5}, "--online_iterations"),
         ({"utd": 0}, "--utd"),
+        ({"cql_alpha_online": -1}, "--cql_alpha_online"),
     ],
 )
 def test_flags_that_contradict(toy, refused, flags, fragment):
     refused(None, fragment, **{"env": toy, **BASE, **flags})
 
 
-def test_a_recording_does_not_overwrite(toy, refused, tmp_path):
-    (tmp_path / "old-v0").mkdir()
-    refused(None, "exists", env=toy, record_dataset="./old-v0", **BASE)
+def test_a_phase_just_long_enough(go):
+    flags = {"mixing_ratio": 0.25, "eval_freq": 1000, "n_episodes": 1}
+    assert n_updates(go("mixed", online_iterations=6, **flags)) == 12
+    flags = {**NOTHING, "eval_freq": 1000, "n_episodes": 1}
+    assert n_updates(go("nothing", online_iterations=8, **flags)) == 1
 
 
-def test_an_environment_that_fails(go, monkeypatch):
-    def fail(self, action):
-        raise ValueError("broken gripper")
-
-    go("run", max_timesteps=40, online_iterations=0)
-    monkeypatch.setattr(Goal, "step", fail)
-    flags = {"eval_env": "CqlGoal-v0", "max_timesteps": 40}
-    directory = go("run", expected=1, online_iterations=20, **flags)
-    assert saved(directory)["step"] == 40
+def test_discrete_actions_are_not_yet_explored(tmp_path, refused):
+    episodes = random_episodes([30, 20], obs_dim=4)
+    for episode in episodes:
+        episode["actions"] = np.arange(len(episode["rewards"])) % 2
+    file = d4rl_file(tmp_path / "d.hdf5", episodes)
+    flags = {**BASE, "env": file, "eval_env": "CartPole-v1"}
+    refused(None, "--online_iterations", "discrete", **flags)

@@ -1,21 +1,22 @@
-"""Bad input by the thousand: random flags, files and datasets. Whatever is given, the
+"""Bad input at random: flags, files and datasets. Whatever is typed or handed in, the
 script ends with 0, 2 (one line) or 3 (a diverged run), never with a traceback, never
 with NaN among what a finished run has logged.
 
-The examples are the same each time; CQL_EXAMPLES=20 tries twenty times as many."""
+The examples are few, and the same each time; CQL_EXAMPLES=20 tries twenty times as
+many, and others."""
 
 import csv
-import dataclasses
 import json
 import os
-import shutil
 import tempfile
+import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
-from unittest import mock
 
 import h5py
 import numpy as np
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -24,7 +25,6 @@ from make_data import d4rl_file, minari_dataset, random_episodes, run, toy_datas
 import cql
 
 TIMES = int(os.environ.get("CQL_EXAMPLES", 1))
-FIELDS = {field.name: field for field in dataclasses.fields(cql.TrainConfig)}
 
 
 def examples(n):
@@ -60,8 +60,9 @@ numbers = st.one_of(
 words = st.one_of(
     st.text(max_size=12),
     st.sampled_from(
-        "true false null ~ nan inf -inf .inf -.inf 1e6 1_000 0x10 '' [] {} [0,1] [0,0] "
-        "[[0]] {a:1} cpu cuda cuda:0 ../x / . logsumexp mean fp32 bf16 nul\0".split()
+        "true false null ~ None nan inf -inf .inf -.inf 1e6 1_000 0x10 007 '' [] {} "
+        "[0,1] [0,0] [[0]] {a:1} cpu cuda cuda:0 ../x / . - -- -x = --seed --seed=1 "
+        "--cql_lagrange --config_path logsumexp mean fp32 bf16 2001-01-01 nul\0".split()
     ),
 )
 scalars = st.one_of(numbers, words, st.booleans(), st.none())
@@ -70,59 +71,86 @@ values = st.one_of(
     st.lists(scalars, max_size=3),
     st.dictionaries(st.text(max_size=4), scalars, max_size=2),
 )
-names = st.one_of(st.sampled_from(sorted(FIELDS)), st.text(max_size=10))
+names = st.one_of(st.sampled_from(sorted(cql.FIELDS)), st.text(max_size=10))
 
 
-def parsed(argv):
-    """The script up to the training, in an empty directory."""
+@contextmanager
+def empty_directory():
+    """The current directory, for as long as it lasts; nothing may be written in it."""
+    before = os.getcwd()
     with tempfile.TemporaryDirectory() as directory:
-        before = os.getcwd()
         os.chdir(directory)
         try:
-            with mock.patch.object(cql, "train", lambda *_: 0):
-                outcome = run(argv)
+            yield
             assert not os.listdir(directory)
         finally:
             os.chdir(before)
-    return outcome
 
 
-@examples(1500)
-@given(st.dictionaries(names, values, max_size=4), st.booleans())
-def test_command_lines(flags, joined):
+@pytest.fixture(scope="module", autouse=True)
+def no_network():
+    """No example begins a download."""
+
+    def fail(*_, **__):
+        raise OSError("no network in tests")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(urllib.request, "urlopen", fail)
+        yield
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """The script up to the training."""
+    monkeypatch.setattr(cql, "train", lambda _: 0)
+
+
+@examples(200)
+@given(flags=st.dictionaries(names, values, max_size=4), joined=st.booleans())
+def test_command_lines(untrained, flags, joined):
     argv = []
     for name, value in flags.items():
         text = value if isinstance(value, str) else json.dumps(value)
         argv += [f"--{name}={text}"] if joined else [f"--{name}", text]
-    if {"-h", "--help", "--h", "--he", "--hel"} & set(argv):
-        return
-    honest(parsed(argv))
+    with empty_directory():
+        honest(run(argv))
 
 
-@examples(700)
-@given(st.lists(words, max_size=4))
-def test_loose_words(argv):
-    if {"-h", "--help"} & set(argv):
-        return
-    honest(parsed(argv))
+@examples(200)
+@given(argv=st.lists(words, max_size=4))
+def test_loose_words(untrained, argv):
+    with empty_directory():
+        honest(run(argv))
 
 
-@examples(1000)
-@given(st.dictionaries(names, values, max_size=5))
-def test_config_files(flags):
+@examples(200)
+@given(flags=st.dictionaries(names, values, max_size=5))
+def test_config_files(untrained, flags):
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "flags.yaml")
         path.write_text(yaml.safe_dump(flags), "utf-8")
-        honest(parsed(["--config_path", str(path)]))
+        with empty_directory():
+            honest(run(["--config_path", str(path)]))
 
 
-@examples(500)
-@given(st.binary(max_size=60))
-def test_any_bytes_as_a_config_file(content):
+@examples(100)
+@given(content=st.binary(max_size=60))
+def test_any_bytes_as_a_config_file(untrained, content):
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "flags.yaml")
         path.write_bytes(content)
-        honest(parsed([f"--config_path={path}"]))
+        honest(run([f"--config_path={path}"]))
+
+
+@examples(100)
+@given(content=st.binary(max_size=60), suffix=st.sampled_from(["", ".hdf5", ".csv"]))
+def test_any_bytes_as_a_dataset_or_a_model(content, suffix):
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, f"file{suffix}")
+        path.write_bytes(content)
+        with empty_directory():
+            honest(run([f"--env={path}", "--device=cpu"]), allowed=(2,))
+            honest(run([f"--load_model={path}", "--device=cpu"]), allowed=(2,))
 
 
 # --- training -------------------------------------------------------------------------
@@ -179,10 +207,12 @@ kinds = {
     "bc_steps": st.integers(0, 3),
     "mixing_ratio": st.sampled_from([-1, 0.5, 0.01, 0.99]),
     "online_iterations": st.integers(0, 6),
+    "cql_alpha_online": weights,
     "utd": st.integers(1, 3),
     "buffer_size": st.integers(1, 30),
     "precision": st.sampled_from(["fp32", "bf16"]),
     "max_timesteps": st.integers(0, 4),
+    "max_episode_steps": st.integers(1, 30),
     "eval_freq": st.integers(1, 4),
     **dict.fromkeys(
         "use_automatic_entropy_tuning backup_entropy cql_importance_sample cql_lagrange "
@@ -196,7 +226,7 @@ kinds = {
 def test_settings(toy):
     ends = []
 
-    @examples(150)
+    @examples(40)
     @given(st.fixed_dictionaries({}, optional=kinds))
     def settings(flags):
         for name, most in (
@@ -208,11 +238,11 @@ def test_settings(toy):
         with tempfile.TemporaryDirectory() as directory:
             ends.append(trained(directory, toy, **flags))
 
-    settings()  # and not only what is refused at once:
-    assert ends.count(0) > len(ends) / 4 and 3 in ends
+    settings()
+    assert ends.count(2) < len(ends) / 2  # not only what is refused at once
 
 
-@examples(120)
+@examples(40)
 @given(
     lengths=st.lists(st.integers(0, 9), max_size=6),
     dims=st.tuples(st.sampled_from([1, 2, 11, 348]), st.sampled_from([1, 3, 17])),
@@ -231,9 +261,8 @@ def test_datasets(lengths, dims, scales, ends, batch, normalize, flat):
     with tempfile.TemporaryDirectory() as root:
         if flat:
             none = {"observations": np.zeros((1, dims[0])), "actions": np.zeros((0, 1))}
-            none |= dict.fromkeys(
-                ("rewards", "terminations", "truncations"), np.zeros(0)
-            )
+            for name in ("rewards", "terminations", "truncations"):
+                none[name] = np.zeros(0)
             data = d4rl_file(Path(root, "data.hdf5"), episodes or [none])
         elif sum(lengths) == 0 or 0 in lengths:
             return  # Minari writes no such dataset
@@ -245,15 +274,14 @@ def test_datasets(lengths, dims, scales, ends, batch, normalize, flat):
         assert status == 0 or not tame
 
 
-@examples(120)
-@given(st.data())
+@examples(60)
+@given(data=st.data())
 def test_damaged_arrays(data):
     """One array of a file replaced by something else."""
     arrays = "observations actions rewards terminals timeouts next_observations".split()
     name = data.draw(st.sampled_from(arrays))
-    shape = data.draw(
-        st.sampled_from([(), (0,), (1,), (40,), (40, 1), (40, 3), (9, 2, 2)])
-    )
+    shapes = [(), (0,), (1,), (40,), (40, 1), (40, 3), (40, 0), (9, 2, 2)]
+    shape = data.draw(st.sampled_from(shapes))
     fill = st.sampled_from([0.0, 1.0, 0.5, -2.0, np.nan, np.inf, 1e300])
     kind = data.draw(st.sampled_from(["f4", "f8", "i4", "u1", "?", "S5", "c8"]))
     value = data.draw(fill)
@@ -269,55 +297,59 @@ def test_damaged_arrays(data):
         trained(Path(root, "run"), path)
 
 
-PARTS = (
-    "config task agent runs phase online metrics updater transitions wandb_ids step "
-    "evaluated diverged warned".split()
-)
-
-
-def altered(thing, draw):
-    """Something else in thing's place, or in a place some levels below it."""
-    if isinstance(thing, (dict, list, tuple)) and thing and draw(st.integers(0, 3)):
-        keys = sorted(thing) if isinstance(thing, dict) else range(len(thing))
-        key = draw(st.sampled_from(keys))
-        copied = dict(thing) if isinstance(thing, dict) else list(thing)
-        if draw(st.integers(0, 9)) == 0:
-            del copied[key]
-        else:
-            copied[key] = altered(thing[key], draw)
-        return tuple(copied) if isinstance(thing, tuple) else copied
-    return draw(st.one_of(values, st.lists(values, max_size=3)))
-
-
-@examples(200)
-@given(st.sampled_from(sorted(PARTS)), st.booleans(), st.booleans(), st.data())
-def test_foreign_checkpoints(made, place, online, resumed, data):
-    """A part of a checkpoint that is not what it should be, or not there."""
-    import torch
-
-    directory, n = made[online], 12 if online else 0
-    payload = dict(torch.load(directory / "checkpoint.pt", weights_only=True))
-    if data.draw(st.integers(0, 9)) == 0:
-        del payload[place]
-    else:
-        payload[place] = altered(payload[place], data.draw)
-    with tempfile.TemporaryDirectory() as root:
-        path = Path(root, "checkpoint.pt")
-        torch.save(payload, path)
-        argv = [f"--load_model={path}", "--max_timesteps=0", "--checkpoints_path=null"]
-        if resumed:
-            shutil.copy(directory / "config.yaml", root)
-            argv = [f"--resume={root}", f"--max_timesteps={3 if online else 5}"]
-            argv += [f"--online_iterations={n}"]
-        honest(run([*argv, "--n_episodes=1", "--device=cpu"]), allowed=(0, 2, 3))
+# --- checkpoints ----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def made(toy, tmp_path_factory):
-    """Run directories of an offline run and of one that is online."""
-    flags = {"hidden_dim": 4, "batch_size": 8, "max_timesteps": 3}
-    directories = [tmp_path_factory.mktemp("made") for _ in range(2)]
-    for n, directory in zip((0, 9), directories):
-        outcome = run(env=toy, resume=directory, online_iterations=n, **flags)
-        assert outcome[0] == 0, outcome
-    return directories
+def finished(toy, tmp_path_factory):
+    """The directory of a finished run."""
+    directory = tmp_path_factory.mktemp("finished")
+    outcome = run(env=toy, resume=directory, hidden_dim=4, batch_size=8, max_timesteps=3)
+    assert outcome[0] == 0, outcome
+    return directory
+
+
+@examples(60)
+@given(
+    place=st.floats(0, 1, exclude_max=True),
+    change=st.sampled_from(["one bit", "cut", "zeros", "twice"]),
+    resumed=st.booleans(),
+)
+def test_damaged_checkpoints(finished, place, change, resumed):
+    """Refused, or of no consequence: no byte of a tensor or a number may change."""
+    content = bytearray((finished / "checkpoint.pt").read_bytes())
+    position = int(place * len(content))
+    if change == "one bit":
+        content[position] ^= 1
+    elif change == "cut":
+        del content[position:]
+    elif change == "zeros":
+        content[position : position + 64] = bytes(64)
+    else:
+        content[position:position] = content[position : position + 64]
+    with tempfile.TemporaryDirectory() as root:
+        path = Path(root, "checkpoint.pt")
+        path.write_bytes(content)
+        argv = [f"--load_model={path}", "--max_timesteps=0", "--checkpoints_path=null"]
+        if resumed:
+            text = (finished / "config.yaml").read_text()
+            Path(root, "config.yaml").write_text(text)
+            argv = [f"--resume={root}", "--max_timesteps=5"]
+        outcome = run([*argv, "--n_episodes=1", "--device=cpu"])
+        honest(outcome)
+        if outcome[0] == 0:
+            good = torch.load(finished / "checkpoint.pt", weights_only=True)
+            found = good if resumed else torch.load(path, weights_only=True)
+            same(found["agent"], good["agent"])
+
+
+def same(found, expected):
+    """Raise AssertionError unless two states hold the same numbers."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            same(found[key], value)
+    elif isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected)
+    else:
+        assert found == expected

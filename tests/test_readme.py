@@ -1,6 +1,7 @@
 """The README's commands parse, its Python runs, and its fork recipe trains."""
 
 import csv
+import importlib.util
 import re
 import shlex
 import shutil
@@ -9,15 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from make_data import arguments
 
 import cql
 
 ROOT = Path(cql.__file__).parent
 README = (ROOT / "README.md").read_text()
-SMALL = (
-    "--hidden_dim 8 --batch_size 8 --cql_n_actions 2 --log_freq 5 --n_episodes 1 "
-    "--max_timesteps 10 --eval_freq 10 --seed [0,1]"
-).split()
 
 
 def blocks(language: str):
@@ -43,9 +41,7 @@ def test_commands_parse(line, monkeypatch):
     given = cql.read_command_line(shlex.split(line, comments=True)[2:])
     given.pop("load_model", None)
     given.pop("resume", None)
-    config, checkpoint = cql.layered_config(given)
-    cql.validate(config)
-    assert checkpoint is None
+    cql.validate(cql.make_config(given))
 
 
 def test_python_blocks_run(capsys):
@@ -55,27 +51,36 @@ def test_python_blocks_run(capsys):
     assert "average_qf{j}" in capsys.readouterr().out
 
 
-def test_fork_recipe(tmp_path):
+def load_fork(directory, monkeypatch):
+    """The fork in the directory, as a module."""
+    spec = importlib.util.spec_from_file_location("forked_cql", directory / "cql.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_fork_recipe(tmp_path, monkeypatch):
     """The README's diff applies; then stacked runs, logging and resume work with it."""
     shutil.copy(ROOT / "cql.py", tmp_path)
     (tmp_path / "fork.diff").write_text(blocks("diff")[0])
     subprocess.run(["git", "apply", "--recount", "fork.diff"], cwd=tmp_path, check=True)
+    fork = load_fork(tmp_path, monkeypatch)
     data = str(ROOT / "datasets" / "hopper-medium-small-v0")
 
-    def train(*argv):
-        command = [sys.executable, "cql.py", "--env", data, *SMALL, *argv]
-        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        rows = list(csv.DictReader((tmp_path / argv[-1] / "metrics.csv").open()))
+    def train(name, max_timesteps=10, **flags):
+        flags |= {"max_timesteps": max_timesteps, "log_freq": 5, "eval_freq": 5}
+        argv = arguments(env=data, seed=[0, 1], resume=tmp_path / name, **flags)
+        assert fork.main(argv) == 0
+        rows = list(csv.DictReader((tmp_path / name / "metrics.csv").open()))
         assert [row["run"] for row in rows] == ["0", "1"] * (len(rows) // 2)
         return [(row["step"], float(row["cql_qf1_diff"])) for row in rows]
 
-    plain = train("--resume", "plain")
-    margin = ("--gap_margin", "1.5")
-    forked = train(*margin, "--resume", "forked")
-    train(*margin, "--max_timesteps", "5", "--eval_freq", "5", "--resume", "half")
-    assert train(*margin, "--resume", "half") == forked  # resumed equals uninterrupted
-    sampled = train(*margin, "--cql_backward_actions", "1", "--resume", "sampled")
+    plain = train("plain")
+    forked = train("forked", gap_margin=1.5)
+    train("half", max_timesteps=5, gap_margin=1.5)
+    assert train("half", gap_margin=1.5) == forked  # resumed equals uninterrupted
+    sampled = train("sampled", gap_margin=1.5, cql_backward_actions=1)
     assert sampled[0][1] == pytest.approx(forked[0][1], abs=0.3)
     assert [step for step, _ in forked] == ["5", "5", "10", "10"]
     assert forked[0][1] == pytest.approx(plain[0][1] - 1.5, abs=0.3)  # the margin bites

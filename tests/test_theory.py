@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from reference import in_float64, tiny
+from reference import box_task, in_float64, tiny
 
 import cql
 
@@ -42,7 +42,13 @@ def soft_maximum(agent, value, K: int) -> torch.Tensor:
     T log 3K; [R]."""
     R, A = len(agent.log_alpha), agent.action_dim
     state = torch.ones(R, 1, 1)
-    batch = cql.Batch(state, torch.zeros(R, 1, A), state[..., 0], -state, state[..., 0])
+    batch = cql.Batch(
+        observations=state,
+        actions=torch.zeros(R, 1, A),
+        rewards=state[..., 0],
+        next_observations=-state,
+        terminations=state[..., 0],
+    )
     samples = cql.sample_actions(agent.policy, batch, agent.draw(1))
     assert samples.proposals.shape == (R, 1, 3 * K, A)
     q, zero = value(samples.proposals).unsqueeze(1), torch.zeros(R, 1, 1)
@@ -74,7 +80,8 @@ def test_soft_maximum_approaches_the_integral(value, action_dim):
     exact = [integral(value, action_dim, T) for T in temperatures]
     for K in (100, 100_000):
         config = tiny(cql_n_actions=K, cql_temp=temperatures, hidden_dim=2)
-        agent = cql.ContinuousCQL(config, 1, action_dim)
+        task = box_task(observation_dim=1, action_dim=action_dim)
+        agent = cql.ContinuousCQL(config, task)
         set_gaussian(agent.policy)
         errors.append(np.abs(soft_maximum(agent, value, K).detach().numpy() - exact))
     assert errors[1].max() < 0.01 < errors[0].max()
@@ -106,7 +113,13 @@ def data_of(counts, R: int) -> cql.Batch:
     s, a, r, following, end = (
         torch.tensor(kept).double().T.unsqueeze(1).expand(-1, R, -1)
     )
-    return cql.Batch(s.unsqueeze(2), a.unsqueeze(2), r, following.unsqueeze(2), end)
+    return cql.Batch(
+        observations=s.unsqueeze(2),
+        actions=a.unsqueeze(2),
+        rewards=r,
+        next_observations=following.unsqueeze(2),
+        terminations=end,
+    )
 
 
 class Table(torch.nn.Module):
@@ -151,19 +164,20 @@ def fitted(alphas, counts=COUNTS, greedy=False, optimism=0.0, T=1.0, **flags):
     every, zeros = torch.arange(ACTIONS).expand(shape).unsqueeze(-1), torch.zeros(shape)
     samples = cql.Samples(**dict.fromkeys(cql.Samples._fields))._replace(
         target_actions=every, target_log_pi=zeros, proposals=every.double(),
-        log_mu=zeros, keys=torch.zeros(R, 0),
+        log_mu=zeros,
     )  # fmt: skip
     table = Table(torch.full((R, STATES, ACTIONS), optimism))
     optimizer = torch.optim.SGD(table.parameters(), lr=2.0)
     for _ in range(500):
         if greedy:
-            target, _ = cql.td_target(table, batch, samples, None, config)
+            target, _ = cql.td_target(table, batch, samples, None, None, config)
         else:
             q = table.q.detach()
             value = ((q / T).softmax(-1) * q).sum(-1)
             following = value.gather(1, batch.next_observations.squeeze(-1).long())
             target = batch.rewards + DISCOUNT * (1 - batch.terminations) * following
-        loss, _ = cql.critic_loss(table, batch, samples, target, None, sweep, config)
+        args = batch, samples, None, target, None, sweep, config
+        loss, _ = cql.critic_loss(table, *args)
         optimizer.zero_grad()
         loss.sum().backward()
         optimizer.step()
