@@ -61,6 +61,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import wandb
 import yaml
+from minari.dataset._storages import hdf5_storage
 from minari.dataset.minari_dataset import MinariDataset
 from minari.dataset.minari_storage import is_image_space
 from minari.serialization import deserialize_space, serialize_space
@@ -577,7 +578,7 @@ class Task:
     reference: Optional[List[float]] = None  # returns scored 0 and 100
     longest: int = 1000  # steps of the data's longest recorded episode, at least 1,000
 
-    @property
+    @functools.cached_property
     def observation_dim(self) -> int:
         return gym.spaces.flatdim(recorded_space(self.observation_space))
 
@@ -725,8 +726,11 @@ def read_minari(directory: Path) -> Tuple[List[Episode], Task]:
     """Episodes and task of a Minari dataset's data directory. Raises UserError."""
     task = minari_task(directory)
     space = recorded_space(task.observation_space)
+    # Infos are most of the bytes, and nothing here reads them.
+    with mock.patch.object(hdf5_storage, "_decode_info"):
+        recorded = list(MinariDataset(directory).iterate_episodes())
     episodes = []
-    for each in MinariDataset(directory).iterate_episodes():
+    for each in recorded:
         n = len(each.rewards)
         episodes.append(
             Episode(
@@ -1219,7 +1223,10 @@ class EnsembleLinear(nn.Module):
             of_state, weight = weight.split([state.shape[-1], x.shape[-1]], dim=-2)
             bias = torch.baddbmm(bias, state, of_state)  # [members, B, out]
             bias = bias.repeat_interleave(x.shape[1] // state.shape[1], dim=1)
-        return torch.baddbmm(bias.to(x.dtype), x, weight.to(x.dtype))
+        if x.dtype != weight.dtype:  # bf16
+            bias = bias.to(x.dtype)
+            weight = weight.to(x.dtype)
+        return torch.baddbmm(bias, x, weight)
 
 
 class EnsembleMLP(nn.Module):
@@ -1681,6 +1688,7 @@ class Agent(nn.Module):
         constants |= {"action_low": task.action_low, "action_high": task.action_high}
         for name, value in constants.items():
             self.register_buffer(name, torch.as_tensor(value, dtype=kind))
+        self.register_buffer("center", (self.action_high + self.action_low) / 2)
         self.to(device)
         sweep = {}
         for name in Sweep._fields:
@@ -1797,12 +1805,12 @@ class Agent(nn.Module):
         cloning = self.updates < self.config.bc_steps
         return cloning, (self.updates + 1) % self.config.target_update_period == 0
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def act(self, observations, noise: Optional[Tensor] = None) -> np.ndarray:
         """Environment actions [R, n, A] for raw observations [R, n, O]; without the
         leading dimensions (R = 1), actions without them. With noise, standard normals
         [R, n, A], they are sampled from the policy, else its mode."""
-        x = torch.tensor(np.asarray(observations), dtype=self.observation_mean.dtype)
+        x = torch.as_tensor(observations, dtype=self.observation_mean.dtype)
         n_runs = x.shape[0] if x.ndim == 3 else 1
         if n_runs != len(self.runs) or x.shape[-1:] != self.sizes["observations"]:
             expected = f"{len(self.runs)} runs of {self.sizes['observations']}"
@@ -1862,8 +1870,7 @@ class ContinuousCQL(Agent):
         return draws
 
     def unit_actions(self, actions: Tensor) -> Tensor:
-        center = (self.action_high + self.action_low) / 2
-        return (actions - center) / (self.action_high - center)
+        return (actions - self.center) / (self.action_high - self.center)
 
     def losses(self, batch: Batch, noise: Noise, cloning: bool):
         """All losses of a prepared batch at the present parameters, summed, [R]: no
@@ -1902,8 +1909,7 @@ class ContinuousCQL(Agent):
         x, log_std = self.policy(x)
         if noise is not None:
             x = x + log_std.exp() * noise.to(x)
-        center = (self.action_high + self.action_low) / 2
-        actions = center + (self.action_high - center) * x.tanh()
+        actions = self.center + (self.action_high - self.center) * x.tanh()
         return actions.clamp(self.action_low, self.action_high)
 
 

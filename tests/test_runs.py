@@ -30,6 +30,7 @@ import yaml
 from make_data import (
     Toy,
     d4rl_file,
+    deadline,
     hopper_dataset,
     minari_dataset,
     random_episodes,
@@ -267,11 +268,11 @@ def finish(process, seconds=300):
 
 def wait_for(directory, name, count, process, seconds=300):
     """Until a table has that many lines, or the process has ended."""
-    table, deadline = directory / name, time.monotonic() + seconds
+    table, latest = directory / name, time.monotonic() + seconds
     while not table.exists() or table.read_text().count("\n") < count:
         if process.exitcode is not None:
             return
-        assert time.monotonic() < deadline, f"{name} does not grow"
+        assert time.monotonic() < latest, f"{name} does not grow"
         time.sleep(0.002)
 
 
@@ -311,6 +312,17 @@ def die_at(call):
 
 def limit_file_size(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def slow_down(seconds):
+    """Every update takes as long, so that a busy machine does not miss the moment."""
+    update = cql.ContinuousCQL.update
+
+    def slow(self, *arguments):
+        time.sleep(seconds)
+        return update(self, *arguments)
+
+    cql.ContinuousCQL.update = slow
 
 
 def close_the_reader():
@@ -365,9 +377,9 @@ def test_a_run_made_longer_in_another_process_is_bit_exact(toy, tmp_path, whole,
 def test_killed_at_random_moments(toy, tmp_path, whole):
     changes = {**FULL, "max_timesteps": 90, "eval_freq": 6, "n_episodes": 1}
     argv, rng, killed = command(toy, tmp_path, **changes), random.Random(0), 0
-    for lines in (3, 9, 21, 29, 41, 49):
-        process = start(argv)
-        wait_for(tmp_path, rng.choice(["metrics.csv", "timing.csv"]), lines, process)
+    for lines in (2, 4, 8, 12, 17, 23):  # a line every three updates
+        process = start(argv, os.devnull, slow_down, 0.005)
+        wait_for(tmp_path, "timing.csv", lines, process)
         time.sleep(rng.uniform(0, 0.05))
         process.kill()
         process.join()
@@ -421,7 +433,8 @@ def test_a_signal_to_a_process(toy, tmp_path, whole, number, status):
     """Then again, by a command that leaves all else out."""
     changes = {**FULL, "max_timesteps": 200, "eval_freq": 50, "n_episodes": 1}
     output = tmp_path / "output"
-    process = start(command(toy, tmp_path / "run", **changes), output)
+    argv = command(toy, tmp_path / "run", **changes)
+    process = start(argv, output, slow_down, 0.02)
     wait_for(tmp_path / "run", "metrics.csv", 13, process)
     os.kill(process.pid, number)
     assert finish(process) == status
@@ -551,6 +564,7 @@ def test_fewer_updates_than_done_are_refused(resumable, capsys):
     assert cql.main(flags(resume=resumable, max_timesteps=3)) == 2
     check_refusal(capsys.readouterr().err, "--max_timesteps 3", 4)
     assert listing(resumable) == before
+    assert cql.main(flags(resume=resumable, max_timesteps=5)) == 0  # it is not held
 
 
 def other_value(field):
@@ -965,6 +979,7 @@ def test_online_needs_a_second_simulator(few, square, tmp_path, refused):
     more = {"eval_env": "CqlFew-v0", "n_episodes": 1, "online_iterations": 30}
     argv = command(square, tmp_path / "run", **more)
     refused(argv, "CqlFew-v0", "a simulator is open already")
+    assert (Few.opened, Few.live) == (1, 0)
     few(2)
     assert cql.main(argv) == 0
     assert (Few.opened, Few.live) == (2, 0)
@@ -1580,11 +1595,12 @@ def test_the_bar_on_a_terminal(toy, tmp_path):
     process = start(command(toy, tmp_path / "run", **changes), os.ttyname(slave))
     output = b""
     os.set_blocking(master, False)
-    while process.is_alive() or not output.endswith(b"run\r\n"):
-        try:
-            output += os.read(master, 65536)
-        except BlockingIOError:
-            time.sleep(0.01)
+    with deadline(200):
+        while process.is_alive() or not output.endswith(b"run\r\n"):
+            try:
+                output += os.read(master, 65536)
+            except BlockingIOError:
+                time.sleep(0.01)
     os.close(master)
     os.close(slave)
     assert finish(process) == 0
