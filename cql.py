@@ -1688,7 +1688,8 @@ class Agent(nn.Module):
         constants |= {"action_low": task.action_low, "action_high": task.action_high}
         for name, value in constants.items():
             self.register_buffer(name, torch.as_tensor(value, dtype=kind))
-        self.register_buffer("center", (self.action_high + self.action_low) / 2)
+        center = (self.action_high + self.action_low) / 2
+        self.register_buffer("center", center, persistent=False)
         self.to(device)
         sweep = {}
         for name in Sweep._fields:
