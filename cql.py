@@ -11,8 +11,9 @@ dimension of every tensor.
     python cql.py --config_path configs/hopper.yaml --resume runs/hopper   # or go on
     python cql.py --load_model runs/hopper --max_timesteps 0     # only evaluate
 
-Where to look: `train` is the loop, `Agent.update` one update, `penalized_td_loss` and
-`conservative_gap` the penalty, `Replay.sample` the batch, `Evaluator` the episodes.
+Where to look: `train` is the loop, `Agent.update` one update, `Replay.sample` the batch,
+`penalized_td_loss` and `conservative_gap` the penalty, `Evaluator` the episodes,
+`Run.checkpoint` what is saved. A metric is one more entry of a loss's dictionary.
 
 Letters in shape comments: R runs, N critics, B batch, K = cql_n_actions, M actions of a
 state, T target actions of a state (1 or K; in a dataset, steps of an episode), O
@@ -263,6 +264,7 @@ def make_config(values: dict, where: str = "") -> TrainConfig:
     """Flags as pyrallis decodes them, each to its field's type. Raises UserError."""
     decoded = {}
     for name, value in values.items():
+        check_name(name, f"{where}--{name}")
         kind = FIELDS[name].type
         try:
             decoded[name] = pyrallis.decode(kind, value)
@@ -275,8 +277,8 @@ def make_config(values: dict, where: str = "") -> TrainConfig:
     return TrainConfig(**decoded)
 
 
-def one_name(values: dict, where: str) -> dict:
-    """max_timesteps for what has two names, so that a layer can override another."""
+def merge_aliases(values: dict, where: str) -> dict:
+    """offline_iterations as max_timesteps, so that a layer can override another."""
     n = values.pop("offline_iterations", None)
     if n is not None:
         if "max_timesteps" in values:
@@ -296,7 +298,7 @@ def read_config_file(path: Union[str, Path]) -> dict:
         check_name(name, f"{path}: {name}")
         if is_null(name, value):
             values[name] = None
-    return one_name(values, f"{path}: ")
+    return merge_aliases(values, f"{path}: ")
 
 
 def is_null(name: str, value) -> bool:
@@ -343,7 +345,7 @@ def read_command_line(argv: List[str]) -> dict:
     if "config_path" in texts:
         file = read_config_file(texts.pop("config_path"))
     values = {name: read_text(name, text) for name, text in texts.items()}
-    return {**file, **one_name(values, "")}
+    return {**file, **merge_aliases(values, "")}
 
 
 def print_help() -> None:
@@ -353,7 +355,7 @@ def print_help() -> None:
         ArgumentParser(TrainConfig, prog="cql.py").parse_args(["--help"])
 
 
-def begun_config(directory: Path) -> dict:
+def config_of_run(directory: Path) -> dict:
     """Flags of the run in a directory; none where none has begun. Raises UserError."""
     if (directory / "checkpoint.pt").exists():
         return read_checkpoint(directory)["config"]
@@ -369,7 +371,7 @@ def read_config(argv: List[str]) -> TrainConfig:
     given = make_config(values)
     base = {}
     if given.resume:
-        base = begun_config(Path(given.resume))
+        base = config_of_run(Path(given.resume))
     resumed = bool(base)
     if given.load_model and not resumed:
         base = read_checkpoint(given.load_model)["config"]
@@ -407,8 +409,8 @@ def check_values(config: TrainConfig) -> None:
 def algorithm_mistakes(config: TrainConfig) -> Dict[str, bool]:
     """What may be wrong with the flags of the algorithm, and whether it is."""
     importance = config.cql_importance_sample
-    several = config.cql_target_action_gap
-    no_subset = (config.n_target_critics or 1) > config.n_critics
+    target_gap = config.cql_target_action_gap
+    subset_too_large = (config.n_target_critics or 1) > config.n_critics
     bounds = config.cql_clip_diff_min, config.cql_clip_diff_max
     return {
         "--precision: fp32, tf32 or bf16": config.precision not in PRECISIONS,
@@ -419,7 +421,7 @@ def algorithm_mistakes(config: TrainConfig) -> Dict[str, bool]:
         "--cql_backward_actions: at most 3 * cql_n_actions; 0 takes all": (
             config.cql_backward_actions > 3 * config.cql_n_actions
         ),
-        "--n_target_critics: at most --n_critics": no_subset,
+        "--n_target_critics: at most --n_critics": subset_too_large,
         "--discount: must lie in [0, 1]": not 0 <= config.discount <= 1,
         "--soft_target_update_rate: must lie in [0, 1]": (
             not 0 <= config.soft_target_update_rate <= 1
@@ -427,7 +429,7 @@ def algorithm_mistakes(config: TrainConfig) -> Dict[str, bool]:
         "--cql_temp: must be above 0": not np.min(config.cql_temp) > 0,
         "--cql_clip_diff_min: above --cql_clip_diff_max": bounds[0] > bounds[1],
         "--cql_target_action_gap: a list needs --cql_lagrange true": (
-            isinstance(several, list) and not config.cql_lagrange
+            isinstance(target_gap, list) and not config.cql_lagrange
         ),
         "--is_sparse_reward: needs a --discount below 1": (
             config.is_sparse_reward and config.discount == 1
@@ -902,30 +904,32 @@ def read_data(config: TrainConfig) -> Tuple[List[Episode], Task]:
         episodes += part
         tasks.append(task)
     known = [task for task in tasks if task.env_id is not None]
-    whole = (known or tasks)[0]
+    joined = (known or tasks)[0]
     for name, task in zip(names, tasks):
-        join_task(whole, task, f"--env {name}")
+        join_task(joined, task, f"--env {name}")
         if config.eval_env is None:
-            guess_environment(whole, name)
-    return episodes, whole
+            guess_environment(joined, name)
+    return episodes, joined
 
 
-def join_task(whole: Task, task: Task, where: str) -> None:
-    """Let `whole` speak for `task` too. Raises UserError where it cannot."""
-    whole.longest = max(whole.longest, task.longest)
-    if task.discrete != whole.discrete:
+def join_task(joined: Task, task: Task, where: str) -> None:
+    """Let `joined` speak for `task` too. Raises UserError where it cannot."""
+    joined.longest = max(joined.longest, task.longest)
+    if task.discrete != joined.discrete:
         raise UserError(f"{where}: discrete and continuous actions do not join")
-    same = task.action_low == whole.action_low and task.action_high == whole.action_high
+    same = (
+        task.action_low == joined.action_low and task.action_high == joined.action_high
+    )
     if task.env_id is not None and not same:
         raise UserError(f"{where}: actions {describe_actions(task)}, unlike the first's")
-    if task.env_id not in (None, whole.env_id):
-        raise UserError(f"{where}: {task.env_id} is not {whole.env_id}")
-    if task.env_id is not None and task.env_kwargs != whole.env_kwargs:
+    if task.env_id not in (None, joined.env_id):
+        raise UserError(f"{where}: {task.env_id} is not {joined.env_id}")
+    if task.env_id is not None and task.env_kwargs != joined.env_kwargs:
         say(f"{where}: recorded with settings {task.env_kwargs}; evaluation is in")
-        say(f"  those of the first, {whole.env_kwargs}")
-    if whole.env_id is None and whole.discrete:  # ids that one of the files lacks
-        whole.action_low = np.minimum(whole.action_low, task.action_low).tolist()
-        whole.action_high = np.maximum(whole.action_high, task.action_high).tolist()
+        say(f"  those of the first, {joined.env_kwargs}")
+    if joined.env_id is None and joined.discrete:  # ids that one of the files lacks
+        joined.action_low = np.minimum(joined.action_low, task.action_low).tolist()
+        joined.action_high = np.maximum(joined.action_high, task.action_high).tolist()
 
 
 def check_episode(episode: Episode, task: Task) -> None:
@@ -1096,8 +1100,8 @@ def n_online_rows(config: TrainConfig) -> int:
 
 
 class Replay:
-    """What online updates draw from: the dataset, if any, and each run's own
-    transitions, of which the first in go first out."""
+    """What updates draw from: the dataset, if any, and online each run's own transitions
+    too, of which the first in go first out."""
 
     def __init__(self, config: TrainConfig, data: Optional[Dataset], agent: "Agent"):
         """Raises UserError where the buffer does not fit the memory."""
@@ -1113,12 +1117,12 @@ class Replay:
         self.columns = {}
         for name in Batch._fields:
             if name != "mc_returns" or config.cal_ql:
-                size = agent.sizes.get(name, ())
+                size = agent.column_sizes.get(name, ())
                 with errors_as(UserError, where, RuntimeError):
                     column = torch.zeros(n_runs, self.capacity, *size, device=device)
                 self.columns[name] = column
         self.added = np.zeros(n_runs, int)  # steps of each run in all
-        self.sizes = torch.zeros(n_runs, 1, dtype=torch.long, device=device)  # present
+        self.filled = torch.zeros(n_runs, 1, dtype=torch.long, device=device)  # present
         self.offline_rows = offline_places(config, agent.device)
 
     def ready(self) -> bool:
@@ -1136,11 +1140,11 @@ class Replay:
         for name, column in self.columns.items():
             column[runs, places] = torch.as_tensor(columns[name]).to(column)
         self.added[runs] += 1
-        self.count()
+        self.count_filled()
 
-    def count(self) -> None:
+    def count_filled(self) -> None:
         sizes = np.minimum(self.added, self.capacity)
-        self.sizes.copy_(torch.as_tensor(sizes).unsqueeze(1))
+        self.filled.copy_(torch.as_tensor(sizes).unsqueeze(1))
 
     def end_episode(self, r: int, rewards: List[float], terminated: bool) -> None:
         """Fill in the returns-to-go of run r's last len(rewards) steps."""
@@ -1163,16 +1167,16 @@ class Replay:
             return self.data.sample(fractions)
         if self.config.mixing_ratio < 0 or self.data is None:
             # one buffer, the dataset's rows first
-            total = self.n_offline + self.sizes  # [R, 1]
+            total = self.n_offline + self.filled  # [R, 1]
             index = torch.minimum((fractions * total).long(), total - 1)
             from_replay = index >= self.n_offline
             replay_index = (index - self.n_offline).clamp(min=0)
         else:
-            enough = self.sizes >= (~self.offline_rows).sum()
+            enough = self.filled >= (~self.offline_rows).sum()
             from_replay = ~self.offline_rows & enough  # [R, B]
             index = (fractions * self.n_offline).long()
-            own = (fractions * self.sizes).long()
-            replay_index = torch.minimum(own, (self.sizes - 1).clamp(min=0))
+            own = (fractions * self.filled).long()
+            replay_index = torch.minimum(own, (self.filled - 1).clamp(min=0))
         runs = torch.arange(len(fractions), device=fractions.device).unsqueeze(1)
         columns = {}
         data = None
@@ -1188,15 +1192,15 @@ class Replay:
 
     def state(self) -> dict:
         """The online transitions that are there, for a checkpoint."""
-        size = int(self.sizes.max())
+        size = int(self.filled.max())
         columns = {name: x[:, :size].clone() for name, x in self.columns.items()}
         return {"columns": columns, "added": self.added.tolist()}
 
     def load(self, state: dict) -> None:
         for name, saved in state["columns"].items():
-            self.columns[name][:, : saved.shape[1]] = saved.to(self.sizes.device)
+            self.columns[name][:, : saved.shape[1]] = saved.to(self.filled.device)
         self.added[:] = state["added"]
-        self.count()
+        self.count_filled()
 
 
 # ======================================================================================
@@ -1515,11 +1519,11 @@ def sampled_backward(gap_of: Callable, q: Tensor, resampling_offset: Tensor, k: 
     slope_of_data = slopes[..., :1]
     slopes = slopes[..., 1:]
     cdf = slopes.abs().cumsum(-1)
-    each = cdf[..., -1:] / k
+    spacing = cdf[..., -1:] / k
     points = torch.arange(k, device=q.device) + resampling_offset.unsqueeze(-1)
-    indices = torch.searchsorted(cdf, points * each, right=True)
+    indices = torch.searchsorted(cdf, points * spacing, right=True)
     indices = indices.clamp(max=cdf.shape[-1] - 1)
-    slopes = slopes.gather(-1, indices).sign() * each
+    slopes = slopes.gather(-1, indices).sign() * spacing
     return gap.detach(), indices, torch.cat([slope_of_data, slopes], dim=-1)
 
 
@@ -1557,8 +1561,8 @@ def q_and_gap(critic: Critic, batch, samples, noise, sweep, config):
     indices = F.pad(indices + 1, (1, 0)).unsqueeze(-1)  # [R, N, B, 1 + k, 1]
     actions = actions.unsqueeze(1).expand(-1, q.shape[1], -1, -1, -1)
     q_k = critic(batch.observations, actions.take_along_dim(indices, 3), dtype)
-    linear = (slopes * q_k).sum(-1)  # has the gap's gradient, not its value
-    return q, q_k[..., 0], gap + linear - linear.detach()
+    surrogate = (slopes * q_k).sum(-1)  # has the gap's gradient, not its value
+    return q, q_k[..., 0], gap + surrogate - surrogate.detach()
 
 
 def penalized_td_loss(q_data, target, gap, log_alpha_prime, sweep, config):
@@ -1593,8 +1597,9 @@ def critic_loss(
     """Of continuous actions; target [R, B], log_alpha_prime [R]. The logged Q is the
     penalty's: with cal_ql the bounded one, as CORL's."""
     q, q_data, gap = q_and_gap(critic, batch, samples, noise, sweep, config)
-    parts = q_data, target, gap, log_alpha_prime, sweep, config
-    loss, metrics = penalized_td_loss(*parts)
+    loss, metrics = penalized_td_loss(
+        q_data, target, gap, log_alpha_prime, sweep, config
+    )
     q = q.detach()
     if config.cal_ql:
         free = 1 + config.cql_n_actions
@@ -1623,8 +1628,9 @@ def discrete_loss(critic, target_critic, batch, noise, log_alpha_prime, sweep, c
         q_next = q_next.squeeze(-1)
         target = batch.rewards + config.discount * (1 - batch.terminations) * q_next
     gap = conservative_gap(q, torch.zeros_like(q), q_data, sweep.cql_temp, config)
-    parts = q_data, target, gap, log_alpha_prime, sweep, config
-    loss, metrics = penalized_td_loss(*parts)
+    loss, metrics = penalized_td_loss(
+        q_data, target, gap, log_alpha_prime, sweep, config
+    )
     metrics["average_target_q"] = q_next.mean(1)
     metrics["cql_std_q{j}"] = q.std(-1).mean(-1)
     metrics["cql_q{j}_rand"] = q.mean(-1).mean(-1)
@@ -1670,33 +1676,34 @@ class Agent(nn.Module):
         self.task = task
         self.device = torch.device(device)
         self.action_dim = len(task.action_low)
-        self.sizes = {  # of a Batch's columns after [R, B]
+        self.column_sizes = {  # of a Batch's columns after [R, B]
             "observations": (task.observation_dim,),
             "next_observations": (task.observation_dim,),
             "actions": (self.action_dim,),
         }
         self.runs = product_of_runs(config)
         self.updates = 0
-        actor, critic = self.build([generator_of([INIT, x["seed"]]) for x in self.runs])
+        policy_parameters, critic_parameters = self.build(
+            [generator_of([INIT, x["seed"]]) for x in self.runs]
+        )
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha_prime = nn.Parameter(torch.ones(len(self.runs)))
         if config.cql_lagrange:
-            critic.append(self.log_alpha_prime)
+            critic_parameters.append(self.log_alpha_prime)
         kind = torch.get_default_dtype()
-        mean, std = statistics or (torch.zeros(self.sizes["observations"]), 1.0)
+        mean, std = statistics or (torch.zeros(self.column_sizes["observations"]), 1.0)
         constants = {"observation_mean": mean, "observation_std": std + 0 * mean}
         constants |= {"action_low": task.action_low, "action_high": task.action_high}
         for name, value in constants.items():
             self.register_buffer(name, torch.as_tensor(value, dtype=kind))
-        center = (self.action_high + self.action_low) / 2
-        self.register_buffer("center", center, persistent=False)
+        self.register_buffer("center", (self.action_high + self.action_low) / 2)
         self.to(device)
         sweep = {}
         for name in Sweep._fields:
             values = [run[name] for run in self.runs]
             sweep[name] = torch.tensor(values, dtype=kind, device=device)
         self.sweep = Sweep(**sweep)
-        self.optimizer = self.make_optimizer(actor, critic)
+        self.optimizer = self.make_optimizer(policy_parameters, critic_parameters)
         self.block = None
         self.block_noise = None  # see draw
         if config.compile:
@@ -1764,7 +1771,7 @@ class Agent(nn.Module):
                 values = torch.as_tensor(values, **kind)
                 if len(shape) == 1:
                     values = values.unsqueeze(0)
-                expected = (n_runs, shape[-1], *self.sizes.get(name, ()))
+                expected = (n_runs, shape[-1], *self.column_sizes.get(name, ()))
                 if values.shape != expected:
                     what = f"{name} {tuple(values.shape)}, expected {expected}"
                     raise ValueError(f"a batch of {what}")
@@ -1783,7 +1790,9 @@ class Agent(nn.Module):
     def update(self, batch: Batch, noise: Optional[Noise] = None) -> Dict[str, Tensor]:
         """One step on every network, from a batch whose rows are in random order;
         returns metrics, each [R] (or [R, N] where the name holds {j}), on the device and
-        without a sync. Every loss is of the parameters as they stand before the step."""
+        without a sync. Every loss is of the parameters as they stand before the step.
+        What else changes from one update to the next must be a tensor that is changed
+        outside, in place: a captured graph freezes the rest."""
         if noise is None:
             noise = self.draw(np.shape(batch.rewards)[-1])
         cloning, target_step = self.stage()
@@ -1813,8 +1822,8 @@ class Agent(nn.Module):
         [R, n, A], they are sampled from the policy, else its mode."""
         x = torch.as_tensor(observations, dtype=self.observation_mean.dtype)
         n_runs = x.shape[0] if x.ndim == 3 else 1
-        if n_runs != len(self.runs) or x.shape[-1:] != self.sizes["observations"]:
-            expected = f"{len(self.runs)} runs of {self.sizes['observations']}"
+        if n_runs != len(self.runs) or x.shape[-1:] != self.column_sizes["observations"]:
+            expected = f"{len(self.runs)} runs of {self.column_sizes['observations']}"
             raise ValueError(f"observations {tuple(x.shape)} for {expected}")
         rows = x.reshape(n_runs, -1, x.shape[-1]).to(self.device)
         actions = self.choose(rows, noise)
@@ -1831,7 +1840,7 @@ class Agent(nn.Module):
         self.updates = state["updates"]
         live = self.optimizer.state_dict()["state"]
         if live.keys() != state["optimizer"].keys():
-            raise ValueError("its optimizer trains other temperatures")
+            raise ValueError("its optimizer trains other parameters")
         for index, tensors in state["optimizer"].items():
             for name, tensor in tensors.items():
                 live[index][name].copy_(tensor)
@@ -1898,9 +1907,15 @@ class ContinuousCQL(Agent):
             self.target_critic, batch, samples, alpha, noise.subset_keys, config
         )
         metrics |= more
-        multiplier = self.log_alpha_prime
         q_loss, more = critic_loss(
-            self.critic, batch, samples, noise, target, multiplier, self.sweep, config
+            self.critic,
+            batch,
+            samples,
+            noise,
+            target,
+            self.log_alpha_prime,
+            self.sweep,
+            config,
         )
         return alpha_loss + policy_loss + q_loss, metrics | more
 
@@ -1968,7 +1983,7 @@ class GraphedStep:
     A capture and its first two replays are done over again without the graph, from
     clones: if the metrics part, or a capture fails, training goes on without graphs."""
 
-    WARM_UP = 3  # the call that captures; CudaGraphModule runs those before eagerly
+    WARM_UP = 3  # CudaGraphModule captures at this call, and runs eagerly before
     CHECKED = WARM_UP + 2
 
     def __init__(self, step: Callable, agent: Agent, metrics: "Metrics"):

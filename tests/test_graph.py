@@ -95,7 +95,7 @@ def go_online(trainer, n=12):
     for t in range(n):
         columns = {}
         for name in cql.Batch._fields[:5]:
-            columns[name] = rng.uniform(-1, 1, (2, *agent.sizes.get(name, ())))
+            columns[name] = rng.uniform(-1, 1, (2, *agent.column_sizes.get(name, ())))
         replay.add([0, 1], cql.Batch(**columns))
         if t == n // 2:
             replay.end_episode(0, [1.0] * t, True)

@@ -139,7 +139,7 @@ def test_the_first_in_go_first_out(capacity):
     for reward in range(30):
         add_steps(replay, 1, [reward])
         kept = (kept + [reward])[-capacity:]
-        assert replay.sizes.tolist() == [[0], [len(kept)]]
+        assert replay.filled.tolist() == [[0], [len(kept)]]
         batch = replay.sample(every(len(kept)))
         rewards = batch.rewards[1]
         assert sorted(rewards.tolist()) == kept
@@ -216,7 +216,7 @@ def test_a_checkpoint_holds_what_was_gathered_only():
     other = replay_of(online_iterations=200_000)
     other.load(state)
     assert torch.equal(other.sample(every(10)).rewards, replay.sample(every(10)).rewards)
-    assert other.added.tolist() == [10, 0] and other.sizes.tolist() == [[10], [0]]
+    assert other.added.tolist() == [10, 0] and other.filled.tolist() == [[10], [0]]
 
 
 # --- return-to-go ---------------------------------------------------------------------
