@@ -403,7 +403,7 @@ def check_values(config: TrainConfig) -> None:
                 if name in AT_LEAST_ONE and not number >= 1:
                     raise UserError(f"--{name} {number}: must be at least 1")
                 if name in NOT_NEGATIVE and not 0 <= number < math.inf:
-                    raise UserError(f"--{name} {number}: must be at least 0")
+                    raise UserError(f"--{name} {number}: must be finite, at least 0")
 
 
 def algorithm_mistakes(config: TrainConfig) -> Dict[str, bool]:
@@ -413,7 +413,7 @@ def algorithm_mistakes(config: TrainConfig) -> Dict[str, bool]:
     subset_too_large = (config.n_target_critics or 1) > config.n_critics
     bounds = config.cql_clip_diff_min, config.cql_clip_diff_max
     return {
-        "--precision: fp32, tf32 or bf16": config.precision not in PRECISIONS,
+        "--precision: one of fp32, tf32, bf16": config.precision not in PRECISIONS,
         f"--penalty: one of {', '.join(PENALTIES)}": config.penalty not in PENALTIES,
         "--penalty: this one needs --cql_importance_sample true": (
             config.penalty != "logsumexp" and not importance
@@ -963,7 +963,7 @@ def check_episode(episode: Episode, task: Task) -> None:
 def check_resolution(observations: np.ndarray) -> None:
     """Raise UserError for a column [n, O] that float32 would flatten: unix time, say.
     One that hardly moves at all carries nothing, and passes."""
-    moves = observations - observations[0]  # exactly 0 for a constant
+    moves = observations - observations[0].astype(float)  # exactly 0 for a constant
     std = moves.std(axis=0, dtype=np.float64)
     size = np.abs(observations).mean(axis=0, dtype=np.float64)
     for column in np.flatnonzero((std > 1e-3) & (std < 1e-5 * size)):
@@ -1077,8 +1077,8 @@ def reward_factor(returns: np.ndarray, task: Task, config: TrainConfig) -> float
     """What normalize_reward multiplies rewards by; returns of whole episodes."""
     if not config.normalize_reward:
         return 1.0
-    name = task.env_id or (config.eval_env or "").rpartition(":")[2]
-    if not re.match("Hopper|HalfCheetah|Walker2d", name):
+    names = f"{task.env_id} {config.env} {config.eval_env}".lower()
+    if not re.search("hopper|halfcheetah|walker2d", names):
         say("normalize_reward has no effect here: hopper, halfcheetah, walker2d only")
         return 1.0
     if len(returns) == 0 or np.ptp(returns) == 0:
@@ -1830,9 +1830,7 @@ class Agent(nn.Module):
         return actions.reshape(*x.shape[:-1], self.action_dim).cpu().numpy()
 
     def get_extra_state(self) -> dict:
-        moments = {}
-        for index, state in self.optimizer.state_dict()["state"].items():
-            moments[index] = dict(state)
+        moments = self.optimizer.state_dict()["state"]
         return {"updates": self.updates, "optimizer": moments}
 
     def set_extra_state(self, state: dict) -> None:
@@ -2016,26 +2014,34 @@ class GraphedStep:
         """`step` at the same count of updates, however often Python runs it: a capture
         runs it twice, a replay never."""
         updates = self.agent.updates
-        self.step(noise)
-        self.agent.updates = updates
+        try:
+            self.step(noise)
+        finally:
+            self.agent.updates = updates
 
     def checked(self, graph: Callable, noise: Noise) -> None:
-        """One update by the graph, and from the same state again without."""
+        """One update by the graph, and from the same state again without. The metrics,
+        which are of before the step, and what the step changed must agree."""
         tensors = self.live_tensors()
         before = [tensor.clone() for tensor in tensors]
         sums = self.metrics.sums.clone()
         problem = ""
         try:
             graph(noise)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             problem = brief(error)
-        replayed = self.metrics.sums - sums
+        replayed = [tensor.clone() for tensor in tensors]
+        replayed_metrics = self.metrics.sums - sums
         with torch.no_grad():
             for tensor, value in zip(tensors, before):
                 tensor.copy_(value)
         self.uncounted(noise)
-        plain = self.metrics.sums - sums
-        same = torch.allclose(replayed, plain, rtol=1e-3, equal_nan=True)
+        metrics = self.metrics.sums - sums
+        same = torch.allclose(replayed_metrics, metrics, rtol=1e-3, equal_nan=True)
+        for old, tensor, value in zip(before, tensors, replayed):
+            change = (tensor - old).norm()
+            if (tensor - value).norm() > 0.1 * change + 1e-6:
+                same = False
         if not problem and not same:
             problem = "its first replays differ from plain updates"
         if problem:
@@ -2542,7 +2548,9 @@ def save_checkpoint(path: Path, payload: dict) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch turns the former into the latter
         temporary.unlink(missing_ok=True)
-        reason = brief(error.__context__ or error)
+        while error.__context__:
+            error = error.__context__
+        reason = brief(error)
         if path.exists():
             reason += "; the checkpoint before it is intact"
         raise MachineError(f"could not save {path}: {reason}") from None
@@ -2882,7 +2890,6 @@ class Run:
         payload = {
             "format": "cql.py",
             "version": VERSION,
-            "kind": type(self.agent).__name__,
             "config": asdict(self.config),
             "task": asdict(self.agent.task),
             "fingerprint": self.data.fingerprint if self.data else None,
@@ -2961,6 +2968,8 @@ def load(config: TrainConfig, checkpoint: Optional[dict], device):
     env_id = task.env_id if task else None
     if config.eval_env != "none" and (config.eval_env or env_id):
         probe = make_env(config, task)
+    elif config.online_iterations > 0:
+        raise UserError("--online_iterations: needs an --eval_env, as none is recorded")
     if task is None:
         space = probe.unwrapped.observation_space
         flat_space = probe.observation_space
@@ -3011,7 +3020,8 @@ def describe(config: TrainConfig, task: Task, data, evaluator) -> None:
     if data is not None:
         text = f"data: {len(data):,} transitions, {len(data.lengths):,} episodes"
         if data.left_out:
-            text += f" ({data.left_out:,} left out, of unknown next observations)"
+            unknown = "transitions whose next observations are unknown"
+            text += f" ({data.left_out:,} left out: {unknown})"
         text += f", mean return {data.returns.mean():.1f}"
         if reference is not None:
             text += f" (score {normalized_score(data.returns.mean(), reference):.1f})"

