@@ -1666,7 +1666,7 @@ class Agent(nn.Module):
     included. `updates` counts; noise, bc_steps and target_update_period go by it.
 
     A subclass makes its networks in `build`, and has `draw_actions`, `unit_actions`,
-    `losses` and `choose`."""
+    `forward`, its losses, and `choose`."""
 
     def __init__(self, config: TrainConfig, task: Task, device="cpu", statistics=None):
         """statistics: mean and std [O] that standardize observations. Raises UserError
@@ -1783,10 +1783,6 @@ class Agent(nn.Module):
         columns["actions"] = self.unit_actions(columns["actions"])
         return Batch(**columns)
 
-    def forward(self, batch: Batch, noise: Noise, cloning: bool):
-        """The losses; --compile compiles this call."""
-        return self.losses(batch, noise, cloning)
-
     def update(self, batch: Batch, noise: Optional[Noise] = None) -> Dict[str, Tensor]:
         """One step on every network, from a batch whose rows are in random order;
         returns metrics, each [R] (or [R, N] where the name holds {j}), on the device and
@@ -1880,7 +1876,7 @@ class ContinuousCQL(Agent):
     def unit_actions(self, actions: Tensor) -> Tensor:
         return (actions - self.center) / (self.action_high - self.center)
 
-    def losses(self, batch: Batch, noise: Noise, cloning: bool):
+    def forward(self, batch: Batch, noise: Noise, cloning: bool):
         """All losses of a prepared batch at the present parameters, summed, [R]: no
         graph joins two of them, so one backward pass serves every network. With
         `cloning` the policy's is that of behaviour cloning."""
@@ -1948,7 +1944,7 @@ class DiscreteCQL(Agent):
     def unit_actions(self, actions: Tensor) -> Tensor:
         return actions - self.action_low
 
-    def losses(self, batch: Batch, noise: Noise, cloning: bool):
+    def forward(self, batch: Batch, noise: Noise, cloning: bool):
         """The loss of a prepared batch at the present parameters, [R]; no policy clones
         here."""
         return discrete_loss(

@@ -60,7 +60,7 @@ def test_update_is_adam_on_gradients_from_before_the_step(double):
     expected, moments = trained(agent), {name: (0.0, 0.0) for name in names}
     for t in range(1, 5):
         batch, noise = transitions(1, 4, seed=t), agent.draw(4)
-        losses, _ = agent.losses(batch, noise, agent.stage()[0])
+        losses, _ = agent(batch, noise, agent.stage()[0])
         parameters = [agent.get_parameter(name) for name in names]
         for name, g in zip(names, torch.autograd.grad(losses.sum(), parameters)):
             m, v = moments[name]
@@ -79,7 +79,7 @@ def test_update_is_adam_on_gradients_from_before_the_step(double):
 def test_metrics_are_detached_and_from_before_the_step(double):
     agent = tiny_agent(**LAGRANGE)
     batch, noise = transitions(1, 4), agent.draw(4)
-    _, before = agent.losses(batch, noise, agent.stage()[0])
+    _, before = agent(batch, noise, agent.stage()[0])
     metrics = agent.update(batch, noise)
     assert not any(value.requires_grad for value in metrics.values())
     assert_equal(metrics, {name: value.detach() for name, value in before.items()})

@@ -156,7 +156,7 @@ def check_against_loops(agent, batch, noise):
     """Losses, metrics and gradients of every run; the last parameter by parameter, along
     a random direction (complex step, exact)."""
     agent.zero_grad()
-    losses, metrics = agent.losses(agent.prepare(batch), noise, False)
+    losses, metrics = agent(agent.prepare(batch), noise, False)
     losses.sum().backward()
     generator, compared = np.random.default_rng(0), 0
     for r in range(len(agent.runs)):

@@ -92,7 +92,7 @@ def check_against_loops(agent, batch, noise):
     add to it."""
     config = agent.config
     agent.zero_grad()
-    losses, metrics = agent.losses(batch, noise, agent.stage()[0])
+    losses, metrics = agent(batch, noise, agent.stage()[0])
     losses.sum().backward()
     generator = np.random.default_rng(0)
     for r in range(len(agent.runs)):
@@ -175,12 +175,12 @@ def test_losses_are_means_over_the_batch():
     """The losses of a batch are the mean of those of its halves."""
     agent = tiny_agent(**LAGRANGE)
     batch, noise = transitions(1, 6), agent.draw(6)
-    whole, _ = agent.losses(batch, noise, False)
+    whole, _ = agent(batch, noise, False)
     halves = []
     for part in (slice(0, 3), slice(3, 6)):
         half = mapped(lambda x, part=part: x[:, part], batch)
         its_noise = mapped(lambda x, part=part: x[:, part], noise)
-        halves.append(agent.losses(half, its_noise, False)[0])
+        halves.append(agent(half, its_noise, False)[0])
     torch.testing.assert_close(whole, (halves[0] + halves[1]) / 2, **close)
 
 
@@ -319,7 +319,7 @@ def test_all_proposals_reach_the_critics_at_the_states_of_the_data(monkeypatch):
         return q
 
     monkeypatch.setattr(agent.critic, "forward", recorded)
-    losses, _ = agent.losses(batch, noise, False)
+    losses, _ = agent(batch, noise, False)
     states, actions, q = calls[-1]
     assert torch.equal(states, batch.observations)
     assert actions.shape == (1, 5, 1 + 12, ACT)
@@ -376,7 +376,7 @@ SAMPLED = {
 def gradients(agent, batch, noise):
     """Losses and metrics, and the critics' gradients flattened to [R, parameters]."""
     agent.zero_grad()
-    losses, metrics = agent.losses(batch, noise, False)
+    losses, metrics = agent(batch, noise, False)
     losses.sum().backward()
     grads = [p.grad.flatten(1) for p in agent.critic.parameters()]
     return losses.detach(), metrics, torch.cat(grads, 1)
