@@ -2874,7 +2874,8 @@ class Run:
         text = f"update {self.step:>9,}  return {' | '.join(returns)}"
         if self.reference() is not None:
             text += "  score " + " | ".join(f"{score:.1f}" for score in scores)
-            text += f" (mean {np.mean(scores):.1f})"
+            if len(scores) > 1:
+                text += f" (mean {np.mean(scores):.1f})"
         say(text)
 
     def checkpoint(self) -> None:
