@@ -1025,7 +1025,7 @@ class Dataset:
     def all_returns_to_go(self, config: TrainConfig) -> Tensor:
         """Every transition's return-to-go, [n]."""
         rewards = self.columns["rewards"].cpu().double().numpy()
-        terminations = self.columns["terminations"].cpu().double().numpy()
+        terminations = self.columns["terminations"].cpu().numpy()
         returns = np.zeros(len(rewards))
         for end, length in zip(np.cumsum(self.lengths), self.lengths):
             part = slice(end - length, end)
@@ -1065,10 +1065,11 @@ def returns_to_go(rewards, terminations, config: TrainConfig, r_min) -> np.ndarr
     only."""
     if config.is_sparse_reward and (rewards == r_min).all():
         return np.full(len(rewards), r_min / (1 - config.discount))
+    factors = config.discount * (1 - np.asarray(terminations, float))
     returns = np.zeros(len(rewards))
     following = 0.0
     for t in reversed(range(len(rewards))):
-        following = rewards[t] + config.discount * (1 - terminations[t]) * following
+        following = rewards[t] + factors[t] * following
         returns[t] = following
     return returns
 
