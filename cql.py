@@ -784,7 +784,7 @@ def episode_ends(arrays: Dict[str, np.ndarray], done: np.ndarray) -> np.ndarray:
     ends = done.copy()
     if "next_observations" in arrays:
         observations = arrays["observations"]
-        with np.errstate(all="ignore"):  # check_episodes refuses NaN and infinity
+        with np.errstate(all="ignore"):  # check_episode refuses NaN and infinity
             size = np.abs(observations[1:]) + observations.std(axis=0)
             distance = np.abs(arrays["next_observations"][:-1] - observations[1:])
             same = distance <= 4 * np.finfo(np.float32).eps * size  # a few roundings
@@ -1976,7 +1976,7 @@ class GraphedStep:
     that Python counts or branches on inside changes once a graph is captured.
 
     A capture and its first two replays are done over again without the graph, from
-    clones: if the metrics part, or a capture fails, training goes on without graphs."""
+    clones: if metrics or changes part, or a capture fails, training goes on without."""
 
     WARM_UP = 3  # CudaGraphModule captures at this call, and runs eagerly before
     CHECKED = WARM_UP + 2
