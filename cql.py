@@ -1147,15 +1147,14 @@ class Replay:
         sizes = np.minimum(self.added, self.capacity)
         self.filled.copy_(torch.as_tensor(sizes).unsqueeze(1))
 
-    def end_episode(self, r: int, rewards: List[float], terminated: bool) -> None:
+    def end_episode(self, r: int, rewards: List[float]) -> None:
         """Fill in the returns-to-go of run r's last len(rewards) steps."""
         if not self.config.cal_ql:
             return
         rewards = torch.as_tensor(np.asarray(rewards, np.float32))
         rewards = transformed(rewards, self.factor, self.config).double().numpy()
-        terminations = np.zeros(len(rewards))
-        terminations[-1] = terminated
-        returns = returns_to_go(rewards, terminations, self.config, self.r_min)
+        going_on = np.zeros(len(rewards))  # a last step's termination changes nothing
+        returns = returns_to_go(rewards, going_on, self.config, self.r_min)
         kept = min(len(returns), self.capacity)
         places = np.arange(self.added[r] - kept, self.added[r]) % self.capacity
         column = self.columns["mc_returns"]
@@ -1722,7 +1721,6 @@ class Agent(nn.Module):
             {"params": critic, "lr": self.config.qf_lr},
         ]
         on_gpu = self.device.type == "cuda"
-        groups = [group for group in groups if group["params"]]
         optimizer = torch.optim.Adam(groups, fused=True, capturable=on_gpu)
         for parameter in actor + critic:
             optimizer.state[parameter] = {  # now, so that loading only ever copies
@@ -2307,7 +2305,7 @@ class Online:
         for r, player in zip(alive, players):
             self.told = self.told or player.success is not None
             if player.over:
-                self.replay.end_episode(r, player.rewards, player.terminated)
+                self.replay.end_episode(r, player.rewards)
                 success = float(player.success or False)
                 self.finished[r].append((sum(player.rewards), success))
 
@@ -2816,10 +2814,6 @@ class Run:
         if regular:
             self.metrics.reset()
 
-    def reference(self) -> Optional[List[float]]:
-        """Returns scored 0 and 100, if known."""
-        return self.evaluator.reference if self.evaluator else None
-
     def warn_of_drift(self, r: int, means: Dict[str, float]) -> None:
         """Say once when Q exceeds what the data's rewards allow. With the entropy in the
         target, they set no bound."""
@@ -2873,7 +2867,7 @@ class Run:
             returns.append(f"{row['return_mean']:.0f} +- {row['return_std']:.0f}")
             scores.append(row["d4rl_normalized_score"])
         text = f"update {self.step:>9,}  return {' | '.join(returns)}"
-        if self.reference() is not None:
+        if self.evaluator.reference is not None:
             text += "  score " + " | ".join(f"{score:.1f}" for score in scores)
             if len(scores) > 1:
                 text += f" (mean {np.mean(scores):.1f})"
@@ -2907,7 +2901,9 @@ class Run:
 
     def summary(self) -> None:
         """The closing table: last and best evaluation of each run, and the files."""
-        column = "return_mean" if self.reference() is None else "d4rl_normalized_score"
+        column = "return_mean"
+        if self.evaluator and self.evaluator.reference is not None:
+            column = "d4rl_normalized_score"
         names = ["seed", "cql_alpha"]
         for name in SWEPT[2:]:
             if isinstance(getattr(self.config, name), list):

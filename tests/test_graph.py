@@ -98,7 +98,7 @@ def go_online(trainer, n=12):
             columns[name] = rng.uniform(-1, 1, (2, *agent.column_sizes.get(name, ())))
         replay.add([0, 1], cql.Batch(**columns))
         if t == n // 2:
-            replay.end_episode(0, [1.0] * t, True)
+            replay.end_episode(0, [1.0] * t)
 
 
 def assert_same(trainer, other, **tolerance):

@@ -273,7 +273,7 @@ def test_the_bound_comes_with_the_end_of_the_episode(toy):
         add_steps(replay, 0, [reward])
         add_steps(replay, 1, [reward])
         assert (replay.columns["mc_returns"][:, :t] == -math.inf).all()
-    replay.end_episode(0, raw, False)
+    replay.end_episode(0, raw)
     rewards, returns = replay.columns["rewards"], replay.columns["mc_returns"]
     wanted = loop_returns(rewards[0, :5].tolist(), 0.9)
     np.testing.assert_allclose(returns[0, :5], wanted, rtol=1e-6)
@@ -291,7 +291,7 @@ def test_online_numbers_are_the_data_s(tmp_path):
     replay = replay_of(file, **flags)
     for reward in episode["rewards"]:
         add_steps(replay, 0, [reward])
-    replay.end_episode(0, episode["rewards"].tolist(), True)
+    replay.end_episode(0, episode["rewards"].tolist())
     for name in ("rewards", "mc_returns"):
         ours, theirs = replay.columns[name][0, :30], replay.data.columns[name]
         assert ours.dtype == theirs.dtype == torch.float32
@@ -303,11 +303,11 @@ def test_the_bound_is_filled_in_for_rows_that_are_still_there(length):
     """In a ring of ten: an episode that wraps, that fills it, that outruns it."""
     replay = replay_of(buffer_size=10, **CALIBRATED)
     add_steps(replay, 1, range(100, 108))  # an earlier episode
-    replay.end_episode(1, list(range(100, 108)), False)
+    replay.end_episode(1, list(range(100, 108)))
     before = dict(zip(range(100, 108), replay.columns["mc_returns"][1].tolist()))
     rewards = [float(r) for r in range(200, 200 + length)]
     add_steps(replay, 1, rewards)
-    replay.end_episode(1, rewards, False)
+    replay.end_episode(1, rewards)
     wanted = dict(zip(rewards, loop_returns([3 * r - 1 for r in rewards], 0.9)))
     kept = [*range(100, 108), *rewards][-10:]
     for reward in kept:
@@ -323,11 +323,11 @@ def test_an_online_failure_is_known_by_the_data_s_least_reward(toy):
     replay = replay_of(toy, is_sparse_reward=True, **flags)
     raw = float(dataset(toy).columns["rewards"].min())
     add_steps(replay, 0, [raw] * 4)
-    replay.end_episode(0, [raw] * 4, False)
+    replay.end_episode(0, [raw] * 4)
     wanted = replay.data.r_min / (1 - 0.9)
     np.testing.assert_allclose(replay.columns["mc_returns"][0, :4], wanted, rtol=1e-6)
     add_steps(replay, 0, [raw, raw + 1])
-    replay.end_episode(0, [raw, raw + 1], False)
+    replay.end_episode(0, [raw, raw + 1])
     assert (replay.columns["mc_returns"][0, 4:6] > wanted / 2).all()
 
 
