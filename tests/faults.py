@@ -30,7 +30,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import gymnasium as gym  # noqa: E402
 import h5py  # noqa: E402
 import torch  # noqa: E402
-from make_data import Toy, run, toy_dataset  # noqa: E402
+from make_data import Toy, little_memory, run, toy_dataset  # noqa: E402
 
 SCRIPT = HERE.parent / "cql.py"
 TABLES = ("metrics.csv", "evaluations.csv")
@@ -321,7 +321,7 @@ FAULTS = {
 def broken(fault, times: int, seed: int = 0):
     """How often the fault was tried, and survived."""
     times = max(2, round(times * FAULTS[fault]))  # of two kinds, where there are
-    with tempfile.TemporaryDirectory(prefix="cql-faults-") as root:
+    with tempfile.TemporaryDirectory(prefix="cql-faults-") as root, little_memory():
         return fault(Workshop(Path(root), seed), times)
 
 

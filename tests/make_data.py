@@ -17,6 +17,7 @@ path itself can be asked for always. An episode is a dict of arrays: observation
 import io
 import json
 import os
+import resource
 import signal
 import warnings
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -179,6 +180,18 @@ def random_episodes(lengths, seed=0, obs_dim=3, action_dim=2, ends="mixed"):
             }
         )
     return episodes
+
+
+@contextmanager
+def little_memory():
+    """At most 10 GiB of addresses inside: a size that damage has made of some bytes must
+    fail here as it would elsewhere, and not take the machine's memory along."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (10 << 30, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 @contextmanager

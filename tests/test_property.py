@@ -20,7 +20,14 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from make_data import d4rl_file, minari_dataset, random_episodes, run, toy_dataset
+from make_data import (
+    d4rl_file,
+    little_memory,
+    minari_dataset,
+    random_episodes,
+    run,
+    toy_dataset,
+)
 
 import cql
 
@@ -85,6 +92,12 @@ def empty_directory():
             assert not os.listdir(directory)
         finally:
             os.chdir(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory():
+    with little_memory():
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
