@@ -349,10 +349,23 @@ def read_command_line(argv: List[str]) -> dict:
 
 
 def print_help() -> None:
-    """pyrallis's page of flags; it asks for this file's source once a flag."""
-    source = functools.cache(inspect.getsource)
+    """pyrallis's page of flags, in TrainConfig's groups."""
+    usage = "cql.py [--config_path FILE.yaml] [--FLAG VALUE ...]"
+    source = functools.cache(inspect.getsource)  # else read anew for each flag
     with mock.patch.object(inspect, "getsource", source):
-        ArgumentParser(TrainConfig, prog="cql.py").parse_args(["--help"])
+        parser = ArgumentParser(TrainConfig, usage=usage)
+    title = "Command line"
+    groups = {}
+    for action in parser._actions:
+        heading = re.match("---- (.*) ----\\s*", action.help)
+        if heading:
+            title = heading[1]
+            action.help = action.help[heading.end() :]
+        groups.setdefault(title, []).append(action)
+    parser._action_groups = []
+    for title, actions in groups.items():
+        parser.add_argument_group(title)._group_actions = actions
+    parser.print_help()
 
 
 def config_of_run(directory: Path) -> dict:
@@ -875,7 +888,7 @@ def read_episodes(name: str) -> Tuple[List[Episode], Task]:
     path = Path(name)
     try:
         if path.suffix in (".csv", ".json", ".npz", ".parquet", ".pkl"):
-            raise UserError("a table; Minari's and D4RL's forms are read")
+            raise UserError("a table: scripts/from_table.py makes a dataset of it")
         if path.is_file():
             episodes, task = read_d4rl(path)
         elif (path / "metadata.json").is_file():
@@ -2559,7 +2572,10 @@ def read_checkpoint(path: Union[str, Path]) -> dict:
         path = path / "checkpoint.pt"
     where = f"checkpoint {path}"
     try:
-        damaged = zipfile.ZipFile(path).testzip()  # torch checks no checksums
+        archive = zipfile.ZipFile(path)
+        damaged = archive.testzip()  # torch checks no checksums
+        for entry in archive.infolist():  # a "directory" would be no tensor to it
+            damaged = damaged or entry.external_attr
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, ValueError) as error:
         raise UserError(f"{where}: cannot be read: {brief(error)}") from None
@@ -3134,6 +3150,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         if {"-h", "--help"} & set(argv):
             print_help()
+            return 0
         return train(read_config(argv))
     except UserError as error:
         print("cql.py: error:", str(error).replace("\n", " "), file=sys.stderr)

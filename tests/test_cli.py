@@ -166,6 +166,8 @@ def help_texts():
         if start:
             flag, line = start.groups()
             texts[flag] = ""
+        if re.match(r"\w+:$", line):
+            flag = None
         if flag:
             texts[flag] = f"{texts[flag]} {line.strip()}".strip()
     return texts
@@ -174,6 +176,21 @@ def help_texts():
 def test_help_lists_the_flags_in_the_dataclass_s_order(help_texts):
     names = [field.name for field in dataclasses.fields(cql.TrainConfig)]
     assert [flag for flag in help_texts if flag != "config_path"] == names
+
+
+def test_help_has_the_groups_of_flags_and_fits_a_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = run(["--help"])
+    words = re.findall(r"^(\w+):$|^  --(\w+) ", out, re.M)
+    found, heading = {}, ""
+    for title, flag in words:
+        heading = title or heading
+        if flag:
+            found.setdefault(heading.lower(), set()).add(flag)
+    assert {name: found[name] for name in GROUPS} == {
+        k: set(v) for k, v in GROUPS.items()
+    }
+    assert max(map(len, out.splitlines())) <= 80
 
 
 def test_the_groups_of_flags_follow_each_other():
@@ -188,7 +205,6 @@ def test_the_groups_of_flags_follow_each_other():
 def test_help_tells_meaning_and_default(flag, help_texts):
     meaning, _, default = help_texts[flag].partition("(default: ")
     assert default == f"{FLAGS[flag]})"
-    meaning = re.sub("-+ [A-Z][a-z]+ -+", "", meaning)  # a group's heading
     assert len(meaning.split()) >= 2
     corl = {name: x for flags in CORL.values() for name, x in flags.items()}
     if flag in DIFFERENT and flag != "env":
@@ -792,7 +808,7 @@ def fresh(tmp_path):
         ("two\nlines", "two"),
         ("x" * 250, "x" * 250),
         *[
-            (f"table{suffix}", "table")
+            (f"table{suffix}", "scripts/from_table.py")
             for suffix in (".csv", ".npz", ".parquet", ".pkl")
         ],
     ],
@@ -1205,6 +1221,17 @@ def test_a_damaged_run_cannot_be_resumed(refused, toy, tmp_path):
     (directory / "checkpoint.pt").unlink()
     (directory / "config.yaml").write_text("sead: 1")
     refused(["--resume", directory], "config.yaml", "sead", "seed")
+
+
+def test_a_tensor_marked_as_a_directory_is_damage(refused, toy, tmp_path):
+    """torch would read such an entry of the archive as whatever the memory held."""
+    path = tmp_path / "run" / "checkpoint.pt"
+    assert run(env=toy, resume=path.parent)[0] == 0
+    content = bytearray(path.read_bytes())
+    name = content.rindex(b"archive/data/3")  # in the archive's table of contents
+    content[name - 46 + 38] = 0x10  # external attributes, 38 bytes into the entry
+    path.write_bytes(content)
+    refused(["--resume", path.parent], path, "damaged")
 
 
 def test_foreign_tables_are_left_alone(toy, tmp_path):
