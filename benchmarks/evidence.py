@@ -5,72 +5,69 @@
 Each directory is a run of the same seeds. Prints, for each: mean Q of the data's actions
 and mean gap over the last quarter of the updates (means over critics and seeds, with the
 standard error over seeds), their ratios to the exact runs', and likewise the mean score
-after the first half. Draws the three, a line a seed and the mean of the seeds.
+after the first half. Draws the three by scripts/plot.py: means over the seeds and their
+95% intervals.
 """
 
 import sys
 from pathlib import Path
 
 import matplotlib
-import numpy as np
-from plot import read
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+import plot
+
+TITLES = ["Q of the data's actions", "conservative gap", plot.LABELS[plot.SCORE]]
 
 
-def mean_over_critics(columns, name):
-    return np.mean([v for k, v in columns.items() if k in names(name, columns)], 0)
+def read(directory: Path) -> list:
+    """Q, gap and score of a run's directory, each by step and run."""
+    metrics = plot.read_table(directory / "metrics.csv")
+    for name in ("data", "gap"):
+        critics = metrics.filter(regex=f"^{plot.Q_COLUMNS[name]}$")
+        metrics[name] = critics.mean(axis=1)
+    evaluations = plot.read_table(directory / "evaluations.csv")
+    return [
+        plot.over_runs(metrics, "data"),
+        plot.over_runs(metrics, "gap"),
+        plot.over_runs(evaluations, plot.SCORE),
+    ]
 
 
-def names(pattern, columns):
-    return {pattern.format(j) for j in range(1, 1 + len(columns))}
-
-
-def last(steps, values, share):
-    """Mean of the values over the last share of the steps."""
-    return values[steps > (1 - share) * steps[-1]].mean()
+def end(values: pd.DataFrame, share: float) -> tuple:
+    """Mean over the last share of the steps, and its standard error over the seeds."""
+    last = values[values.index > (1 - share) * values.index[-1]]
+    of_seeds = last.mean()
+    return of_seeds.mean(), of_seeds.sem()
 
 
 def main(out: str, *directories: str) -> None:
-    figure, panels = plt.subplots(1, 3, figsize=(13, 4))
-    patterns = {"Q of the data's actions": "average_qf{}", "gap": "cql_qf{}_diff"}
-    base = None
+    matplotlib.use("Agg")
+    plt.rcParams.update(plot.STYLE)
+    figure, panels = plt.subplots(1, 3, figsize=(12, 3.8))
+    colours = plot.choose_colours(directories)
+    lines = {}
+    exact = None
     print("| run | Q | to exact | gap | to exact | score |\n|---|---|---|---|---|---|")
-    for i, directory in enumerate(map(Path, directories)):
-        metrics = read(directory, "metrics.csv")
-        evaluations = read(directory, "evaluations.csv")
-        ends = []
-        for panel, (title, pattern) in zip(panels, patterns.items()):
-            steps = metrics[0]["step"]
-            curves = [mean_over_critics(run, pattern) for run in metrics.values()]
-            ends.append(over_seeds(last(steps, curve, 0.25) for curve in curves))
-            panel.set(title=title, xlabel="updates")
-            draw(panel, steps, curves, f"C{i}", directory.name)
-        steps = evaluations[0]["step"]
-        curves = [run["d4rl_normalized_score"] for run in evaluations.values()]
-        draw(panels[2], steps, curves, f"C{i}", directory.name)
-        score, error = over_seeds(last(steps, curve, 0.5) for curve in curves)
-        base, cells = base or ends, [directory.name]
-        for (value, spread), (exact, _) in zip(ends, base):
-            cells += [f"{value:.2f} +- {spread:.2f}", f"{value / exact:.4f}"]
-        print(f"| {' | '.join(cells)} | {score:.1f} +- {error:.1f} |")
-    panels[2].set(title="D4RL score, 10 episodes each", xlabel="updates")
-    panels[2].legend()
-    figure.tight_layout()
-    figure.savefig(out, dpi=110)
-
-
-def over_seeds(values):
-    """Mean and its standard error."""
-    values = list(values)
-    return np.mean(values), np.std(values, ddof=1) / len(values) ** 0.5
-
-
-def draw(panel, steps, curves, colour, label) -> None:
-    for curve in curves:
-        panel.plot(steps, curve, color=colour, alpha=0.2)
-    panel.plot(steps, np.mean(curves, 0), color=colour, label=label)
+    for directory in directories:
+        curves = read(Path(directory))
+        name = Path(directory).name
+        for panel, values in zip(panels, curves):
+            lines[name] = plot.draw(panel, values, colours[directory])
+        q, q_error = end(curves[0], 0.25)
+        gap, gap_error = end(curves[1], 0.25)
+        score, score_error = end(curves[2], 0.5)
+        exact = exact or (q, gap)
+        cells = [name, f"{q:.2f} +- {q_error:.2f}", f"{q / exact[0]:.4f}"]
+        cells += [f"{gap:.2f} +- {gap_error:.2f}", f"{gap / exact[1]:.4f}"]
+        cells.append(f"{score:.1f} +- {score_error:.1f}")
+        print(f"| {' | '.join(cells)} |")
+    for panel, title in zip(panels, TITLES):
+        panel.set(title=title, xlabel="gradient updates")
+    plot.add_legend(figure, lines)
+    plot.save(figure, Path(out))
 
 
 if __name__ == "__main__":

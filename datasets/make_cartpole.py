@@ -11,7 +11,8 @@ steps (which balances for some 100) with 30 % uniform actions, 10,000 of the pol
 2.13.0, minari 0.5.4, Python 3.11.
 """
 
-import os
+import dataclasses
+import sys
 from pathlib import Path
 
 import gymnasium as gym
@@ -20,47 +21,42 @@ import torch
 from stable_baselines3 import DQN
 from stable_baselines3.common.callbacks import CheckpointCallback
 
-HERE = Path(__file__).parent
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+import record
+
+HERE = Path(__file__).resolve().parent
 REFERENCE = (22.0, 500.0)  # mean return of uniform actions, and the most possible
 # Steps to record, DQN's training steps (0: uniform actions) and share of random actions.
 DATASETS = {
     "cartpole-mixed-v0": [(2000, 0, 1.0), (3000, 20_000, 0.3), (10_000, 15_000, 0.2)],
     "cartpole-narrow-v0": [(10_000, 25_000, 0.05)],
 }
-KEYS = "observations actions rewards terminations truncations".split()
 
 
-def record(policy, steps: int, epsilon: float, first: int, rng):
-    """Whole episodes of the greedy policy, mixed with uniform actions."""
-    from minari.data_collector import EpisodeBuffer
+def record_episodes(env, policy, steps: int, epsilon: float, first: int, rng) -> list:
+    """Whole episodes of the greedy policy, mixed with uniform actions; of seeds first,
+    first + 1, ..."""
+    episodes = []
+    total = 0
 
-    env, episodes, total = gym.make("CartPole-v1"), [], 0
+    def act(observation):
+        action = rng.integers(2)
+        if rng.random() >= epsilon:
+            action = policy.predict(observation, deterministic=True)[0]
+        return action
+
     while total < steps:
-        number, done = first + len(episodes), False
-        observation, _ = env.reset(seed=number)
-        episode = {key: [] for key in KEYS}
-        episode["observations"].append(observation)
-        while not done:
-            action = rng.integers(2)
-            if rng.random() >= epsilon:
-                action = policy.predict(observation, deterministic=True)[0]
-            observation, reward, terminated, truncated, _ = env.step(action)
-            done = terminated or truncated
-            step = (observation, action, reward, terminated, truncated)
-            for key, value in zip(KEYS, step, strict=True):
-                episode[key].append(value)
-        arrays = {key: np.asarray(values) for key, values in episode.items()}
-        arrays["rewards"] = arrays["rewards"].astype(np.float32)
-        arrays["actions"] = arrays["actions"].astype(np.int64)
-        episodes.append(EpisodeBuffer(id=number, seed=number, **arrays))
-        total += len(arrays["rewards"])
+        episode = record.play_episode(env, act, seed=first + len(episodes))
+        rewards = episode.rewards.astype(np.float32)
+        episodes.append(dataclasses.replace(episode, rewards=rewards))
+        total += len(episode)
     return episodes
 
 
 def main() -> None:
-    os.environ["MINARI_DATASETS_PATH"] = str(HERE.resolve())
-    import minari  # reads the variable above
-
+    for name in DATASETS:
+        if (HERE / name).exists():
+            sys.exit(f"{HERE / name}: is there already; move it away first")
     torch.set_num_threads(1)
     policy = DQN(
         "MlpPolicy", gym.make("CartPole-v1"), learning_rate=2.3e-3, batch_size=64,
@@ -72,25 +68,28 @@ def main() -> None:
     directory = "cartpole_snapshots"
     policy.learn(50_000, callback=CheckpointCallback(5000, directory))
     for name, parts in DATASETS.items():
-        episodes, rng = [], np.random.default_rng(0)
+        env = gym.make("CartPole-v1")
+        episodes = []
+        rng = np.random.default_rng(0)
         for steps, trained, epsilon in parts:
             path = f"{directory}/rl_model_{trained}_steps"
             snapshot = DQN.load(path, device="cpu") if trained else None
-            episodes += record(snapshot, steps, epsilon, len(episodes), rng)
+            first = len(episodes)
+            episodes += record_episodes(env, snapshot, steps, epsilon, first, rng)
         returns = [float(episode.rewards.sum()) for episode in episodes]
-        minari.create_dataset_from_buffers(
-            name,
+        record.write_dataset(
+            HERE / name,
             episodes,
-            env="CartPole-v1",
+            env,
             ref_min_score=REFERENCE[0],
             ref_max_score=REFERENCE[1],
             algorithm_name="DQN of Stable-Baselines3, with uniform actions",
             description="CartPole-v1, policies of several qualities",
-            author="The cql.py authors",
-            author_email="none",
+            author={"The cql.py authors"},
+            author_email={"none"},
             code_permalink="datasets/make_cartpole.py",
         )
-        steps = sum(len(episode.rewards) for episode in episodes)
+        steps = sum(len(episode) for episode in episodes)
         text = f"return {np.mean(returns):.1f} +- {np.std(returns):.1f}"
         print(f"{name}: {len(episodes)} episodes, {steps} steps, {text}")
 

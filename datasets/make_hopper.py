@@ -12,7 +12,8 @@ minari 0.5.4, Python 3.11.
 """
 
 import argparse
-import os
+import dataclasses
+import sys
 from pathlib import Path
 
 import gymnasium as gym
@@ -23,9 +24,13 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 
-HERE = Path(__file__).parent
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+import record
+
+HERE = Path(__file__).resolve().parent
 TRAINING_STEPS, STEPS, NOISE = 130_000, 50_000, 2.0
 REFERENCE = (-20.272305, 3234.3)  # D4RL's random and expert returns on Hopper
+OBSERVATIONS = gym.spaces.Box(-np.inf, np.inf, (11,), np.float32)
 
 
 class Snapshots(BaseCallback):
@@ -56,30 +61,20 @@ def sampled(policy: SAC, observation: np.ndarray) -> np.ndarray:
     return pre_tanh.tanh().squeeze(0).numpy()
 
 
-def record(policy: SAC, steps: int):
-    """Whole episodes on Hopper-v5, of seeds 0, 1, ..."""
-    from minari.data_collector import EpisodeBuffer
-
-    env, episodes, total = gym.make("Hopper-v5"), [], 0
-    while total < steps:
-        number = len(episodes)
-        observation, _ = env.reset(seed=number)
-        keys = "observations actions rewards terminations truncations".split()
-        episode = {key: [] for key in keys}
-        episode["observations"].append(observation)
-        done = False
-        while not done:
-            action = sampled(policy, observation)
-            observation, reward, terminated, truncated, _ = env.step(action)
-            done = terminated or truncated
-            step = (observation, action, reward, terminated, truncated)
-            for key, value in zip(keys, step, strict=True):
-                episode[key].append(value)
-        arrays = {key: np.asarray(values) for key, values in episode.items()}
-        for key in ("observations", "actions", "rewards"):
-            arrays[key] = arrays[key].astype(np.float32)
-        episodes.append(EpisodeBuffer(id=number, seed=number, **arrays))
-        total += len(arrays["rewards"])
+def record_episodes(env: gym.Env, policy: SAC) -> list:
+    """Whole episodes, of seeds 0, 1, ..., STEPS or a few more in all."""
+    episodes = []
+    total = 0
+    while total < STEPS:
+        episode = record.play_episode(
+            env,
+            lambda observation: sampled(policy, observation),
+            seed=len(episodes),
+            observation_space=OBSERVATIONS,
+        )
+        rewards = episode.rewards.astype(np.float32)
+        episodes.append(dataclasses.replace(episode, rewards=rewards))
+        total += len(episode)
     return episodes
 
 
@@ -88,9 +83,9 @@ def main() -> None:
     parser.add_argument("--policies", help="a directory of snapshots: record only")
     parser.add_argument("--dataset", default="hopper-medium-small-v0")
     arguments = parser.parse_args()
-    os.environ["MINARI_DATASETS_PATH"] = str(HERE)
-    import minari  # reads the variable above
-
+    out = HERE / arguments.dataset
+    if out.exists():
+        sys.exit(f"{out}: is there already; move it away first")
     torch.set_num_threads(1)
     directory = Path(arguments.policies or "hopper_snapshots")
     if not arguments.policies:
@@ -98,23 +93,24 @@ def main() -> None:
         policy.learn(TRAINING_STEPS, callback=Snapshots(directory))
     torch.manual_seed(0)
     policy = SAC.load(directory / f"sac_0_{TRAINING_STEPS}", device="cpu")
-    episodes = record(policy, STEPS)
+    env = gym.make("Hopper-v5")
+    episodes = record_episodes(env, policy)
     returns = [float(episode.rewards.sum()) for episode in episodes]
     score = 100 * (np.mean(returns) - REFERENCE[0]) / (REFERENCE[1] - REFERENCE[0])
-    minari.create_dataset_from_buffers(
-        arguments.dataset,
+    record.write_dataset(
+        out,
         episodes,
-        env="Hopper-v5",
-        observation_space=gym.spaces.Box(-np.inf, np.inf, (11,), np.float32),
+        env,
+        observation_space=OBSERVATIONS,
         ref_min_score=REFERENCE[0],
         ref_max_score=REFERENCE[1],
         algorithm_name="SAC of Stable-Baselines3, half-trained; its noise doubled",
         description="Hopper-v5, 50,000 steps of a half-trained policy, float32",
-        author="The cql.py authors",
-        author_email="none",
+        author={"The cql.py authors"},
+        author_email={"none"},
         code_permalink="datasets/make_hopper.py",
     )
-    steps = sum(len(episode.rewards) for episode in episodes)
+    steps = sum(len(episode) for episode in episodes)
     text = f"return {np.mean(returns):.1f} +- {np.std(returns):.1f}, score {score:.1f}"
     print(f"{len(episodes)} episodes, {steps} steps, {text}")
 

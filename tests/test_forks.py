@@ -233,8 +233,6 @@ def test_the_normalized_critics_are_exported(data, tmp_path, monkeypatch):
     module = fork("layer_norm", tmp_path)
     monkeypatch.setitem(sys.modules, "cql", module)
     script = HERE.parent / "scripts" / "export_onnx.py"
-    if not script.exists():
-        script = HERE.parent / "export_onnx.py"
     spec = importlib.util.spec_from_file_location("export_of_a_fork", script)
     export_onnx = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(export_onnx)

@@ -1,18 +1,19 @@
-"""benchmarks/plot.py: its statistics against numbers worked out by hand, its groups and
-its files."""
+"""scripts/plot.py: its statistics against numbers worked out by hand, its groups, its
+tables and its files."""
 
 import csv
-import importlib.util
 import json
+import re
+import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
-PATH = Path(__file__).parent.parent / "benchmarks" / "plot.py"
-spec = importlib.util.spec_from_file_location("plot", PATH)
-plot = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(plot)
+sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
+import plot
 
 
 def write(directory, name, rows):
@@ -23,28 +24,40 @@ def write(directory, name, rows):
         writer.writerows(rows)
 
 
-def made(directory, alphas=(0, 5), seeds=range(5), score=lambda a, s, t: a + s + t):
+def sum_of(alpha, seed, step):
+    return alpha + seed + step
+
+
+def made(directory, alphas=(0, 5), seeds=range(5), score=sum_of, **flags):
+    """A run's directory of four evaluations; with flags, also their config.yaml."""
     evaluations, metrics = [], []
     runs = [(seed, alpha) for seed in seeds for alpha in alphas]
     for step in (10, 20, 30, 40):
         for run, (seed, alpha) in enumerate(runs):
-            keys = {"step": step, "run": run}
-            rest = {"seed": seed, "cql_alpha": alpha, "cql_temp": 1}
-            rest |= {
-                "cql_target_action_gap": -1,
-                "return_mean": -score(alpha, seed, step),
-            }
-            value = score(alpha, seed, step)
-            evaluations.append({**keys, **rest, "d4rl_normalized_score": value})
-            q = {"average_qf1": 1, "average_qf2": 3, "cql_q1_rand": 0, "cql_q2_rand": 2}
-            q |= {
-                "cql_q1_current_actions": 10 + seed,
-                "cql_q2_current_actions": 20 + seed,
-            }
-            metrics.append({**keys, **q, "cql_qf1_diff": -1, "cql_qf2_diff": -3})
+            row = {"step": step, "run": run, "seed": seed, "cql_alpha": alpha}
+            row |= {"cql_temp": 1, "cql_target_action_gap": -1}
+            row["return_mean"] = -score(alpha, seed, step)
+            row["d4rl_normalized_score"] = score(alpha, seed, step)
+            evaluations.append(row)
+            row = {"step": step, "run": run}
+            row |= {"average_qf1": 1, "average_qf2": 3}
+            row |= {"cql_q1_rand": 0, "cql_q2_rand": 2}
+            row |= {"cql_qf1_diff": -1, "cql_qf2_diff": -3}
+            row["cql_q1_current_actions"] = 10 + seed + step
+            row["cql_q2_current_actions"] = 20 + seed + step
+            metrics.append(row)
     write(directory, "evaluations.csv", evaluations)
     write(directory, "metrics.csv", metrics)
+    if flags:
+        config = {"seed": list(seeds), "cql_alpha": list(alphas), **flags}
+        (directory / "config.yaml").write_text(json.dumps(config))
     return directory
+
+
+def groups(*directories):
+    """Label and number of runs of each group, in order."""
+    evaluations, _ = plot.read_runs(list(directories))
+    return evaluations.groupby("group", sort=False)["id"].nunique().to_dict()
 
 
 def test_interquartile_mean():
@@ -57,91 +70,252 @@ def test_interquartile_mean():
 
 
 def test_interval():
-    """Of a mean over many: the normal one. Of equal values: no width."""
+    """Of a mean over many: the normal one. Of equal values: no width. Of few: none."""
     values = np.random.default_rng(1).normal(3.0, 2.0, 400)
-    low, high = plot.interval(values, lambda draws: draws.mean(-1))
+    low, high = plot.interval(values, plot.mean)
     error = 1.96 * values.std() / 20
     assert low == pytest.approx(values.mean() - error, abs=0.1 * error)
     assert high == pytest.approx(values.mean() + error, abs=0.1 * error)
-    assert plot.interval([2.0, 2.0, 2.0], plot.interquartile_mean) == (2.0, 2.0)
+    assert plot.interval([2.0] * 5, plot.interquartile_mean) == (2.0, 2.0)
+    assert np.isnan(plot.interval([2.0] * 4, plot.mean)).all()
 
 
-def test_groups_and_table(tmp_path):
-    directory = made(tmp_path / "one")
-    groups = plot.read_groups([directory])
-    assert [group.label for group in groups] == ["cql_alpha 0", "cql_alpha 5"]
-    assert [len(group.evaluations) for group in groups] == [5, 5]
-    row = plot.tabulate(groups, plot.measure(groups))[1]
-    assert row["measure"] == "d4rl_normalized_score" and row["seeds"] == 5
-    assert row["last"] == 5 + 2 + 40 and row["last three"] == 5 + 2 + 30
-    assert row["best"] == row["last"] and row["best low"] < row["best"]
-    q = plot.q_of(groups[1])[3]
-    assert q["policy"][0] == 15 + 3 and q["data"][0] == 2 and q["drift"][0] == 16
-    assert q["gap"][0] == -2 and q["uniform"][0] == 1
-    two = plot.read_groups([directory, made(tmp_path / "two", alphas=(5,))])
-    assert [g.label for g in two] == [
-        *("one, cql_alpha 0", "one, cql_alpha 5", "two, cql_alpha 5")
-    ]
+def test_interval_of_a_run_that_stopped():
+    """Over those that are there."""
+    values = np.array([[1.0, 2, 3, 4, 5], [1, 2, np.nan, np.nan, np.nan]])
+    low, high = plot.interval(values, plot.mean)
+    assert plot.mean(values).tolist() == [3, 1.5]
+    assert (low[1], high[1]) == (1, 2)
 
 
-def config(directory, **flags):
-    (directory / "config.yaml").write_text(json.dumps({"cql_alpha": 1, **flags}))
-    return directory
+def test_values_of_a_group(tmp_path):
+    evaluations, metrics = plot.read_runs([made(tmp_path / "one")])
+    scores = evaluations[evaluations["group"] == "cql_alpha 5"]
+    values = plot.over_runs(scores, plot.SCORE)
+    assert values.index.tolist() == [10, 20, 30, 40]
+    assert values.to_numpy()[1].tolist() == [25, 26, 27, 28, 29]
+    q = metrics[metrics["group"] == "cql_alpha 5"]
+    assert plot.over_runs(q, "policy").to_numpy()[0].tolist() == [25, 26, 27, 28, 29]
+    for name, value in {"data": 2, "uniform": 1, "gap": -2}.items():
+        assert (q[name] == value).all(), name
+
+
+def test_labels_say_what_differs(tmp_path):
+    one = made(tmp_path / "one", discount=0.9, cal_ql=True)
+    assert groups(one) == {"cql_alpha 0": 5, "cql_alpha 5": 5}
+    five = made(tmp_path / "five", alphas=(5,), discount=0.9)
+    none = made(tmp_path / "none", alphas=(0,), discount=0.9)
+    assert list(groups(five, none)) == ["cql_alpha 0", "cql_alpha 5"]
+    assert groups(made(tmp_path / "alone", alphas=(5,))) == {"alone": 5}
+    other = made(tmp_path / "two", (5,), discount=0.9, cal_ql=False)
+    assert groups(one, other) == {
+        "cal_ql true, cql_alpha 0": 5,
+        "cal_ql true, cql_alpha 5": 5,
+        "cal_ql false, cql_alpha 5": 5,
+    }
+    older = made(tmp_path / "three", (5,), discount=0.9)
+    assert "cal_ql unset" in groups(other, older)
+    unlike = made(tmp_path / "four", (5,), discount=0.8, cal_ql=True, qf_lr=1)
+    assert list(groups(other, unlike)) == [str(other), str(unlike)]  # too many words
 
 
 def test_directories_of_the_same_settings_are_one_group(tmp_path):
-    runs = [(4, 0.5), (5, 0.5), (6, 0.9)]
-    paths = [made(tmp_path / f"s{seed}", (1,), (seed,)) for seed, _ in runs]
-    for path, (seed, discount) in zip(paths, runs):
-        config(path, seed=seed, resume=str(path), discount=discount)
-    groups = plot.read_groups(paths)
-    assert [(g.label, len(g.evaluations)) for g in groups] == [("s4", 2), ("s6", 1)]
+    paths = []
+    for seed, discount in ((4, 0.5), (5, 0.5), (6, 0.9)):
+        path = tmp_path / f"s{seed}"
+        paths.append(made(path, (1,), (seed,), discount=discount, resume=str(path)))
+    assert groups(*paths) == {"discount 0.5": 2, "discount 0.9": 1}
+
+
+def test_a_sweeps_directory(tmp_path):
+    """Its trials, by their settings; where only its joined tables were copied, those."""
+    sweep = made(tmp_path / "sweep", (1, 5), seeds=(0, 1))
+    assert groups(sweep) == {"cql_alpha 1": 2, "cql_alpha 5": 2}
+    for alpha in (1, 5):
+        trial = sweep / f"cql_alpha_{alpha}"
+        trial.mkdir()
+        (trial / "config.yaml").write_text(json.dumps({"cql_alpha": alpha}))
+    assert groups(sweep) == {"cql_alpha 1": 2, "cql_alpha 5": 2}
+    for alpha in (1, 5):
+        made(sweep / f"cql_alpha_{alpha}", (alpha,), (0, 1), qf_lr=alpha / 10)
+    expected = {"qf_lr 0.1, cql_alpha 1": 2, "qf_lr 0.5, cql_alpha 5": 2}
+    assert groups(sweep) == expected
+    for name in ("evaluations.csv", "metrics.csv"):  # as below wandb's agents
+        (sweep / name).unlink()
+    assert groups(sweep) == expected
+
+
+def test_table(tmp_path):
+    evaluations, _ = plot.read_runs([made(tmp_path / "one")])
+    row = plot.tabulate(evaluations, plot.measure(evaluations)).iloc[1]
+    assert row["measure"] == "d4rl_normalized_score" and row["seeds"] == 5
+    assert row["last"] == 5 + 2 + 40 and row["last three"] == 5 + 2 + 30
+    assert row["best"] == row["last"]
+    assert 45 < row["last low"] < row["last"] < row["last high"] < 49
 
 
 def test_runs_that_stopped_early(tmp_path):
     """Drawn as far as they came, in the table only counted; so is one without any."""
-    directory = config(made(tmp_path / "one", (1,)), seed=[0, 1, 2, 3, 4, 5])
+    directory = made(tmp_path / "one", (1,), discount=1)
+    config = json.loads((directory / "config.yaml").read_text())
+    config["seed"] = [0, 1, 2, 3, 4, 5]
+    (directory / "config.yaml").write_text(json.dumps(config))
     for name in ("evaluations.csv", "metrics.csv"):
-        head, *lines = (directory / name).read_text().splitlines()
-        lines = [x for x in lines if not x.startswith(("30,4,", "40,4,"))]
-        (directory / name).write_text("\n".join([head, *lines]))
-    groups = plot.read_groups([directory])
-    [row] = plot.tabulate(groups, plot.measure(groups))
+        table = pd.read_csv(directory / name)
+        gone = (table["run"] == 4) & (table["step"] >= 30)
+        table[~gone].to_csv(directory / name, index=False)
+    evaluations, _ = plot.read_runs([directory])
+    row = plot.tabulate(evaluations, plot.SCORE).iloc[0]
     assert (row["seeds"], row["stopped"]) == (4, 2)
     assert row["last"] == 1 + 1.5 + 40 and np.isnan(row["last low"])
-    steps, values = plot.joined(groups[0].evaluations, "d4rl_normalized_score")
-    assert steps.tolist() == [10, 20, 30, 40]
-    assert plot.mean(values).tolist() == [1 + 2 + 10, 1 + 2 + 20, 1 + 1.5 + 30, 42.5]
-    plot.main([str(directory), "--out", str(tmp_path / "out")])
+    values = plot.over_runs(evaluations, plot.SCORE).to_numpy()
+    assert plot.mean(values).tolist() == [13, 23, 1 + 1.5 + 30, 42.5]
+    assert plot.main([str(directory), "--out", str(tmp_path / "out")]) == 0
     assert "| one | 4 | 2 | 42.5 |" in (tmp_path / "out" / "table.md").read_text()
 
 
-def test_files(tmp_path, capsys):
-    argv = [str(made(tmp_path / "run")), "--out", str(tmp_path / "out")]
-    plot.main([*argv, "--data-score", "30"])
+def lines_drawn(monkeypatch):
+    """By file name, the lines of each panel, without points and error bars."""
+    drawn = {}
+
+    def spy(figure, path):
+        drawn[path.name] = []
+        for panel in figure.axes:
+            lines = [line for line in panel.lines if line.get_linestyle() != "None"]
+            drawn[path.name].append([line for line in lines if len(line.get_xdata())])
+        save(figure, path)
+
+    save = plot.save
+    monkeypatch.setattr(plot, "save", spy)
+    return drawn
+
+
+def xs(panel):
+    return [list(line.get_xdata()) for line in panel]
+
+
+def ys(panel):
+    return [list(line.get_ydata()) for line in panel]
+
+
+def test_what_is_drawn(tmp_path, monkeypatch, capsys):
+    drawn = lines_drawn(monkeypatch)
+    out = tmp_path / "out"
+    argv = [str(made(tmp_path / "run")), "--out", str(out), "--data-score", "30"]
+    assert plot.main(argv) == 0
+    (curves,) = drawn["curves.png"]
+    assert xs(curves)[:2] == [[10, 20, 30, 40]] * 2
+    assert ys(curves) == [[12, 22, 32, 42], [17, 27, 37, 47], [30, 30]]
+    q, above, gap = drawn["drift.png"]
+    assert ys(q) == [[27, 37, 47, 57]] * 2
+    assert ys(above) == [[25, 35, 45, 55], [-1] * 4] * 2  # the policy's, uniform ones
+    assert ys(gap) == [[-2] * 4] * 2
+    scores, ends = drawn["weights.png"]
+    assert ys(scores) == [[32, 37]]
+    assert ys(ends) == [[57, 57], [2, 2]]
+
     names = {"curves.png", "drift.png", "weights.png", "table.md", "table.csv"}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    assert {path.name for path in out.iterdir()} == names
+    for name in names:
+        assert (out / name).stat().st_size > 100
     printed = capsys.readouterr().out
-    assert printed == (tmp_path / "out" / "table.md").read_text()
-    assert printed.count("\n") == 4 and "| cql_alpha 5 | 5 | 47.0 [" in printed
-    with open(tmp_path / "out" / "table.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [float(row["last three"]) for row in rows] == [32, 37]
+    assert printed == (out / "table.md").read_text() + f"figures and tables: {out}\n"
+    assert "| cql_alpha 5 | 5 | 47.0 [45.7, 48.7] |" in printed
+    assert pd.read_csv(out / "table.csv")["last three"].tolist() == [32, 37]
 
 
-def test_without_scores_returns_count(tmp_path, capsys):
-    one_alpha = made(tmp_path / "run", alphas=(1,), score=lambda *_: float("nan"))
-    text = (one_alpha / "evaluations.csv").read_text().replace("nan", "")
-    (one_alpha / "evaluations.csv").write_text(text.replace(",,", ",7,"))
-    plot.main([str(one_alpha), "--out", str(tmp_path / "out")])
-    assert "return_mean" in (tmp_path / "out" / "table.csv").read_text()
-    assert not (tmp_path / "out" / "weights.png").exists()
-    with pytest.raises(SystemExit):
-        plot.main([str(tmp_path), "--out", str(tmp_path / "out")])
-    assert "no evaluations.csv there" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        plot.main([str(one_alpha), f"{one_alpha}/"])
-    assert "a directory twice" in capsys.readouterr().err
-    (one_alpha / "metrics.csv").unlink()  # of a run of no updates
-    plot.main([str(one_alpha), "--out", str(tmp_path / "bare")])
-    assert not (tmp_path / "bare" / "drift.png").exists()
+def test_a_line_for_each_other_setting_against_the_weight(tmp_path, monkeypatch):
+    drawn = lines_drawn(monkeypatch)
+    directories = []
+    for qf_lr in (1, 2):
+        directories.append(str(made(tmp_path / str(qf_lr), (0, qf_lr), qf_lr=qf_lr)))
+    assert plot.main([*directories, "--out", str(tmp_path / "out")]) == 0
+    scores, _ = drawn["weights.png"]
+    assert xs(scores) == [[0, 1], [0, 2]]
+    assert ys(scores) == [[32, 33], [32, 34]]
+
+
+def test_diverged_runs(tmp_path, monkeypatch):
+    """Q where it was a number last; one that was never evaluated is left out."""
+    drawn = lines_drawn(monkeypatch)
+    directory = made(tmp_path / "run", (0, 5), (0, 1))
+    table = pd.read_csv(directory / "metrics.csv")
+    gone = (table["run"] == 2) & (table["step"] >= 30)
+    table.loc[gone, "cql_q1_current_actions"] = np.nan
+    table.loc[table["run"] == 1, "cql_q2_current_actions"] = 1e9
+    table.to_csv(directory / "metrics.csv", index=False)
+    evaluations = pd.read_csv(directory / "evaluations.csv")
+    kept = evaluations["run"] != 1
+    evaluations[kept].to_csv(directory / "evaluations.csv", index=False)
+    assert plot.main([str(directory), "--out", str(tmp_path / "out")]) == 0
+    _, ends = drawn["weights.png"]
+    assert ys(ends)[0] == [(55 + 36) / 2, 56]
+    assert ys(drawn["drift.png"][0]) == [[25.5, 35.5, 45, 55], [26, 36, 46, 56]]
+
+
+def test_steps_are_named(tmp_path):
+    def name(**flags):
+        directory = made(tmp_path / str(flags), (1,), (0,), **flags)
+        return plot.name_steps(plot.read_runs([directory])[0])
+
+    assert name() == name(online_iterations=0, max_timesteps=9) == "gradient updates"
+    assert name(online_iterations=9, max_timesteps=0) == "environment steps"
+    both = "gradient updates, then environment steps"
+    assert name(online_iterations=9, max_timesteps=9) == both
+
+
+def test_scales(tmp_path):
+    """Logarithmic only where something runs away."""
+    figure, panel = plot.plt.subplots()
+    plot.choose_scale(panel, pd.DataFrame({"q": [-3, 0, 900, 1200]}))
+    assert panel.get_yscale() == "linear"
+    plot.choose_scale(panel, pd.DataFrame({"q": [-3, 1, 20, 1e6]}))
+    assert panel.get_yscale() == "symlog"
+    plot.plt.close(figure)
+
+
+def test_without_scores_returns_count(tmp_path):
+    directory = made(tmp_path / "run", alphas=(1,))
+    table = pd.read_csv(directory / "evaluations.csv")
+    table.loc[3, "d4rl_normalized_score"] = np.nan
+    table.to_csv(directory / "evaluations.csv", index=False)
+    (directory / "metrics.csv").unlink()  # of a run of no updates
+    assert plot.main([str(directory), "--out", str(tmp_path / "out")]) == 0
+    table = pd.read_csv(tmp_path / "out" / "table.csv")
+    assert table["measure"].tolist() == ["return_mean"]
+    assert table["last"].tolist() == [-43]
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"curves.png"}
+
+
+def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made(Path("run"))
+    Path("empty").mkdir()
+    Path("begun").mkdir()
+    (Path("begun") / "evaluations.csv").touch()
+    write(Path("foreign"), "evaluations.csv", [{"a": 1}])
+    Path("file").touch()
+    cases = {
+        "empty: no evaluations.csv there": ["empty"],
+        "nothing: no evaluations.csv there": ["nothing"],
+        "begun: no evaluations yet": ["begun"],
+        "a directory twice": ["run", "run/"],
+        "foreign/evaluations.csv: not a table of cql.py's": ["foreign"],
+        "--out file: .*exists": ["run", "--out", "file"],
+        "unrecognized arguments: --colour": ["run", "--colour"],
+    }
+    before = sorted(tmp_path.rglob("*"))
+    for words, argv in cases.items():
+        assert plot.main(argv) == 2
+        error = capsys.readouterr().err
+        assert re.fullmatch(f"plot.py: error: .*{words}.*\n", error), error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_without_its_packages(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(plot.__file__)
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch("plot.py: error: .*pandas.*: pip install .*\n", error), error

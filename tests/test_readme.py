@@ -1,4 +1,4 @@
-"""The README's commands parse, its Python runs, and its fork recipe trains."""
+"""The READMEs' commands parse, their Python runs, and the fork recipe trains."""
 
 import csv
 import importlib.util
@@ -16,18 +16,17 @@ import cql
 
 ROOT = Path(cql.__file__).parent
 README = (ROOT / "README.md").read_text()
+MEASURED = (ROOT / "benchmarks" / "README.md").read_text()
 
 
 def blocks(language: str):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+    return re.findall(rf"^```{language}\n(.*?)^```", README + MEASURED, re.M | re.S)
 
 
-COMMANDS = [
-    line
-    for block in blocks("bash")
-    for line in block.replace("\\\n", " ").splitlines()
-    if line.startswith("python cql.py")
+LINES = [
+    line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()
 ]
+COMMANDS = [line for line in LINES if line.startswith("python cql.py")]
 
 
 def test_there_are_commands():
@@ -42,6 +41,33 @@ def test_commands_parse(line, monkeypatch):
     given.pop("load_model", None)
     given.pop("resume", None)
     cql.validate(cql.make_config(given))
+
+
+def test_the_readme_stays_short_enough_to_be_read():
+    assert len(README.splitlines()) <= 300
+
+
+def test_named_files_are_there():
+    """Scripts, configs, datasets, pictures and tables that the pages name."""
+    named = re.findall(r"(?:scripts|benchmarks|tests)/\w+\.py", README + MEASURED)
+    named += re.findall(r"(?:configs|datasets)/[\w/.-]*\w", README)
+    named += re.findall(r"\((benchmarks/results/\S+?)\)", README)
+    for name in re.findall(r"\((results/\S+?)\)|`(results/[\w/.-]+)`", MEASURED):
+        named += [f"benchmarks/{path}" for path in name if path]
+    assert len(named) > 30
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if "scripts/" in line])
+def test_flags_of_scripts_exist(line):
+    """Each long option of a script's command is in its source, or cql.py's."""
+    script = re.search(r"scripts/\w+\.py", line)[0]
+    source = (ROOT / script).read_text()
+    for flag in re.findall(r"--([\w-]+)", line):
+        known = f'"--{flag}"' in source
+        assert known or (
+            script == "scripts/sweep.py" and flag in cql.FIELDS | {"config_path": 0}
+        ), flag
 
 
 def test_python_blocks_run(capsys):

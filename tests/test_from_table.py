@@ -1,0 +1,527 @@
+"""scripts/from_table.py: made-up logs (CSV, Parquet, npz) against loops over rows."""
+
+import csv
+import io
+import json
+import random
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import minari
+import numpy as np
+import pandas as pd
+import pytest
+from make_data import datasets_path
+
+import cql
+
+SCRIPT = Path(cql.__file__).parent / "scripts" / "from_table.py"
+sys.path.insert(0, str(SCRIPT.parent))
+import from_table  # noqa: E402
+
+CLINICAL = (
+    "--episode patient_id --time t --observations vital_*,age,sex --categorical sex "
+    "--actions dose --rewards r --terminal died"
+).split()
+
+
+def convert(path, *flags, out):
+    """from_table.main -> exit status, stdout, stderr."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with redirect_stdout(stdout), redirect_stderr(stderr):
+        status = from_table.main([str(path), *map(str, flags), "--out", str(out)])
+    return status, stdout.getvalue(), stderr.getvalue()
+
+
+def converted(path, *flags, out):
+    """The dataset's episodes and task as cql.py reads them, and what was printed."""
+    status, stdout, stderr = convert(path, *flags, out=out)
+    assert status == 0 and stderr == "", stderr
+    episodes, task = cql.read_episodes(str(out))
+    for episode in episodes:
+        cql.check_episode(episode, task)
+    return episodes, task, stdout
+
+
+def write_csv(path, rows):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def patients(n=150, seed=0):
+    """Rows of n patients' stays, 1 to 50 long, shuffled; a third of them die."""
+    rng = random.Random(seed)
+    rows = []
+    for patient in range(n):
+        length = 1 + patient % 50
+        sex = rng.choice(["F", "M", "other"])
+        for t in range(length):
+            row = {
+                "patient_id": f"P{patient:03}",
+                "t": 0.25 * t,
+                "vital_hr": rng.gauss(80, 12),
+                "age": rng.randrange(20, 95),
+                "sex": sex,
+                "dose": rng.uniform(0, 7.5),
+                "vital_bp": rng.gauss(120, 15),
+                "r": rng.gauss(0, 1),
+                "died": int(t == length - 1 and patient % 3 == 0),
+                "note": "free text",
+            }
+            rows.append(row)
+    rng.shuffle(rows)
+    return rows
+
+
+def expected_episodes(rows, episode_of, observe, act, reward, terminal):
+    """By plain loops: rows of an episode, in their order, as lists; the last row is
+    the final observation, or, if it is terminal, a transition."""
+    by_episode = {}
+    for row in rows:
+        by_episode.setdefault(episode_of(row), []).append(row)
+    episodes = []
+    for stay in by_episode.values():
+        observations = [observe(row) for row in stay]
+        actions = [act(row) for row in stay]
+        rewards = [reward(row) for row in stay]
+        ended = bool(terminal(stay[-1]))
+        if ended:
+            observations.append(observations[-1])
+        else:
+            actions.pop()
+            rewards.pop()
+        if actions:
+            terminations = [False] * (len(actions) - 1) + [ended]
+            episodes.append((observations, actions, rewards, terminations))
+    return episodes
+
+
+def assert_same(episodes, expected):
+    assert len(episodes) == len(expected)
+    for episode, (observations, actions, rewards, terminations) in zip(
+        episodes, expected
+    ):
+        n = len(actions)
+        np.testing.assert_array_equal(episode.observations, np.float32(observations))
+        actions = np.asarray(actions).reshape(n, -1).astype(episode.actions.dtype)
+        np.testing.assert_array_equal(episode.actions, actions)
+        np.testing.assert_array_equal(episode.rewards, rewards)
+        np.testing.assert_array_equal(episode.terminations, terminations)
+        assert episode.whole  # terminated or truncated
+
+
+def test_a_clinical_log(tmp_path):
+    """Shuffled rows with id and time, a pattern, a categorical column, a real dose."""
+    rows = patients()
+    path = write_csv(tmp_path / "log.csv", rows)
+    out = tmp_path / "deep" / "mine-v0"
+    episodes, task, printed = converted(path, *CLINICAL, out=out)
+
+    first = {}
+    for i, row in enumerate(rows):
+        first.setdefault(row["patient_id"], i)
+    expected = expected_episodes(
+        sorted(rows, key=lambda row: (first[row["patient_id"]], row["t"])),
+        lambda row: row["patient_id"],
+        lambda row: (
+            [row["vital_hr"], row["vital_bp"], row["age"]]
+            + [float(row["sex"] == value) for value in ("F", "M", "other")]
+        ),
+        lambda row: row["dose"],
+        lambda row: row["r"],
+        lambda row: row["died"],
+    )
+    assert_same(episodes, expected)
+    assert not task.discrete and task.action_shape == [1]
+    doses = [row["dose"] for row in rows]
+    assert task.action_low == [np.float32(min(doses))]
+    assert task.action_high == [np.float32(max(doses))]
+
+    lengths = [len(episode[1]) for episode in expected]
+    n_died = sum(row["died"] for row in rows)
+    mean_return = sum(sum(episode[2]) for episode in expected) / len(expected)
+    assert len(rows) > 3000 and n_died == 50 and lengths.count(1) > 0
+    for text in (
+        f"log.csv: {len(rows):,} rows, 150 episodes\n",
+        f"{sum(lengths):,} steps in {len(lengths)} episodes, 1 to 50 long, median",
+        f"mean return {mean_return:.4g}\n",
+        f"50 ended (terminal); {len(lengths) - 50} only stop",
+        "left out: 100 last rows of episodes that only stop (2 had no other),\n",
+        "  100 of them with a reward;",
+        f"next: python cql.py --env {out} ",
+    ):
+        assert text in printed, text
+    columns = json.loads((out / "columns.json").read_text())
+    assert columns["names"] == "vital_hr vital_bp age sex=F sex=M sex=other".split()
+    assert [line.split(" ")[0] for line in printed.splitlines()[2:8]] == columns["names"]
+
+
+def sessions(n=300, seed=1):
+    """Rows of n sessions in the order of the file, then of one that is not done."""
+    rng = random.Random(seed)
+    rows = []
+    for session in range(n + 1):
+        length = rng.randrange(1, 20)
+        for i in range(length):
+            row = {
+                "session_id": session,
+                "item": rng.choice([3, 4, 6, 9]),
+                "title": rng.choice(["tea", "coffee", "água"]),
+                "returning": rng.random() < 0.5,
+                "hour": rng.randrange(24),
+                "click": int(rng.random() < 0.3),
+                "done": i == length - 1 and session < n,
+            }
+            rows.append(row)
+    return rows
+
+
+@pytest.mark.parametrize("name", ["item", "title"])
+def test_a_recommender_log(name, tmp_path):
+    """Parquet with a done column that is terminal too; an integer and a text action."""
+    rows = sessions()
+    path = tmp_path / "log.parquet"
+    types = {"title": "category", "hour": "Int64"}
+    pd.DataFrame(rows).astype(types).to_parquet(path)
+    flags = f"--done done --terminal done --actions {name} --rewards click".split()
+    flags += ["--observations", "returning,hour"]
+    out = tmp_path / "clicks"
+    episodes, task, printed = converted(path, *flags, out=out)
+    titles = ["coffee", "tea", "água"]
+    expected = expected_episodes(
+        rows,
+        lambda row: row["session_id"],
+        lambda row: [row["returning"], row["hour"]],
+        lambda row: titles.index(row["title"]) if name == "title" else row["item"],
+        lambda row: row["click"],
+        lambda row: row["done"],
+    )
+    assert_same(episodes, expected)
+    assert task.discrete and len(expected) in (300, 301) and len(rows) > 2500
+    kept = [row for row in rows if row is not rows[-1]]
+    values = json.loads((out / "columns.json").read_text())["action_values"]
+    if name == "item":
+        assert (task.action_low, task.action_high) == ([3], [9]) and values is None
+        assert "action item: 7 discrete, 4 of them occur" in printed
+        n = sum(row["item"] == 6 for row in kept)
+        assert f"\n6    {n}\n" in printed
+    else:
+        assert (task.action_low, task.action_high) == ([0], [2]) and values == titles
+        n = sum(row["title"] == "tea" for row in kept)
+        assert f"\n1 (tea)       {n}\n" in printed
+
+
+def arrays(n=2000, seed=2):
+    rng = np.random.default_rng(seed)
+    return {
+        "state": rng.normal(size=(n, 12)),
+        "control": rng.uniform(-0.9, 0.9, (n, 2)).astype(np.float32),
+        "valve": rng.integers(0, 5, n),
+        "gain": rng.normal(size=n),
+        "run": np.repeat(np.arange(n // 40), 40),
+    }
+
+
+def test_npz_arrays(tmp_path):
+    """Arrays [n, k] as columns, several actions, the file's order, all that is left as
+    observations; with given bounds and without."""
+    data = arrays()
+    path = tmp_path / "log.npz"
+    np.savez(path, **data)
+    flags = ["--episode", "run", "--rewards", "gain", "--observations", "*"]
+    flags += ["--actions", "control_*,valve", "--all-terminal"]
+    episodes, task, _ = converted(path, *flags, out=tmp_path / "data")
+    actions = np.column_stack([data["control"], data["valve"]])
+    expected = expected_episodes(
+        range(2000),
+        lambda i: data["run"][i],
+        lambda i: data["state"][i],
+        lambda i: actions[i],
+        lambda i: data["gain"][i],
+        lambda i: True,
+    )
+    assert_same(episodes, expected)
+    assert task.action_low == actions.min(axis=0).tolist()
+    assert task.action_high == actions.max(axis=0).tolist()
+    assert (len(episodes), len(episodes[0].rewards)) == (50, 40)
+
+    flags += ["--overwrite", "--action-low=-1,-1,0", "--action-high", "5"]
+    _, task, _ = converted(path, *flags, out=tmp_path / "data")
+    assert (task.action_low, task.action_high) == ([-1, -1, 0], [5, 5, 5])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "log.npz"]
+
+
+SMALL = """id,t,when,x,sex,far,a,dose,who,same,r,end
+u,2,2024-01-10,1.5,F,1700000002,4,0.1,ann,8,1,1
+v,1,2024-02-01 00:00,2.5,M,1700000001,7,0.2,bob,8,2,0
+u,1,2024-01-09 23:59,3.5,F,1700000003,7,0.4,bob,8,3,0
+v,2,2024-02-01T08:00:00+09:00,,M,1700000004,4,0.3,bob,8,4,0
+v,3,2025-01-01T00:00:00Z,4.5,M,1700000006,4,0.1,bob,8,5,0
+"""
+FLAGS = {
+    "--episode": "id",
+    "--time": "t",
+    "--observations": "t",
+    "--actions": "a",
+    "--rewards": "r",
+    "--terminal": "end",
+}
+
+
+def small(tmp_path, text=SMALL, **changed):
+    """The small log's path, and FLAGS with changes: None leaves a flag out, "" gives
+    it no value."""
+    path = tmp_path / "small.csv"
+    path.write_text(text)
+    flags = []
+    changed = {f"--{name.replace('_', '-')}": changed[name] for name in changed}
+    for name, value in {**FLAGS, **changed}.items():
+        if value is not None:
+            flags += [name, value] if value else [name]
+    return path, flags
+
+
+def read_small(tmp_path, **changed):
+    path, flags = small(tmp_path, **changed)
+    return converted(path, *flags, out=tmp_path / "small-v0")
+
+
+def test_fill_forward(tmp_path):
+    """Inside the episode in its order; v's x of time 2 is that of time 1."""
+    (u, v), _, printed = read_small(tmp_path, observations="x", fill="forward")
+    assert u.observations.tolist() == [[3.5], [1.5], [1.5]]
+    assert v.observations.tolist() == [[2.5], [2.5], [4.5]]
+    assert "small.csv: 5 rows, 2 episodes; 1 missing observations filled\n" in printed
+
+
+def test_center(tmp_path):
+    """The mean of all rows is subtracted, recorded and printed."""
+    flags = {"observations": "t,far", "center": "f*"}
+    (u, v), _, printed = read_small(tmp_path, **flags)
+    mean = 1700000003.2
+    np.testing.assert_allclose(u.observations[:, 1], [-0.2, -1.2, -1.2], atol=1e-6)
+    np.testing.assert_allclose(v.observations[:, 1], [-2.2, 0.8, 2.8], atol=1e-6)
+    columns = json.loads((tmp_path / "small-v0" / "columns.json").read_text())
+    assert columns["centers"] == {"far": mean}
+    assert f"far is less its mean, {mean}\n" in printed
+
+
+def test_integer_actions(tmp_path):
+    """Discrete; by request numbered, a box, or with given bounds."""
+    _, task, _ = read_small(tmp_path)
+    assert task.discrete and (task.action_low, task.action_high) == ([4], [7])
+    flags = {"overwrite": ""}
+    (u, v), task, _ = read_small(tmp_path, categorical="a", **flags)
+    assert task.discrete and (task.action_low, task.action_high) == ([0], [1])
+    assert u.actions.tolist() == [[1], [0]] and v.actions.tolist() == [[1], [0]]
+    columns = json.loads((tmp_path / "small-v0" / "columns.json").read_text())
+    assert columns["action_values"] == [4, 7]
+    (u, _), task, _ = read_small(tmp_path, continuous="", **flags)
+    assert not task.discrete and (task.action_low, task.action_high) == ([4], [7])
+    assert u.actions.tolist() == [[7], [4]] and u.actions.dtype == np.float32
+    _, task, _ = read_small(tmp_path, action_low="0", action_high="9", **flags)
+    assert task.discrete and (task.action_low, task.action_high) == ([0], [9])
+
+
+def test_without_terminal(tmp_path):
+    """No episode terminates; the last rows of both are left out. Spaces after the
+    commas are none of the names'."""
+    text = SMALL.replace(",", ", ")
+    (u, v), _, printed = read_small(tmp_path, text=text, terminal=None)
+    assert u.rewards.tolist() == [3] and v.rewards.tolist() == [2, 4]
+    assert not u.terminations.any() and not v.terminations.any()
+    assert "0 ended (terminal); 2 only stop (truncated: they bootstrap)\n" in printed
+
+
+def test_times_as_text(tmp_path):
+    """ISO 8601, sorted as times: v's second row is an hour before its first."""
+    (u, v), _, _ = read_small(tmp_path, time="when")
+    assert u.rewards.tolist() == [3, 1] and v.rewards.tolist() == [4, 2]
+
+
+@pytest.fixture
+def refused_line(tmp_path):
+    """refused_line(path, flags, *fragments): exit status 2, one line that holds them,
+    nothing written."""
+
+    def check(path, flags, *fragments):
+        before = sorted(tmp_path.rglob("*"))
+        status, _, err = convert(path, *flags, out=tmp_path / "no-v0")
+        assert status == 2 and err.startswith("from_table.py: error: "), (status, err)
+        assert err.count("\n") == 1 and sorted(tmp_path.rglob("*")) == before
+        for text in fragments:
+            assert text in err, f"{text} not in: {err}"
+
+    return check
+
+
+def edited(old, new, **flags):
+    assert old in SMALL
+    return {"text": SMALL.replace(old, new), **flags}
+
+
+REFUSALS = [
+    # Rows and columns
+    ({"observations": "t,x"}, "row 4, column x: nan is missing or infinite (--fill"),
+    (edited("1.5", "inf", observations="x"), "row 1, column x: inf is missing or infin"),
+    (edited(",1.5", ",", observations="x"), "row 1, column x: nan", "; such rows: 2"),
+    (
+        edited(",2.5", ",", observations="x", fill="forward"),
+        "row 2, column x: nan is mis",
+    ),
+    ({"rewards": "x", "fill": "forward"}, "row 4, column x: nan is missing"),
+    (edited("v,2,", ",2,"), "row 4, column id: nan is missing"),
+    (edited("v,2,", "v,,"), "row 4, column t: nan is missing"),
+    (edited("2024-01-10", "10.1.24", time="when"), "row 1, column when: 10.1.24 is nei"),
+    (edited("v,3,", "v,2,"), "row 5, column t: 2 occurs twice in its episode"),
+    (edited("v,1,", "v,noon,"), "row 2, column t: noon is no number"),
+    (edited("2,0\n", "2,1\n"), "row 2, column end: 1 before the last row of its"),
+    (edited("0.2", "?", actions="dose"), "row 2, column dose: ? is no number"),
+    ({"observations": "t,sex"}, "row 1, column sex: F is no number (--categorical"),
+    ({"actions": "dose,who"}, "row 1, column who: ann is no number"),
+    ({"actions": "who", "continuous": ""}, "row 1, column who: ann is no number"),
+    ({"actions": "dose", "action_high": "0.3"}, "row 3, column dose: 0.4 is outside"),
+    # Columns
+    ({"observations": "t,far"}, "column far is 1.7e+09 in size", "--center far"),
+    ({"observations": "vital*"}, "--observations: no column 'vital*' (nearest: "),
+    ({"rewards": "reward"}, "--rewards: no column 'reward' (nearest: far)"),
+    ({"center": "far"}, "--center: no column 'far' (nearest: t)"),
+    ({"categorical": "sex"}, "--categorical: no column 'sex'"),
+    ({"observations": "t,a"}, "--observations: 'a' is the action, or known only after"),
+    ({"observations": "t,r"}, "--observations: 'r' is the action, or known only after"),
+    ({"actions": "dose,a", "categorical": "a"}, "of several columns none can be cat"),
+    ({"actions": "same"}, "--actions: same is the same in every row: no choice"),
+    (edited(",7,0.4", ",900000,0.4"), "a spans 899,997 integers; --categorical a takes"),
+    ({"actions": "dose", "action_low": "1,2"}, "--action-low: expected one number or 1"),
+    ({"actions": "dose", "action_low": "low"}, "argument --action-low: invalid"),
+    # Flags
+    ({"rewards": None}, "the following arguments are required: --rewards"),
+    ({"episode": None}, "one of the arguments --episode --done is required"),
+    ({"done": "end"}, "not allowed with argument --episode"),
+    ({"episode": None, "done": "end"}, "--time goes with --episode"),
+    ({"all_terminal": ""}, "not allowed with argument --terminal"),
+    ({"fill": "backward"}, "invalid choice: 'backward'"),
+    # Files
+    ({"text": ""}, "small.csv: cannot be read: No columns"),
+    ({"text": "id,t,a,r,end\n"}, "small.csv: no rows"),
+    ({"text": "t,a,r,end\nu,1,2,3,0\n"}, "small.csv: rows have more fields than the"),
+    ({"episode": "far", "terminal": None}, "small.csv: no step of which it is known"),
+]
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusals(case, tmp_path, refused_line):
+    changed, *fragments = case
+    path, flags = small(tmp_path, **changed)
+    refused_line(path, flags, *fragments)
+
+
+def test_files_refused(tmp_path, refused_line):
+    _, flags = small(tmp_path)
+    for name in ("log.csv", "log.parquet", "log.npz"):
+        refused_line(tmp_path / name, flags, f"{name}: no such file")
+    for name in ("log.csv", "log.parquet", "log.npz"):
+        (tmp_path / name).write_bytes(b"\xff\xfe\x00 no such thing")
+        refused_line(tmp_path / name, flags, f"{name}: cannot be read: ")
+    (tmp_path / "log.xlsx").touch()
+    refused_line(tmp_path / "log.xlsx", flags, "expected a .csv, .csv.gz, .parquet")
+
+
+def test_an_index_in_parquet(tmp_path):
+    """pandas writes a frame's index beside its columns; it is read as columns."""
+    frame = pd.DataFrame(patients(6)).set_index(["patient_id", "t"])
+    frame.to_parquet(tmp_path / "log.parquet")
+    path = write_csv(tmp_path / "log.csv", patients(6))
+    of_index, _, _ = converted(tmp_path / "log.parquet", *CLINICAL, out=tmp_path / "a")
+    of_columns, _, _ = converted(path, *CLINICAL, out=tmp_path / "b")
+    for one, other in zip(of_index, of_columns, strict=True):
+        np.testing.assert_array_equal(one.observations, other.observations)
+
+
+def test_out(tmp_path, monkeypatch):
+    """An existing directory is replaced only if asked, and only a dataset; a disk that
+    is full leaves what was there."""
+    path, flags = small(tmp_path)
+    out = tmp_path / "mine-v0"
+    out.mkdir()
+    status, _, err = convert(path, *flags, "--overwrite", out=out)
+    assert status == 2 and f"--out {out}: exists, and is no dataset\n" in err
+    out.rmdir()
+    episodes, _, _ = converted(path, *flags, out=out)
+    with datasets_path(tmp_path):
+        loaded = minari.load_dataset("mine-v0")
+    assert (loaded.spec.dataset_id, loaded.total_steps) == ("mine-v0", 4)
+    status, _, err = convert(path, *flags, out=out)
+    assert status == 2 and err.endswith("exists; --overwrite replaces it\n")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    flags += ["--overwrite"]
+    flags[flags.index("--rewards") + 1] = "same"
+    monkeypatch.chdir(tmp_path)  # a relative path
+    with monkeypatch.context() as patch:
+        patch.setattr(from_table.MinariStorage, "update_metadata", full)
+        status, _, err = convert(path, *flags, out="mine-v0")
+    assert status == 1 and err.startswith("from_table.py: failed: [Errno 28] No space")
+    unchanged, _ = cql.read_episodes(str(out))
+    assert unchanged[0].rewards.tolist() == episodes[0].rewards.tolist() == [3, 1]
+    replaced, _, _ = converted(path, *flags, out="mine-v0")
+    assert replaced[0].rewards.tolist() == [8, 8]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine-v0", "small.csv"]
+
+
+@pytest.mark.parametrize("action", ["dose", "who"])
+def test_training_on_it(action, tmp_path):
+    """cql.py trains on what was written, and its policy acts on a row of the log."""
+    rows = patients(20)
+    for row in rows:
+        row["who"] = "doctor" if row["dose"] < 3 else "nurse"
+    path = write_csv(tmp_path / "log.csv", rows)
+    out = tmp_path / "mine-v0"
+    converted(path, *CLINICAL, "--actions", action, out=out)
+    flags = {
+        "env": out,
+        "eval_env": "none",
+        "hidden_dim": 8,
+        "batch_size": 16,
+        "max_timesteps": 20,
+        "resume": tmp_path / "run",
+    }
+    with redirect_stdout(io.StringIO()):
+        assert cql.main([f"--{name}={flags[name]}" for name in flags]) == 0
+    columns = json.loads((out / "columns.json").read_text())
+    row = {"vital_hr": 80, "vital_bp": 120, "age": 50, "sex": "M", "ward": "B"}
+    observation = from_table.encode(pd.DataFrame([row]), columns)
+    assert observation.tolist() == [[80, 120, 50, 0, 1, 0]]
+    policy = cql.load_policy(tmp_path / "run")
+    if action == "dose":
+        assert 0 <= policy(observation)[0, 0] <= 7.5
+    else:
+        assert columns["action_values"][policy(observation)[0]] in ("doctor", "nurse")
+
+
+@pytest.mark.parametrize("missing", ["pandas", "pyarrow"])
+def test_without_its_packages(missing, tmp_path):
+    """One line that says what to install; --help works without."""
+    path = tmp_path / "log.parquet"
+    pd.DataFrame(sessions(3)).to_parquet(path)
+    code = f"import runpy, sys; sys.modules['{missing}'] = None; sys.argv = sys.argv[1:]"
+    code += "; runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", code, SCRIPT]
+    flags = "--done done --observations hour --actions item --rewards click".split()
+    arguments = [path, *flags, "--out", tmp_path / "no-v0"]
+    result = subprocess.run([*command, *arguments], capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert f"pip install {missing}==" in result.stderr
+    result = subprocess.run([*command, "--help"], capture_output=True, text=True)
+    assert (
+        result.returncode == 0
+        and "python scripts/from_table.py log.csv" in result.stdout
+    )
+    assert max(map(len, result.stdout.splitlines())) <= 80

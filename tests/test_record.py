@@ -1,0 +1,375 @@
+"""scripts/record.py: what it records beside plain loops over the environment."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from make_data import Toy, minari_dataset, rollout, run, toy_dataset
+
+import cql
+
+sys.path.append(str(Path(cql.__file__).parent / "scripts"))
+import record
+
+TOY = "make_data:CqlToy-v0"
+
+
+def trained(data, directory, **flags):
+    """A run directory of two stacked runs, whose networks are then made to differ."""
+    status, _, err = run(env=data, resume=directory, seed="[0,1]", **flags)
+    assert status == 0, err
+    payload = torch.load(directory / "checkpoint.pt", weights_only=True)
+    generator = torch.Generator().manual_seed(0)
+    for name, values in payload["agent"].items():
+        if name.endswith(("weight", "bias")):
+            values += 0.3 * torch.randn(values.shape, generator=generator)
+    torch.save(payload, directory / "checkpoint.pt")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def toy_run(tmp_path_factory):
+    """Of policies in CqlToy-v0 with bounds of its own and observations in parts."""
+    root = tmp_path_factory.mktemp("toy")
+    settings = {"low": [-2.0, 0.0], "high": [1.0, 4.0], "layout": "dict"}
+    return trained(toy_dataset(root, env_kwargs=settings), root / "run")
+
+
+@pytest.fixture(scope="module")
+def cart_run(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cart")
+    env = gym.make("CartPole-v1")
+    references = {"ref_min_score": 20.0, "ref_max_score": 500.0}
+    data = minari_dataset(root, "cart/pole-v0", rollout(env, 20), env=env, **references)
+    return trained(data, root / "run", q_n_hidden_layers=2)
+
+
+def recorded(out, *argv):
+    """Episodes and task of what the command records."""
+    assert record.main([*map(str, argv), "--out", str(out)]) == 0
+    return cql.read_episodes(str(out))
+
+
+def plain_loop(env, act, steps, seed):
+    """What record.py should hold: flat observations, actions, ..., of each episode."""
+    episodes = []
+    while steps:
+        start = cql.seed_from([record.START, seed, len(episodes)])
+        observation, _ = env.reset(seed=start)
+        flat = [gym.spaces.flatten(env.observation_space, observation)]
+        actions, rewards, over = [], [], False
+        while steps and not over:
+            actions.append(act(observation))
+            observation, reward, terminated, truncated, _ = env.step(actions[-1])
+            flat.append(gym.spaces.flatten(env.observation_space, observation))
+            rewards.append(reward)
+            over = terminated or truncated
+            steps -= 1
+        episodes.append((np.array(flat), np.array(actions), np.array(rewards)))
+        episodes[-1] += (bool(terminated),)
+    return episodes
+
+
+def check_equal(episodes, expected):
+    assert len(episodes) == len(expected) > 2
+    for episode, (observations, actions, rewards, terminated) in zip(episodes, expected):
+        np.testing.assert_array_equal(episode.observations, observations)
+        np.testing.assert_array_equal(episode.actions, actions.reshape(len(rewards), -1))
+        np.testing.assert_array_equal(episode.rewards, rewards)
+        assert not episode.terminations[:-1].any()
+        assert bool(episode.terminations[-1]) == terminated
+        assert episode.whole  # terminated or truncated, also where --steps cut it
+
+
+def actions_of(episodes):
+    """All observations acted on and all actions."""
+    observations = np.concatenate([each.observations[:-1] for each in episodes])
+    return observations, np.concatenate([each.actions for each in episodes])
+
+
+def test_a_policys_episodes(toy_run, tmp_path):
+    """In the environment of its data, with its settings."""
+    argv = [toy_run, "--run", 1, "--steps", 50, "--seed", 3]
+    episodes, task = recorded(tmp_path / "toy-v0", *argv)
+    policy = cql.load_policy(toy_run, run=1)
+    env = gym.make("CqlToy-v0", **policy.task.env_kwargs)
+    check_equal(episodes, plain_loop(env, policy, 50, seed=3))
+    assert task.env_kwargs == policy.task.env_kwargs != {}
+    assert (task.env_id, task.max_episode_steps) == ("CqlToy-v0", 20)
+    assert task.action_high == [1.0, 4.0]
+    other, _ = recorded(tmp_path / "other-v0", toy_run, "--steps", 50, "--seed", 3)
+    assert (actions_of(other)[1][0] != actions_of(episodes)[1][0]).all()
+
+
+def test_random_episodes(tmp_path, capsys):
+    episodes, task = recorded(tmp_path / "r-v0", "random", "--env", TOY, "--steps", 45)
+    env = gym.make("CqlToy-v0")
+    env.action_space.seed(cql.seed_from([record.DRAW, 0]))
+    check_equal(
+        episodes, plain_loop(env, lambda _: env.action_space.sample(), 45, seed=0)
+    )
+    assert task.reference is None
+    assert f"python cql.py --env {tmp_path}/r-v0 --eval_env {TOY}\n" in (
+        capsys.readouterr().out
+    )
+
+
+def test_the_last_episode_is_truncated(tmp_path):
+    out = tmp_path / "r-v0"
+    recorded(out, "random", "--env", "make_data:CqlEndless-v0", "--steps", 7)
+    (last,) = list(record.minari.dataset.minari_dataset.MinariDataset(out / "data"))[-1:]
+    assert last.truncations[-1] != last.terminations[-1]
+    assert not last.truncations[:-1].any()
+    metadata = json.loads((out / "data" / "metadata.json").read_text())
+    assert metadata["total_steps"] == 7
+    # An environment without a time limit gets one, as in cql.py.
+    assert json.loads(metadata["env_spec"])["max_episode_steps"] == 1000
+
+
+def test_seeds(toy_run, tmp_path):
+    """The same command records the same numbers, another seed others."""
+
+    def numbers(name, seed, *argv):
+        argv = [toy_run, "--steps", 60, "--seed", seed, *argv]
+        return np.concatenate(actions_of(recorded(tmp_path / name, *argv)[0]), axis=1)
+
+    for i, flags in enumerate((["--noise", 0.3], ["--stochastic"])):
+        first = numbers(f"{i}-v0", 0, *flags)
+        np.testing.assert_array_equal(first, numbers(f"{i}-v1", 0, *flags))
+        other = numbers(f"{i}-v2", 1, *flags)
+        assert (first != other).any(axis=0).all()
+
+
+def test_noise(toy_run, tmp_path):
+    """Its standard deviation is in halves of the range; bounds hold."""
+    argv = [toy_run, "--steps", 1000, "--noise", 0.05]
+    observations, actions = actions_of(recorded(tmp_path / "n-v0", *argv)[0])
+    low, high = np.array([-2.0, 0.0]), np.array([1.0, 4.0])
+    assert (actions >= low).all() and (actions <= high).all()
+    without = cql.load_policy(toy_run)(observations)
+    units = (actions - without) / ((high - low) / 2)
+    inside = ((without > low + 0.5) & (without < high - 0.5)).all(axis=1)
+    assert inside.sum() > 300
+    assert units[inside].std(axis=0) == pytest.approx(0.05, rel=0.15)
+    assert units[inside].mean(axis=0) == pytest.approx(0, abs=0.01)
+    argv = [toy_run, "--steps", 200, "--noise", 5]
+    _, actions = actions_of(recorded(tmp_path / "n-v1", *argv)[0])
+    at_bounds = np.isin(actions, [low.tolist(), high.tolist()])
+    assert 0.7 < at_bounds.mean() < 0.95 and (actions[~at_bounds] > -2).all()
+
+
+def test_sampled_actions(toy_run, tmp_path):
+    """Standard normals remain when the policy's mean and deviation are taken out."""
+    argv = [toy_run, "--run", 1, "--steps", 500, "--stochastic"]
+    observations, actions = actions_of(recorded(tmp_path / "s-v0", *argv)[0])
+    agent = cql.load_policy(toy_run).agent
+    x = torch.as_tensor(observations)[None].expand(2, -1, -1)
+    mean, log_std = agent.policy((x - agent.observation_mean) / agent.observation_std)
+    units = agent.unit_actions(torch.as_tensor(actions)).clamp(-0.9999, 0.9999)
+    normals = (units.atanh() - mean[1]) / log_std[1].exp()
+    normals = normals[(units.abs() < 0.999).all(-1)]
+    assert len(normals) > 300
+    torch.testing.assert_close(normals.mean(0), torch.zeros(2), atol=0.2, rtol=0)
+    torch.testing.assert_close(normals.std(0), torch.ones(2), atol=0.2, rtol=0)
+
+
+def test_discrete_actions(cart_run, tmp_path):
+    """Noise is the share of uniform actions, half of them the greedy one."""
+    policy = cql.load_policy(cart_run)
+    for noise, share in ((0, 0), (0.4, 0.2), (1, 0.5)):
+        argv = [cart_run, "--steps", 1000, "--noise", noise]
+        episodes, task = recorded(tmp_path / f"{noise}-v0", *argv)
+        assert task.discrete
+        observations, actions = actions_of(episodes)
+        other = actions[:, 0] != policy(observations)
+        assert other.mean() == pytest.approx(share, abs=0.05)
+
+
+def mean_return(env, act):
+    returns = []
+    for number in range(20):
+        observation, _ = env.reset(seed=cql.seed_from([record.MEASURE, 0, number]))
+        returns.append(0.0)
+        over = False
+        while not over:
+            observation, reward, terminated, truncated, _ = env.step(act(observation))
+            returns[-1] += reward
+            over = terminated or truncated
+    return np.mean(returns)
+
+
+def test_measured_references(tmp_path, capsys, monkeypatch):
+    """Of a policy that holds still, which is better than a random one."""
+    directory = trained(toy_dataset(tmp_path), tmp_path / "run")
+    still = lambda self, x, noise=None: torch.zeros(*x.shape[:-1], 2)  # noqa: E731
+    monkeypatch.setattr(cql.ContinuousCQL, "choose", still)
+    argv = [directory, "--steps", 30, "--noise", 1]
+    episodes, task = recorded(tmp_path / "m-v0", *argv)
+    env = gym.make("CqlToy-v0")
+    env.action_space.seed(cql.seed_from([record.MEASURE, 0]))
+    low = mean_return(env, lambda _: env.action_space.sample())
+    high = mean_return(env, lambda _: np.zeros(2, np.float32))
+    assert task.reference == pytest.approx([low, high])
+    printed = capsys.readouterr().out
+    assert f"random actions return {low:.1f}, the policy without noise {high:.1f}" in (
+        printed
+    )
+    # The mean is over episodes that --steps did not cut.
+    returns = [each.rewards.sum() for each in episodes[:-1]]
+    score = cql.normalized_score(np.mean(returns), [low, high])
+    assert len(episodes) > 1 and f"return {np.mean(returns):.1f} +- " in printed
+    assert f", score {score:.1f}\n" in printed
+
+
+def test_a_policy_no_better_than_random_measures_nothing(tmp_path, monkeypatch, capsys):
+    directory = trained(toy_dataset(tmp_path), tmp_path / "run")
+    away = lambda self, x, noise=None: torch.ones(*x.shape[:-1], 2)  # noqa: E731
+    monkeypatch.setattr(cql.ContinuousCQL, "choose", away)
+    _, task = recorded(tmp_path / "m-v0", directory, "--steps", 30)
+    assert task.reference is None
+    assert (
+        "not scored, as no better than random: random actions" in capsys.readouterr().out
+    )
+
+
+def test_known_references(cart_run, tmp_path):
+    """Given ones, then the data's own of the same environment, then D4RL's."""
+    argv = [cart_run, "--steps", 50]
+    assert recorded(tmp_path / "a-v0", *argv)[1].reference == [20, 500]
+    _, task = recorded(tmp_path / "b-v0", *argv, "--reference", -1, 2.5)
+    assert task.reference == [-1, 2.5]
+    argv = ["random", "--env", "Hopper-v5", "--steps", 5]
+    d4rl = list(cql.REFERENCE_RETURNS["Hopper-"])
+    assert recorded(tmp_path / "c-v0", *argv)[1].reference == d4rl
+
+
+def test_another_environments_references_do_not_count(cart_run, tmp_path):
+    _, task = recorded(
+        tmp_path / "c-v0", cart_run, "--steps", 50, "--env", "CartPole-v0"
+    )
+    assert task.env_id == "CartPole-v0" and task.reference != [20, 500]
+    assert task.max_episode_steps == 200
+
+
+def test_cql_trains_on_it(toy_run, tmp_path):
+    out = tmp_path / "below" / "toy-v0"
+    recorded(out, toy_run, "--steps", 100, "--noise", 0.3, "--reference", 0, 10)
+    status, printed, err = run(env=out, resume=tmp_path / "run")
+    assert status == 0, err
+    assert "100 transitions" in printed and "evaluation: CqlToy-v0 with" in printed
+    assert "scored by the data's reference returns" in printed
+
+
+def test_minari_reads_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    recorded(tmp_path / "toy-v0", "random", "--env", TOY, "--steps", 45)
+    dataset = record.minari.load_dataset("toy-v0")
+    assert dataset.total_steps == 45 and dataset.env_spec.id == "CqlToy-v0"
+    assert dataset.recover_environment().observation_space.shape == (3,)
+    assert list(record.minari.list_local_datasets()) == ["toy-v0"]
+
+
+def test_overwriting(tmp_path, capsys):
+    out = tmp_path / "toy-v0"
+    argv = ["random", "--env", TOY, "--steps", "10", "--out", str(out)]
+    assert record.main(argv) == 0
+    before = (out / "data" / "main_data.hdf5").read_bytes()
+    assert record.main([*argv, "--seed", "1"]) == 2
+    error = capsys.readouterr().err
+    assert error == f"record.py: error: --out {out}: is there already; " + (
+        "--overwrite replaces it\n"
+    )
+    assert (out / "data" / "main_data.hdf5").read_bytes() == before
+    assert record.main([*argv, "--seed", "1", "--overwrite"]) == 0
+    assert (out / "data" / "main_data.hdf5").read_bytes() != before
+    assert len(cql.read_episodes(str(out))[0]) > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["toy-v0"]
+
+
+def test_nothing_is_half_written(tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    out = tmp_path / "toy-v0"
+    argv = ["random", "--env", TOY, "--steps", "10", "--out", str(out), "--overwrite"]
+    assert record.main(argv) == 0
+    before = (out / "data" / "main_data.hdf5").read_bytes()
+    storage = type(record.MinariStorage.read(out / "data"))
+    monkeypatch.setattr(storage, "update_episodes", full)
+    assert record.main([*argv, "--seed", "1"]) == 1
+    error = capsys.readouterr().err
+    assert (
+        error == f"record.py: failed: could not write {out}: No space left on device\n"
+    )
+    assert (out / "data" / "main_data.hdf5").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["toy-v0"]
+
+
+class Reusing(Toy):
+    """Hands out one array, and changes it."""
+
+    array = np.zeros(3, np.float32)
+
+    def _observation(self, reward):
+        self.array[:] = super()._observation(reward)
+        return self.array
+
+
+def test_observations_are_copied():
+    action = np.array([0.2, 0.2])
+    episode = record.play_episode(Reusing(), lambda _: action, seed=0, most_steps=3)
+    last_rewards = episode.observations[:, 2]
+    assert last_rewards == pytest.approx([0, *episode.rewards])
+    assert len(set(last_rewards)) == 4
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
+    return tmp_path
+
+
+def test_bad_input_is_one_line(toy_run, cart_run, here, capsys):
+    toy = ["random", "--env", TOY, "--out", "x"]
+    policy = [str(toy_run), "--out", "x"]
+    cases = {
+        "checkpoint none: cannot be read": ["none", "--out", "x"],
+        "holds runs 0 to 1, no 2": [*policy, "--run", "2"],
+        "random: of no known environment; pass --env": ["random", "--out", "x"],
+        "--env No-v0: cannot be made": ["random", "--env", "No-v0", "--out", "x"],
+        "--env CartPole-v1: .* do not match the policy's 3 and": (
+            [*policy, "--env", "CartPole-v1"]
+        ),
+        "--steps 0: must be at least 1": [*toy, "--steps", "0"],
+        "--seed -1: must be at least 0": [*toy, "--seed", "-1"],
+        "--noise -0.1: must be finite": [*policy, "--noise", "-0.1"],
+        "--noise nan: must be finite": [*policy, "--noise", "nan"],
+        "--noise 1.5: a share of discrete": (
+            [str(cart_run), "--out", "x", "--noise", "1.5"]
+        ),
+        "--stochastic: a discrete policy is greedy": (
+            [str(cart_run), "--out", "x", "--stochastic"]
+        ),
+        "random: takes neither": [*toy, "--noise", "1"],
+        "--reference 2 1: LOW must be below HIGH": [*toy, "--reference", "2", "1"],
+        "invalid int value: 'many'": [*toy, "--steps", "many"],
+        "--out full: no dataset, so --overwrite leaves it": (
+            ["random", "--env", TOY, "--out", "full", "--overwrite"]
+        ),
+        "--out file/x: ": ["random", "--env", TOY, "--out", "file/x"],
+        "required: --out": ["random"],
+    }
+    before = sorted(here.rglob("*"))
+    for words, argv in cases.items():
+        assert record.main(argv) == 2, words
+        error = capsys.readouterr().err
+        assert re.fullmatch(f"record.py: error: .*{words}.*\n", error), error
+    assert sorted(here.rglob("*")) == before

@@ -1,0 +1,258 @@
+"""scripts/sweep.py: how it splits a product, joins the tables, and what it makes of a
+killed trial, a lost machine and bad input, on a real Ray of two nodes."""
+
+import json
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from make_data import arguments, run, toy_dataset
+
+import cql
+
+sys.path.insert(0, str(Path(cql.__file__).parent / "scripts"))
+import sweep
+
+SCRIPT = Path(sweep.__file__)
+PRODUCT = {"seed": [0, 1], "cql_alpha": [1, 5]}
+
+
+def plan(line, per_trial=(), directory=Path("/sweep")):
+    return sweep.plan(shlex.split(line), list(per_trial), directory)
+
+
+def test_a_product_is_split_into_trials():
+    """Numbers are those of one process; what is not swept goes through as it is."""
+    trials = plan("--seed '[3,4]' --cql_alpha='[1,0.5]' --cql_lagrange --env data")
+    assert [trial.name for trial in trials] == [
+        "seed_3-cql_alpha_1",
+        "seed_3-cql_alpha_0.5",
+        "seed_4-cql_alpha_1",
+        "seed_4-cql_alpha_0.5",
+    ]
+    assert [trial.numbers for trial in trials] == [[0], [1], [2], [3]]
+    assert trials[1].command == [
+        "--cql_lagrange",
+        "--env",
+        "data",
+        "--seed=3",
+        "--cql_alpha=0.5",
+        "--resume=/sweep/seed_3-cql_alpha_0.5",
+    ]
+
+
+def test_flags_of_one_trial_stay_stacked():
+    """The numbers of a trial's runs are those of the same runs in one process."""
+    line = "--env data --seed '[0,1,2]' --cql_alpha '[1,5]' --cql_temp '[1,2]'"
+    trials = plan(line, ["seed", "cql_temp"])
+    whole = cql.product_of_runs(cql.read_config(shlex.split(line)))
+    assert len(trials) == 2
+    for trial in trials:
+        runs = cql.product_of_runs(cql.read_config(trial.command))
+        assert len(runs) == len(trial.numbers) == 6
+        for mine, number in zip(runs, trial.numbers):
+            assert {**mine, "run": number} == whole[number]
+
+
+def test_any_other_flag_may_be_swept(tmp_path):
+    """But env, whose list is one dataset. A config file's list counts as well."""
+    (tmp_path / "c.yaml").write_text("qf_lr: [0.001, 0.0001]\nenv: [a, b]\nseed: [0, 1]")
+    trials = plan(f"--config_path {tmp_path}/c.yaml --penalty '[mean, logsumexp]'")
+    assert len(trials) == 8
+    last = cql.read_config(trials[-1].command)
+    assert (last.qf_lr, last.penalty, last.seed) == (1e-4, "logsumexp", 1)
+    assert last.env == ["a", "b"]
+    assert trials[-1].extra == {"qf_lr": 1e-4, "penalty": "logsumexp"}
+
+
+@pytest.mark.parametrize(
+    "line, fragment",
+    [
+        ("--lok_freq 3", "log_freq"),
+        ("--seed '[0,1]' --cql_alpha -1", "--cql_alpha"),
+        ("--qf_lr '[0.1,x]'", "--qf_lr"),
+        ("--resume there", "--resume"),
+        ("--config_path nowhere.yaml", "nowhere.yaml"),
+    ],
+)
+def test_bad_flags_are_one_line(line, fragment, tmp_path, capsys):
+    argv = ["--dir", str(tmp_path / "sweep"), *shlex.split(line)]
+    assert sweep.main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("sweep.py: error: ") and error.count("\n") == 1
+    assert fragment in error and not (tmp_path / "sweep").exists()
+
+
+def test_per_trial_names_a_swept_flag(tmp_path, capsys):
+    argv = ["--dir", str(tmp_path / "sweep"), "--per_trial", "qf_lr"]
+    assert sweep.main(argv) == 2
+    assert "--per_trial qf_lr" in capsys.readouterr().err
+
+
+def test_the_record_is_of_the_same_command(tmp_path):
+    """A longer training of a sweep is no ended one."""
+    (trial,) = plan("--env data --max_timesteps 10", directory=tmp_path)
+    record = {"command": trial.command, "end": 3}
+    trial.record().write_text(json.dumps(record))
+    assert trial.end() == 3
+    (longer,) = plan("--env data --max_timesteps 20", directory=tmp_path)
+    assert longer.record() == trial.record() and longer.end() is None
+
+
+def test_tables_are_joined_by_step_and_number(tmp_path):
+    trials = plan("--env data --seed '[0,1]' --qf_lr '[0.1,0.2]'", ["seed"], tmp_path)
+    for trial, steps in zip(trials, (["10", "5"], ["5"])):
+        trial.directory.mkdir()
+        lines = ["step,run,q"]
+        lines += [f"{step},{r},0.{step}{r}" for step in steps for r in (0, 1)]
+        (trial.directory / "metrics.csv").write_text("\n".join(lines))
+    table = sweep.join_tables(trials, "metrics.csv")
+    rows = [tuple(row) for row in table.itertuples(index=False)]
+    assert rows == [
+        ("5", 0, "0.50", "0.1"),
+        ("5", 1, "0.51", "0.1"),
+        ("5", 2, "0.50", "0.2"),
+        ("5", 3, "0.51", "0.2"),
+        ("10", 0, "0.100", "0.1"),
+        ("10", 1, "0.101", "0.1"),
+    ]
+
+
+def test_the_summary_is_by_combination():
+    columns = "run step cql_alpha cql_temp cql_target_action_gap".split()
+    rows = [(0, 5, 1, 1, -1, 2.0), (1, 5, 9, 1, -1, 7.0), (2, 5, 1, 1, -1, 3.0)]
+    rows += [(0, 10, 1, 1, -1, 6.0), (1, 10, 9, 1, -1, 1.0), (2, 10, 1, 1, -1, 5.0)]
+    table = pd.DataFrame(rows, columns=[*columns, "return_mean"]).astype(str)
+    table[sweep.SCORE] = ""
+    lines = sweep.summary(table.astype({"run": int}), []).splitlines()
+    assert lines[0].startswith("return_mean")
+    assert lines[1].split() == "cql_alpha runs last step last last three best".split()
+    assert lines[2].split() == ["1", "2", "10", "5.5", "4.0", "5.5"]
+    assert lines[3].split() == ["9", "1", "10", "1.0", "4.0", "7.0"]
+
+
+# ---- A real Ray ----
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    root = tmp_path_factory.mktemp("toy")
+    return toy_dataset(root, ref_min_score=-5.0, ref_max_score=15.0)
+
+
+def flags_of(toy, **more):
+    given = {"env": toy, "eval_env": "make_data:CqlToy-v0", "log_freq": 100}
+    return {**given, "max_timesteps": 1200, "eval_freq": 100, **more}
+
+
+def start(directory, flags, *options):
+    """The sweep as its user starts it."""
+    argv = [sys.executable, str(SCRIPT), "--dir", str(directory), *options]
+    log = open(f"{directory}.out", "ab")
+    argv += arguments(**flags)
+    return subprocess.Popen(argv, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+
+
+def wait_for(what, seconds=60):
+    """Until what() holds, which is returned."""
+    end = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+    return found
+
+
+def process_of(directory):
+    """The cql.py process of a trial's directory, or none."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:  # it has just ended
+            continue
+        if f"--resume={directory}".encode() in words:
+            return int(path.parent.name)
+    return None
+
+
+def is_like_one_process(directory, toy, tmp_path):
+    """The sweep's tables are those of the product in one process: to float order, which
+    grows with the updates, so of the first ones; and later those of each trial in one
+    go, to the byte."""
+    flags = flags_of(toy, **PRODUCT, max_timesteps=400)
+    status, _, error = run(resume=tmp_path / "one", **flags)
+    assert status == 0, error
+    for name in ("evaluations.csv", "metrics.csv"):
+        joined = pd.read_csv(directory / name)
+        first = joined[joined["step"] <= 400]
+        one = pd.read_csv(tmp_path / "one" / name)
+        pd.testing.assert_frame_equal(first, one, rtol=1e-3, atol=1e-5)
+    for alpha in PRODUCT["cql_alpha"]:
+        solo = tmp_path / f"solo{alpha}"
+        flags = flags_of(toy, seed=PRODUCT["seed"], cql_alpha=alpha)
+        assert run(resume=solo, **flags)[0] == 0
+        for name in ("evaluations.csv", "metrics.csv"):
+            trial = directory / f"cql_alpha_{alpha}" / name
+            assert trial.read_bytes() == (solo / name).read_bytes()
+
+
+def test_a_killed_trial_and_a_lost_machine(toy, tmp_path):
+    """Two nodes, a trial on each. One node goes, the other trial's process gets SIGKILL:
+    both go on from their checkpoints, and the tables are as if nothing had been."""
+    from ray.cluster_utils import Cluster
+
+    directory = tmp_path / "sweep"
+    trials = [directory / "cql_alpha_1", directory / "cql_alpha_5"]
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    node = cluster.add_node(num_cpus=1)
+    options = ["--per_trial", "seed", "--address", cluster.address]
+    process = start(directory, flags_of(toy, **PRODUCT), *options)
+    try:
+        for trial in trials:
+            wait_for((trial / "checkpoint.pt").exists)
+        before = [process_of(trial) for trial in trials]
+        cluster.remove_node(node, allow_graceful=False)
+        wait_for(lambda: None in [process_of(trial) for trial in trials])
+        if process_of(trials[0]) == before[0]:
+            os.kill(before[0], signal.SIGKILL)
+        else:
+            os.kill(before[1], signal.SIGKILL)
+        assert process.wait(60) == 0, Path(f"{directory}.out").read_text()
+    finally:
+        process.kill()
+        cluster.shutdown()
+    for trial in trials:
+        assert trial.with_suffix(".log").read_text().count("training ") >= 2
+    is_like_one_process(directory, toy, tmp_path)
+
+
+@pytest.mark.slow
+def test_interrupted_and_killed_sweeps_go_on(toy, tmp_path):
+    """The whole sweep gets SIGINT, SIGKILL and SIGTERM at random moments."""
+    directory = tmp_path / "sweep"
+    trials = [directory / "cql_alpha_1", directory / "cql_alpha_5"]
+    flags = flags_of(toy, **PRODUCT, max_timesteps=8000)
+
+    def starts():
+        logs = [trial.with_suffix(".log") for trial in trials]
+        return [log.exists() and log.read_text().count("training ") for log in logs]
+
+    for times, number in enumerate((signal.SIGINT, signal.SIGKILL, signal.SIGTERM), 1):
+        process = start(directory, flags, "--per_trial", "seed")
+        wait_for(lambda n=times: starts() == [n, n])
+        time.sleep(random.uniform(0, 3))
+        process.send_signal(number)
+        status = process.wait(60)
+        assert status == (-number if number == signal.SIGKILL else 130)
+        wait_for(lambda: not any(process_of(trial) for trial in trials))
+    process = start(directory, flags, "--per_trial", "seed")
+    assert process.wait(120) == 0
+    again = start(directory, flags, "--per_trial", "seed")
+    assert again.wait(60) == 0
+    assert starts() == [4, 4]  # nothing was left to do
