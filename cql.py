@@ -2572,10 +2572,11 @@ def read_checkpoint(path: Union[str, Path]) -> dict:
         path = path / "checkpoint.pt"
     where = f"checkpoint {path}"
     try:
-        archive = zipfile.ZipFile(path)
-        damaged = archive.testzip()  # torch checks no checksums
-        for entry in archive.infolist():  # a "directory" would be no tensor to it
-            damaged = damaged or entry.external_attr
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip() is not None  # torch checks no checksums
+            for entry in archive.infolist():
+                if entry.external_attr:  # a directory to torch, which holds no tensor
+                    damaged = True
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, ValueError) as error:
         raise UserError(f"{where}: cannot be read: {brief(error)}") from None

@@ -5,18 +5,22 @@
         --seed '[0,1,2,3]' --cql_alpha '[1,5,10,20]' --per_trial seed \\
         --gpus 0.25 --dir runs/sweep
 
-A flag of cql.py that holds a list is swept: there is a trial for each
-combination, but the values of the flags that --per_trial names are trained
-together, stacked, in one trial (here four trials of four seeds). Every other
-flag is cql.py's own. A trial is the ordinary command `python cql.py ...
---resume DIR/TRIAL`, run in the present directory. One that is killed, or whose
-machine goes away, is tried again, three times at most, and goes on from its
-last checkpoint. After Ctrl-C the same command goes on as well.
+A flag of cql.py that holds a list (of numbers, or of words such as penalty's)
+is swept: there is a trial for each combination, but the values of the flags
+that --per_trial names are trained together, stacked, in one trial (here four
+trials of four seeds). Every other flag is cql.py's own. A trial is the ordinary
+command `python cql.py ... --resume DIR/TRIAL`, run in the present directory.
+One that is killed, or whose machine goes away, is tried again, three times at
+most, and goes on from its last checkpoint. After Ctrl-C the same command goes
+on as well.
 
 On a cluster pass `--address auto`; DIR, this project and its Python must lie
 under the same paths on every machine. In the end DIR holds evaluations.csv and
-metrics.csv of all runs, numbered as if one process had trained them, besides
-each trial's directory (DIR/TRIAL) and what it printed (DIR/TRIAL.log).
+metrics.csv of the command's runs, numbered as if one process had trained them,
+besides each trial's directory (DIR/TRIAL) and what it printed (DIR/TRIAL.log).
+
+Exit status: 0 done, 1 a trial failed for good, 2 the input is at fault, 3 a
+run diverged, 130 interrupted.
 """
 
 import argparse
@@ -27,13 +31,12 @@ import json
 import logging
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Dict, List, Optional
 
@@ -51,12 +54,15 @@ try:
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
 except ModuleNotFoundError as missing:
-    print(f"sweep.py: error: {missing}: pip install -r requirements-sweep.txt")
+    what = f"{missing}: pip install -r requirements-sweep.txt"
+    print("sweep.py: error:", what, file=sys.stderr)
     sys.exit(2)
 
 SCORE = "d4rl_normalized_score"
 TRIES_AGAIN = 3
 STOPPED = "stopped early"  # in place of an exit status
+# Flags of text that are no lists to sweep.
+WHOLE = "env eval_env name group project device checkpoints_path load_model".split()
 
 
 @dataclass
@@ -66,6 +72,7 @@ class Trial:
     name: str
     directory: Path
     command: List[str]
+    config: str  # what the command means, as JSON
     numbers: List[int]  # of its runs, in the whole product
     extra: Dict[str, object]  # swept flags that cql.py's tables do not hold
 
@@ -73,16 +80,27 @@ class Trial:
         """The file that tells how the trial ended."""
         return self.directory.with_name(self.name + ".json")
 
-    def end(self):
-        """Exit status of this very command, or STOPPED; None if it is still to run."""
+    def end(self, asha: bool = True):
+        """Exit status of such a training, or STOPPED (which counts under ASHA alone);
+        None if it is still to run."""
         if not self.record().exists():
             return None
         record = json.loads(self.record().read_text())
-        return record["end"] if record["command"] == self.command else None
+        if record["config"] != self.config or (record["end"] == STOPPED and not asha):
+            return None
+        return record["end"]
+
+    def write_end(self, end) -> None:
+        temporary = self.record().with_suffix(".tmp")
+        temporary.write_text(json.dumps({"config": self.config, "end": end}))
+        os.replace(temporary, self.record())
 
 
-def without(argv: List[str], names: List[str]) -> List[str]:
+def without(argv: List[str], names) -> List[str]:
     """The command line without these flags and their values."""
+    names = set(names)
+    if "max_timesteps" in names:
+        names.add("offline_iterations")
     kept = []
     dropping = False
     for argument in argv:
@@ -93,38 +111,59 @@ def without(argv: List[str], names: List[str]) -> List[str]:
     return kept
 
 
+def with_flags(argv: List[str], flags: Dict[str, object]) -> List[str]:
+    """The command line with these values in place of its own."""
+    command = without(argv, flags)
+    for name, value in flags.items():
+        word = value if isinstance(value, str) else json.dumps(value)
+        command.append(f"--{name}={word}")
+    return command
+
+
+def other_lists(argv: List[str]) -> Dict[str, list]:
+    """The lists of flags that cql.py does not stack. Raises cql.UserError."""
+    lists = {}
+    for name, value in cql.read_command_line(argv).items():
+        if name in WHOLE or name in cql.SWEPT or not str(value).startswith("["):
+            continue
+        if isinstance(value, str):  # cql.py leaves a text flag's as it stands
+            with cql.errors_as(cql.UserError, f"--{name} {value}"):
+                value = yaml.safe_load(value)
+        values = [getattr(cql.make_config({name: each}), name) for each in value]
+        if not values or len(set(values)) < len(values):
+            raise cql.UserError(f"--{name} {value}: empty, or the same value twice")
+        lists[name] = values
+    return lists
+
+
 def plan(argv: List[str], per_trial: List[str], directory: Path) -> List[Trial]:
     """The trials of cql.py's flags. Raises cql.UserError for what cql.py refuses."""
-    flags = cql.read_command_line(argv)
-    if "resume" in flags:
+    if cql.read_command_line(argv).get("resume"):
         raise cql.UserError("--resume: every trial has its own, under --dir")
     for name in per_trial:
         if name not in cql.SWEPT:
             raise cql.UserError(f"--per_trial {name}: one of {', '.join(cql.SWEPT)}")
-    for name, value in flags.items():
-        if str(value).startswith("["):  # cql.py leaves a text flag's as it stands
-            flags[name] = yaml.safe_load(str(value))
-    swept = [name for name, value in flags.items() if isinstance(value, list)]
-    others = [name for name in swept if name not in (*cql.SWEPT, "env")]
-    axes = {name: flags[name] for name in others}
-    axes.update({name: flags[name] for name in cql.SWEPT if name in swept})
+    axes = other_lists(argv)
+    others = list(axes)
+    first = {name: values[0] for name, values in axes.items()}
+    whole = cql.read_config(with_flags(argv, first))
+    for name in cql.SWEPT:
+        values = getattr(whole, name)  # the command's, or a loaded model's
+        if isinstance(values, list):
+            axes[name] = values
     split = [name for name in axes if name not in per_trial]
     trials = {}
     for number, values in enumerate(itertools.product(*axes.values())):
         run = dict(zip(axes, values))
         chosen = {name: run[name] for name in split}
-        text = "-".join(f"{name}_{value}" for name, value in chosen.items()) or "all"
-        name = re.sub(r"[^\w.+-]+", "_", text)
+        words = [f"{key}_{value}".removesuffix(".0") for key, value in chosen.items()]
+        name = "-".join(words) or "all"
         if name not in trials:
             folder = directory / name
-            command = without(argv, split)
-            for flag, value in chosen.items():
-                word = value if isinstance(value, str) else json.dumps(value)
-                command.append(f"--{flag}={word}")
-            command.append(f"--resume={folder}")
-            cql.read_config(command)
-            extra = {flag: run[flag] for flag in others}
-            trials[name] = Trial(name, folder, command, [], extra)
+            command = with_flags(argv, {**chosen, "resume": str(folder)})
+            config = json.dumps(asdict(cql.read_config(command)))
+            extra = {key: run[key] for key in others}
+            trials[name] = Trial(name, folder, command, config, [], extra)
         trials[name].numbers.append(number)
     return list(trials.values())
 
@@ -139,8 +178,12 @@ def end_with_parent() -> None:
 class Training(tune.Trainable):
     """A trial's process. Each result is its latest evaluation: step and mean score."""
 
-    def setup(self, config, commands, root, caller):
+    def setup(self, config, commands, root, caller, environment):
         name = config["trial"]
+        environment = dict(environment)
+        for variable in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):  # Ray's share
+            if variable in os.environ:
+                environment[variable] = os.environ[variable]
         self.directory = root / name
         self.directory.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(self.directory / ".lock")
@@ -151,6 +194,7 @@ class Training(tune.Trainable):
             self.process = subprocess.Popen(
                 commands[name],
                 cwd=caller,
+                env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -181,7 +225,7 @@ class Training(tune.Trainable):
         with open(path, newline="") as file:
             for row in csv.DictReader(file):
                 if None not in row.values():  # else it is still being written
-                    score = row[SCORE] or row["return_mean"]
+                    score = row[SCORE] or row["return_mean"] or "nan"
                     scores[int(row["step"])].append(float(score))
         for step in sorted(scores):
             if step > self.latest["step"]:
@@ -232,28 +276,35 @@ class Record(tune.Callback):
         ended = self.trials[trial.config["trial"]]
         end = trial.last_result.get("status", STOPPED)
         if end != 2:
-            text = json.dumps({"command": ended.command, "end": end})
-            ended.record().write_text(text)
+            ended.write_end(end)
 
     def on_trial_recover(self, iteration, trials, trial, **info) -> None:
         name = trial.config["trial"]
         print(f"{name} broke off and goes on from its checkpoint ({name}.log)")
 
 
-def connect(options) -> float:
-    """Start Ray here, or join the cluster; returns the GPUs of a trial."""
-    ray.init(
-        address=options.address or "local",
-        include_dashboard=None if options.address else False,
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
+def connect(options) -> dict:
+    """Start Ray here, or join the cluster; returns what a trial takes of it. Raises
+    cql.UserError where no machine has as much."""
+    with cql.errors_as(cql.UserError, f"--address {options.address}: no Ray there"):
+        ray.init(
+            address=options.address or "local",
+            include_dashboard=None if options.address else False,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
     logging.getLogger("ray.tune").setLevel("CRITICAL")  # tracebacks of trials
     # Tune knows Ctrl-C's signal alone.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    if options.gpus is not None:
-        return options.gpus
-    return min(1, ray.cluster_resources().get("GPU", 0))
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus = max(machine.get("CPU", 0) for machine in machines)
+    gpus = max(machine.get("GPU", 0) for machine in machines)
+    if options.gpus is None:
+        options.gpus = min(1, gpus)
+    if options.cpus > cpus or options.gpus > gpus:
+        what = f"--cpus {options.cpus:g} --gpus {options.gpus:g}"
+        raise cql.UserError(f"{what}: a machine has {cpus:g} and {gpus:g} at most")
+    return {"cpu": options.cpus, "gpu": options.gpus}
 
 
 def make_scheduler(config: cql.TrainConfig) -> ASHAScheduler:
@@ -273,11 +324,15 @@ def make_scheduler(config: cql.TrainConfig) -> ASHAScheduler:
 def run_trials(trials: List[Trial], options) -> Dict[str, str]:
     """Train these trials; returns what is wrong with those that failed for good, by
     name. Raises cql.UserError for bad input."""
-    resources = {"cpu": options.cpus, "gpu": connect(options)}
+    resources = connect(options)
     script = str(Path(cql.__file__).resolve())
     commands = {each.name: [sys.executable, script, *each.command] for each in trials}
     training = tune.with_parameters(
-        Training, commands=commands, root=options.dir, caller=os.getcwd()
+        Training,
+        commands=commands,
+        root=options.dir,
+        caller=os.getcwd(),
+        environment=dict(os.environ),
     )
     scheduler = None
     if options.asha:
@@ -328,38 +383,49 @@ def join_tables(trials: List[Trial], name: str) -> pd.DataFrame:
     if not parts:
         return pd.DataFrame()
     table = pd.concat(parts).fillna("")
-    by_number = {"key": lambda column: column.astype(int), "kind": "stable"}
-    return table.sort_values(["step", "run"], **by_number)
+    table["step"] = table["step"].astype(int)
+    return table.sort_values(["step", "run"], kind="stable")
 
 
 def summary(evaluations: pd.DataFrame, extra: List[str]) -> str:
     """Last and best evaluations, a line for each combination but of the seeds."""
     names = [*extra, *[name for name in cql.SWEPT if name != "seed"]]
     shown = [name for name in names if evaluations[name].nunique() > 1]
-    column = SCORE if (evaluations[SCORE] != "").all() else "return_mean"
-    evaluations = evaluations.assign(value=evaluations[column].astype(float))
+    column = "return_mean"
+    if (evaluations[SCORE] != "").all():
+        column = SCORE
+    evaluations = evaluations.assign(value=pd.to_numeric(evaluations[column]))
     rows = []
     for _, run in evaluations.groupby("run", sort=True):
         row = {name: run[name].iloc[0] for name in shown}
+        row["runs"] = 1
         row["last step"] = int(run["step"].iloc[-1])
         row["last"] = run["value"].iloc[-1]
         row["last three"] = run["value"].iloc[-3:].mean()
         row["best"] = run["value"].max()
         rows.append(row)
     table = pd.DataFrame(rows)
-    table["runs"] = 1
-    means = {name: "mean" for name in ("last", "last three", "best")}
-    together = {"runs": "sum", "last step": "min", **means}
-    if not shown:
-        shown = ["all"]
-        table["all"] = "runs"
-    table = table.groupby(shown, sort=False).agg(together).reset_index()
+    if shown:
+        groups = table.groupby(shown, sort=False)
+    else:
+        groups = table.groupby(lambda _: "all")
+    means = groups[["last", "last three", "best"]].mean()
+    counts = groups.agg({"runs": "sum", "last step": "min"})
+    table = counts.join(means).reset_index()
     text = table.to_string(index=False, float_format=lambda x: f"{x:.1f}")
     return f"{column}, means over the runs of a line:\n{text}"
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage."""
+
+    def error(self, message: str):
+        raise cql.UserError(message)
+
+
 def parse(argv: Optional[List[str]]) -> tuple:
-    parser = argparse.ArgumentParser(
+    """The options, and cql.py's flags. Raises cql.UserError."""
+    parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="sweep.py --dir DIR [options] [flags of cql.py, lists are swept]",
@@ -375,26 +441,37 @@ def parse(argv: Optional[List[str]]) -> tuple:
     return parser.parse_known_args(argv)
 
 
+def write_tables(trials: List[Trial], directory: Path) -> None:
+    """Join evaluations.csv and metrics.csv, and print what they come to."""
+    for name in ("metrics.csv", "evaluations.csv"):
+        table = join_tables(trials, name)
+        if len(table):
+            table.to_csv(directory / name, index=False, lineterminator="\n")
+    if len(table):
+        print(summary(table, list(trials[0].extra)))
+
+
 def sweep(options, argv: List[str]) -> int:
     """Returns the exit status. Raises cql.UserError."""
     options.dir = options.dir.absolute()
     per_trial = [name for name in options.per_trial.split(",") if name]
     trials = plan(argv, per_trial, options.dir)
+    if (options.dir / "config.yaml").exists():
+        raise cql.UserError(f"--dir {options.dir}: a run's, not a sweep's")
+    failures = {}
     with cql.lock_directory(options.dir):
-        failures = {}
-        waiting = [trial for trial in trials if trial.end() is None]
+        waiting = [trial for trial in trials if trial.end(options.asha) is None]
         if waiting:
             failures = run_trials(waiting, options)
-        for name in ("evaluations.csv", "metrics.csv"):
-            table = join_tables(trials, name)
-            if len(table):
-                table.to_csv(options.dir / name, index=False, lineterminator="\n")
-        evaluations = join_tables(trials, "evaluations.csv")
-        if len(evaluations):
-            print(summary(evaluations, list(trials[0].extra)))
+        write_tables(trials, options.dir)
+    ends = [trial.end(options.asha) for trial in trials]
+    for trial, end in zip(trials, ends):
+        if end == 3:
+            print(f"{trial.name}: a run diverged")
+        elif end == STOPPED:
+            print(f"{trial.name}: {STOPPED}")
     for name, error in failures.items():
         print(f"{name} failed {1 + TRIES_AGAIN} times: {error}; see {name}.log")
-    ends = [trial.end() for trial in trials]
     print(f"files: {options.dir}")
     if failures:
         return 1
@@ -405,8 +482,8 @@ def sweep(options, argv: List[str]) -> int:
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    options, rest = parse(argv)
     try:
+        options, rest = parse(argv)
         return sweep(options, rest)
     except cql.UserError as error:
         print("sweep.py: error:", error, file=sys.stderr)

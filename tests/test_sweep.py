@@ -24,6 +24,12 @@ SCRIPT = Path(sweep.__file__)
 PRODUCT = {"seed": [0, 1], "cql_alpha": [1, 5]}
 
 
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    root = tmp_path_factory.mktemp("toy")
+    return toy_dataset(root, ref_min_score=-5.0, ref_max_score=15.0)
+
+
 def plan(line, per_trial=(), directory=Path("/sweep")):
     return sweep.plan(shlex.split(line), list(per_trial), directory)
 
@@ -79,6 +85,12 @@ def test_any_other_flag_may_be_swept(tmp_path):
         ("--seed '[0,1]' --cql_alpha -1", "--cql_alpha"),
         ("--qf_lr '[0.1,x]'", "--qf_lr"),
         ("--resume there", "--resume"),
+        ("--cql_alpha '[1,1.0]'", "--cql_alpha"),
+        ("--qf_lr '[1e-3,0.001]'", "--qf_lr"),
+        ("--seed '[]'", "--seed"),
+        ("--penalty '[mean'", "--penalty"),
+        ("--cql_target_action_gap '[1,2]'", "--cql_lagrange"),
+        ("--cpus many", "--cpus"),
         ("--config_path nowhere.yaml", "nowhere.yaml"),
     ],
 )
@@ -99,11 +111,43 @@ def test_per_trial_names_a_swept_flag(tmp_path, capsys):
 def test_the_record_is_of_the_same_command(tmp_path):
     """A longer training of a sweep is no ended one."""
     (trial,) = plan("--env data --max_timesteps 10", directory=tmp_path)
-    record = {"command": trial.command, "end": 3}
-    trial.record().write_text(json.dumps(record))
+    trial.write_end(3)
     assert trial.end() == 3
     (longer,) = plan("--env data --max_timesteps 20", directory=tmp_path)
     assert longer.record() == trial.record() and longer.end() is None
+    trial.write_end(sweep.STOPPED)
+    assert trial.end(asha=True) == sweep.STOPPED and trial.end(asha=False) is None
+
+
+def test_what_a_config_file_says_counts(tmp_path):
+    """The same command with another file is another training; a run's own config.yaml,
+    which says `resume: null`, may be given."""
+    file = tmp_path / "config.yaml"
+    file.write_text("resume: null\nmax_timesteps: 10\nenv: data")
+    (trial,) = plan(f"--config_path {file}", directory=tmp_path / "sweep")
+    (tmp_path / "sweep").mkdir()
+    trial.write_end(0)
+    file.write_text("max_timesteps: 20\nenv: data")
+    (again,) = plan(f"--config_path {file}", directory=tmp_path / "sweep")
+    assert trial.end() == 0 and again.end() is None
+
+
+def test_a_loaded_model_s_lists_are_split(toy, tmp_path):
+    assert run(env=toy, resume=tmp_path / "model", seed=[0, 1])[0] == 0
+    trials = plan(f"--load_model {tmp_path / 'model'} --cql_alpha '[1,5]'", ["seed"])
+    assert [trial.numbers for trial in trials] == [[0, 2], [1, 3]]
+
+
+def test_an_alias_is_swept_as_the_flag_it_stands_for():
+    trials = plan("--env data --offline_iterations '[10,20]'")
+    configs = [cql.read_config(trial.command) for trial in trials]
+    assert [config.max_timesteps for config in configs] == [10, 20]
+
+
+def test_a_run_s_directory_is_no_sweep_s(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("seed: 0")
+    assert sweep.main(["--dir", str(tmp_path), "--env", "data"]) == 2
+    assert "--dir" in capsys.readouterr().err
 
 
 def test_tables_are_joined_by_step_and_number(tmp_path):
@@ -116,12 +160,12 @@ def test_tables_are_joined_by_step_and_number(tmp_path):
     table = sweep.join_tables(trials, "metrics.csv")
     rows = [tuple(row) for row in table.itertuples(index=False)]
     assert rows == [
-        ("5", 0, "0.50", "0.1"),
-        ("5", 1, "0.51", "0.1"),
-        ("5", 2, "0.50", "0.2"),
-        ("5", 3, "0.51", "0.2"),
-        ("10", 0, "0.100", "0.1"),
-        ("10", 1, "0.101", "0.1"),
+        (5, 0, "0.50", "0.1"),
+        (5, 1, "0.51", "0.1"),
+        (5, 2, "0.50", "0.2"),
+        (5, 3, "0.51", "0.2"),
+        (10, 0, "0.100", "0.1"),
+        (10, 1, "0.101", "0.1"),
     ]
 
 
@@ -141,15 +185,9 @@ def test_the_summary_is_by_combination():
 # ---- A real Ray ----
 
 
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    root = tmp_path_factory.mktemp("toy")
-    return toy_dataset(root, ref_min_score=-5.0, ref_max_score=15.0)
-
-
 def flags_of(toy, **more):
     given = {"env": toy, "eval_env": "make_data:CqlToy-v0", "log_freq": 100}
-    return {**given, "max_timesteps": 1200, "eval_freq": 100, **more}
+    return {**given, "max_timesteps": 2000, "eval_freq": 100, **more}
 
 
 def start(directory, flags, *options):
@@ -160,7 +198,7 @@ def start(directory, flags, *options):
     return subprocess.Popen(argv, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
 
 
-def wait_for(what, seconds=60):
+def wait_for(what, seconds=120):
     """Until what() holds, which is returned."""
     end = time.monotonic() + seconds
     while not (found := what()):
@@ -217,19 +255,51 @@ def test_a_killed_trial_and_a_lost_machine(toy, tmp_path):
         for trial in trials:
             wait_for((trial / "checkpoint.pt").exists)
         before = [process_of(trial) for trial in trials]
+        assert None not in before, "a trial ended too soon"
         cluster.remove_node(node, allow_graceful=False)
         wait_for(lambda: None in [process_of(trial) for trial in trials])
         if process_of(trials[0]) == before[0]:
             os.kill(before[0], signal.SIGKILL)
         else:
             os.kill(before[1], signal.SIGKILL)
-        assert process.wait(60) == 0, Path(f"{directory}.out").read_text()
+        assert process.wait(180) == 0, Path(f"{directory}.out").read_text()
     finally:
         process.kill()
         cluster.shutdown()
     for trial in trials:
         assert trial.with_suffix(".log").read_text().count("training ") >= 2
     is_like_one_process(directory, toy, tmp_path)
+
+
+@pytest.mark.slow
+def test_divergence_is_a_result_and_a_machine_too_small_is_said(toy, tmp_path):
+    """A trial that diverges ends with 3, is named, and is not tried again."""
+    directory = tmp_path / "sweep"
+    flags = flags_of(toy, qf_lr=[1e-3, 1e30], max_timesteps=200)
+    assert start(directory, flags).wait(120) == 3
+    out = Path(f"{directory}.out").read_text()
+    assert "qf_lr_1e+30: a run diverged" in out
+    log = (directory / "qf_lr_1e+30.log").read_text()
+    assert log.count("training ") == 1
+    process = start(tmp_path / "large", flags, "--cpus", "1000")
+    assert process.wait(60) == 2
+    assert "--cpus 1000" in Path(f"{tmp_path}/large.out").read_text()
+
+
+@pytest.mark.slow
+def test_poor_trials_are_stopped_early(toy, tmp_path):
+    """ASHA, by the last scores; without it the same command goes on with them."""
+    directory = tmp_path / "sweep"
+    flags = flags_of(toy, seed=[0, 1, 2, 3], max_timesteps=900, eval_freq=100)
+    assert start(directory, flags, "--asha").wait(200) == 0
+    trials = [directory / f"seed_{seed}" for seed in range(4)]
+    ends = [
+        json.loads(trial.with_suffix(".json").read_text())["end"] for trial in trials
+    ]
+    assert set(ends) == {0, sweep.STOPPED}
+    assert start(directory, flags).wait(200) == 0
+    table = pd.read_csv(directory / "evaluations.csv")
+    assert table.groupby("run")["step"].max().tolist() == [900] * 4
 
 
 @pytest.mark.slow
@@ -252,7 +322,7 @@ def test_interrupted_and_killed_sweeps_go_on(toy, tmp_path):
         assert status == (-number if number == signal.SIGKILL else 130)
         wait_for(lambda: not any(process_of(trial) for trial in trials))
     process = start(directory, flags, "--per_trial", "seed")
-    assert process.wait(120) == 0
+    assert process.wait(300) == 0
     again = start(directory, flags, "--per_trial", "seed")
-    assert again.wait(60) == 0
+    assert again.wait(180) == 0
     assert starts() == [4, 4]  # nothing was left to do
