@@ -3,10 +3,10 @@
     pip install onnx==1.23.2 onnxscript==0.7.2
     python scripts/export_onnx.py runs/quick policy.onnx
 
-Input `observation` [n, O], raw, float32; output `action` [n, ...], for the environment:
-what cql.load_policy returns, normaliser and bounds included, deterministic; of
-a stacked run `--run 1` takes the second policy. The graph is traced from the agent's own
-`choose`, so it holds whatever layers cql.py has.
+Input `observation` [n, O], raw, float32; output `action` [n, ...], for the
+environment: what cql.load_policy returns, normaliser and bounds included,
+deterministic; of a stacked run `--run 1` takes the second policy. The graph is
+traced from the agent's own `choose`, so it holds whatever layers cql.py has.
 """
 
 import argparse

@@ -13,10 +13,12 @@ missing and the row counts; if only the log ended there, the last row is the
 final observation, and its action and reward are left out.
 
 Columns are named one by one or by a pattern, separated by commas; a pattern
-passes over columns that other flags name, so --observations '*' is all the
-rest. An array [n, k] of an npz file is k columns, name_0 to name_{k-1}. An
-action of one column of integers or of names is discrete, others are a box.
-Messages count rows from 1, the header left out.
+passes over columns that other flags name, or nobody did ("Unnamed: 0"), so
+--observations '*' is all the rest. An array [n, k] of an npz file is k columns,
+name_0 to name_{k-1}. An action of one column of integers or of names is
+discrete, others are a box. In a CSV file's columns of numbers "NA", "nan" and
+the like are missing; among names only what is empty is. Messages count rows
+from 1, the header left out.
 
 Beside the data, columns.json says how a row becomes an observation. To ask a
 trained policy, with cql.py's directory and scripts/ on the path:
@@ -31,7 +33,9 @@ import argparse
 import difflib
 import json
 import os
+import pickle
 import re
+import shutil
 import sys
 import tempfile
 from argparse import Namespace
@@ -51,6 +55,9 @@ try:
     from pandas import DataFrame, Series
 except ModuleNotFoundError:  # `main` says so; --help works without
     pd = DataFrame = Series = None
+
+
+LARGEST = 3e38  # about float32's
 
 
 class UserError(Exception):
@@ -81,7 +88,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def floats(text: str) -> List[float]:
-    return [float(part) for part in text.split(",")]
+    values = [float(part) for part in text.split(",")]
+    if not (np.abs(values) < LARGEST).all():
+        raise argparse.ArgumentTypeError(f"{text}: must be finite in float32")
+    return values
 
 
 def read_flags(argv: Optional[List[str]]) -> Namespace:
@@ -136,6 +146,8 @@ def choose(columns: List[str], text: str, flag: str, passed_over=()) -> List[str
         if pattern not in columns:
             rest = [name for name in columns if name not in passed_over]
             found = [name for name in rest if fnmatchcase(name, pattern)]
+            # A column without a name, such as the index that pandas writes.
+            found = [name for name in found if not name.startswith("Unnamed: ")]
         if not found:
             raise unknown_column(pattern, columns, flag)
         chosen += found
@@ -197,19 +209,32 @@ def read_npz(path: Path) -> DataFrame:
     return DataFrame(columns)
 
 
+def read_csv(path: Path) -> DataFrame:
+    """Among numbers "NA", "nan" and the like are missing; among names they are names,
+    and only what is empty is missing. Raises UserError."""
+    settings = {"skipinitialspace": True, "low_memory": False}
+    table = pd.read_csv(path, **settings)
+    if not isinstance(table.index, pd.RangeIndex):
+        raise UserError(f"{path}: rows have more fields than the header")
+    literal = pd.read_csv(path, keep_default_na=False, na_values=[""], **settings)
+    for name in table:
+        if pd.api.types.is_string_dtype(table[name]):
+            table[name] = literal[name]
+    return table
+
+
 def read_table(path: Path) -> DataFrame:
     """The file's rows, indexed from 1. Raises UserError."""
     if not path.exists():
         raise UserError(f"{path}: no such file")
     try:
         if path.name.endswith((".csv", ".csv.gz")):
-            table = pd.read_csv(path, skipinitialspace=True, low_memory=False)
-            if not isinstance(table.index, pd.RangeIndex):
-                raise UserError(f"{path}: rows have more fields than the header")
+            table = read_csv(path)
         elif path.name.endswith(".parquet"):
             table = pd.read_parquet(path)
             if not isinstance(table.index, pd.RangeIndex):
-                table = table.reset_index()
+                unnamed = set(table.index.names) == {None}
+                table = table.reset_index(drop=unnamed)
         elif path.name.endswith(".npz"):
             table = read_npz(path)
         else:
@@ -258,16 +283,30 @@ def refuse(column: Series, wrong, what: str) -> None:
         raise UserError(f"{where}: {column[rows[0]]} {what}; such rows: {len(rows):,}")
 
 
-def check(column: Series, categorical: bool = False) -> None:
+def check(
+    column: Series,
+    categorical: bool = False,
+    if_missing: str = "is missing",
+    if_text: str = "is no number",
+) -> None:
     """Raise UserError for what is missing, and for text, unless it may be."""
-    wrong = column.isna()
+    refuse(column, column.isna(), if_missing)
     if is_number(column):
-        wrong = ~(np.abs(numbers(column)) < 3e38)  # the largest of float32
-    what = "is missing or infinite (--fill forward fills observations)"
-    refuse(column, wrong, what)
-    if not is_number(column) and not categorical:
-        what = "is no number (--categorical makes an observation one-hot)"
-        refuse(column, no_number(column), what)
+        sizes = np.abs(numbers(column))
+        refuse(column, np.isinf(sizes), "is infinite")
+        refuse(column, sizes >= LARGEST, "is too large for float32")
+    elif not categorical:
+        refuse(column, no_number(column), if_text)
+
+
+def check_observations(table: DataFrame, columns: dict, flags: Namespace) -> None:
+    """Raises UserError, with a hint at the flag that helps."""
+    if_missing = "is missing (--fill forward takes the value in the row above)"
+    if flags.fill:
+        if_missing = "is missing, and nothing above it in its episode"
+    if_text = "is no number (--categorical makes it one-hot)"
+    for name in columns["observations"]:
+        check(table[name], name in columns["categories"], if_missing, if_text)
 
 
 def check_resolution(name: str, values: np.ndarray) -> None:
@@ -321,10 +360,23 @@ def read_terminal(table: DataFrame, ends: np.ndarray, flags: Namespace) -> np.nd
     return terminal
 
 
+def categories_of(column: Series) -> list:
+    """Its values in order, as what JSON keeps. Raises UserError for others."""
+    values = []
+    for value in column.unique():
+        if isinstance(value, np.generic):
+            value = value.item()
+        if not isinstance(value, (str, int, float)):
+            kind = type(value).__name__
+            raise UserError(f"column {column.name}: {value} is a {kind}, no category")
+        values.append(value)
+    return sorted(values)
+
+
 def learn_columns(table: DataFrame, columns: dict) -> None:
     """Fill in what the data say: categories, centers, names. Raises UserError."""
     for name in columns["categories"]:
-        columns["categories"][name] = sorted(set(table[name]))
+        columns["categories"][name] = categories_of(table[name])
     for name in columns["observations"]:
         if name in columns["categories"]:
             values = columns["categories"][name]
@@ -340,11 +392,17 @@ def learn_columns(table: DataFrame, columns: dict) -> None:
 
 
 def encode(table: DataFrame, columns: dict) -> np.ndarray:
-    """Observations [n, O] of a table's rows, as columns.json describes them."""
+    """Observations [n, O] of a table's rows, as columns.json describes them. Raises
+    UserError for a category that is not in it."""
     parts = []
     for name in columns["observations"]:
         if name in columns["categories"]:
-            for value in columns["categories"][name]:
+            known = columns["categories"][name]
+            unknown = table[name][~table[name].isin(known)]
+            if len(unknown):
+                what = f"is none of its {len(known):,} categories"
+                raise UserError(f"column {name}: {unknown.iloc[0]} {what}")
+            for value in known:
                 parts.append((table[name] == value).to_numpy(float))
         else:
             parts.append(numbers(table[name]) - columns["centers"].get(name, 0.0))
@@ -380,6 +438,8 @@ def read_actions(
     single = table[names[0]]
     discrete = len(names) == 1 and single.dtype.kind in "iub" and not flags.continuous
     if columns["action_values"] is not None:
+        if flags.action_low or flags.action_high:
+            raise UserError("--action-low, --action-high: not for categorical actions")
         numbered = {value: i for i, value in enumerate(columns["action_values"])}
         table = DataFrame({names[0]: single.astype(object).map(numbered)})
         discrete = True
@@ -390,8 +450,8 @@ def read_actions(
         return actions, gym.spaces.Box(low, high)
     actions = actions.astype(int)
     low, high = bounds(actions, table, names, flags)
-    start = int(np.floor(low[0]))
-    n = int(np.ceil(high[0])) - start + 1
+    start = int(np.ceil(low[0]))
+    n = int(np.floor(high[0])) - start + 1
     if n > 100_000:
         hint = f"--categorical {names[0]} takes those alone that occur"
         raise UserError(f"--actions: {names[0]} spans {n:,} integers; {hint}")
@@ -416,8 +476,7 @@ def read_rows(flags: Namespace) -> Tuple[Rows, gym.Space, dict]:
     n_missing = int(table[observed].isna().sum().sum())
     if flags.fill:
         table[observed] = table[observed].groupby(episode).ffill()
-    for name in observed:
-        check(table[name], name in categories)
+    check_observations(table, columns, flags)
     learn_columns(table, columns)
     ends = np.append(np.diff(episode) != 0, True)
     actions, space = read_actions(table, columns, flags)
@@ -458,16 +517,28 @@ def cut(rows: Rows) -> List[EpisodeBuffer]:
     return episodes
 
 
+def check_space(directory: Path, episodes: List[EpisodeBuffer]) -> None:
+    """Raise OSError where they may not fit: HDF5 ends badly on a full disk."""
+    n_bytes = sum(len(pickle.dumps(episode)) for episode in episodes)
+    needed = 2 * n_bytes + 20_000 * len(episodes)
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        sizes = f"{free / 1e6:,.2f} MB free, {needed / 1e6:,.2f} MB may be needed"
+        raise OSError(f"{directory}: {sizes}")
+
+
 def write(
     out: Path, episodes: List[EpisodeBuffer], space: gym.Space, columns: dict
 ) -> None:
-    """Make the dataset's directory, all of it or nothing."""
+    """Make the dataset's data/ and columns.json, both of them before either replaces an
+    old one; what else is in the directory stays. Raises OSError."""
     name = re.sub(r"[^-\w]", "_", out.name)  # what Minari takes for an id
     if not re.search(r"-v\d+$", name):
         name += "-v0"
     n = len(columns["names"])
     out = out.absolute()  # Minari mistakes relative paths
     out.parent.mkdir(parents=True, exist_ok=True)
+    check_space(out.parent, episodes)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".from_table-") as temporary:
         new = Path(temporary, "new")
         new.mkdir()
@@ -478,12 +549,16 @@ def write(
         )
         version = minari.__version__
         storage.update_metadata({"dataset_id": name, "minari_version": version})
-        storage.update_episodes(episodes)
-        text = json.dumps(columns, indent=2, default=str)
-        (new / "columns.json").write_text(text + "\n")
-        if out.exists():
-            os.replace(out, Path(temporary, "old"))
-        os.replace(new, out)
+        try:
+            storage.update_episodes(episodes)
+        except (RuntimeError, ValueError) as error:  # h5py's, of a failing disk
+            raise OSError(str(error)) from None
+        (new / "columns.json").write_text(json.dumps(columns, indent=2) + "\n")
+        out.mkdir(exist_ok=True)
+        for part in ("data", "columns.json"):
+            if (out / part).exists():
+                os.replace(out / part, Path(temporary, part))
+            os.replace(new / part, out / part)
 
 
 # ---- What was read ----
@@ -565,7 +640,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         print("from_table.py: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"from_table.py: failed: {error}", file=sys.stderr)
+        print("from_table.py: failed:", " ".join(str(error).split()), file=sys.stderr)
         return 1
     return 0
 

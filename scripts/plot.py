@@ -4,27 +4,31 @@
     python scripts/plot.py runs/a runs/b --out figures
     python scripts/plot.py runs/sweep --data-score 35.6
 
-Of a directory that holds runs, such as sweep.py's, each run is taken. Runs that differ
-only in their seed, by their config.yaml, are one group. Written to --out, where there is
-something to show:
+Of a directory that holds runs, such as sweep.py's, each run is taken. Runs
+that differ only in their seed, by their config.yaml, are one group. Written to
+--out, where there is something to show:
 
     curves.png   score (or return) in the course of training
-    drift.png    Q of the policy's actions, how far it and Q of uniform actions are above
-                 Q of the data's, and the penalized gap
-    weights.png  score, and Q of the policy's and the data's actions, against cql_alpha
-    table.md     interquartile mean over seeds and its 95% interval, a row per group, of
-    table.csv    the last evaluation, of the mean of the last three, and of the best
+    drift.png    Q of the policy's actions, how far it and Q of uniform actions
+                 are above Q of the data's, and the penalized gap
+    weights.png  score, and Q of the policy's and the data's actions, against
+                 cql_alpha
+    table.md     interquartile mean over seeds and its 95% interval, a row per
+    table.csv    group, of the last evaluation, of the mean of the last three,
+                 and of the best
 
-Lines are means over seeds, bands their 95% percentile bootstrap intervals, from five
-seeds on. (That kind of interval is too narrow for few: of five normal numbers it holds
-the mean in some 85 of 100 cases, of ten in 90.) The interquartile mean leaves out a
-quarter of the seeds, rounded down, at either end, as in Agarwal et al., arXiv
-2108.13264. "Best" is chosen on the episodes that it is measured with, so it flatters.
-Runs that stopped before their group's last evaluation, diverged ones say, are drawn as
-far as they came and counted apart in the table.
+Lines are means over seeds, bands their 95% percentile bootstrap intervals,
+from five seeds on. (That kind of interval is too narrow for few: of five
+normal numbers it holds the mean in some 85 of 100 cases, of ten in 90.) The
+interquartile mean leaves out a quarter of the seeds, rounded down, at either
+end, as in Agarwal et al., arXiv 2108.13264. "Best" is chosen on the episodes
+that it is measured with, so it flatters. Runs that stopped before their
+group's last evaluation, diverged ones say, are drawn as far as they came and
+counted apart in the table.
 """
 
 import argparse
+import io
 import math
 import sys
 import warnings
@@ -51,7 +55,8 @@ IDLE = "seed name group project resume checkpoints_path device log_freq".split()
 RESAMPLES = 2000
 LEAST = 5  # seeds that make an interval
 SCORE = "d4rl_normalized_score"
-LABELS = {SCORE: "D4RL score (100 = expert)", "return_mean": "return"}
+LABELS = {SCORE: "normalized score", "return_mean": "return"}
+EVALUATED = ["seed", *KEYS, "return_mean", SCORE]  # columns of evaluations.csv
 # Columns of metrics.csv whose means over the critics are drawn.
 Q_COLUMNS = {
     "policy": r"cql_q\d+_current_actions",
@@ -99,28 +104,47 @@ def find_runs(paths: List[Path]) -> List[Path]:
     return found
 
 
-def read_table(path: Path) -> pd.DataFrame:
+def read_table(path: Path, columns=()) -> pd.DataFrame:
     """A table of cql.py's, with a column `id` that tells all runs apart; without rows
-    if there is none. Raises UserError."""
-    if not path.exists() or path.stat().st_size == 0:
+    if there is none. Raises UserError, also where it lacks some of the columns."""
+    if not path.exists():
         return pd.DataFrame()
     try:
-        table = pd.read_csv(path)
+        text = path.read_text()
+        whole = text[: text.rfind("\n") + 1]  # a row being written, or torn, is not
+        if not whole:
+            return pd.DataFrame()
+        table = pd.read_csv(io.StringIO(whole))
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
-    if not {"step", "run"} <= set(table):
+    if not {"step", "run", *columns} <= set(table):
         raise UserError(f"{path}: not a table of cql.py's")
     table["id"] = str(path.parent) + "/" + table["run"].astype(str)
     return table
 
 
-def read_flags(directory: Path) -> Dict[str, str]:
-    """The flags in config.yaml that tell groups apart; the directory without one."""
+def read_config(directory: Path) -> dict:
+    """Of config.yaml; empty without one. Raises UserError."""
     path = directory / "config.yaml"
     if not path.exists():
+        return {}
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, ValueError):
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: not a config of cql.py's")
+    return config
+
+
+def read_flags(directory: Path) -> Dict[str, str]:
+    """The flags in config.yaml that tell groups apart; the directory without one.
+    Raises UserError."""
+    config = read_config(directory)
+    if not config:
         return {"directory": str(directory)}
     flags = {}
-    for name, value in yaml.safe_load(path.read_text()).items():
+    for name, value in config.items():
         if name not in IDLE + KEYS:
             text = str(value)
             flags[name] = text.lower() if isinstance(value, bool) else text
@@ -128,12 +152,22 @@ def read_flags(directory: Path) -> Dict[str, str]:
 
 
 def count_seeds(directory: Path) -> int:
-    """How many seeds were to be trained; 0 if that is not known."""
-    path = directory / "config.yaml"
-    if not path.exists():
+    """How many seeds were to be trained; 0 if that is not known. Raises UserError."""
+    config = read_config(directory)
+    if not config:
         return 0
-    seeds = yaml.safe_load(path.read_text()).get("seed")
+    seeds = config.get("seed")
     return len(seeds) if isinstance(seeds, list) else 1
+
+
+def read_metrics(path: Path) -> pd.DataFrame:
+    """The table with Q_COLUMNS' means. Raises UserError."""
+    metrics = read_table(path)
+    if len(metrics):
+        for name, pattern in Q_COLUMNS.items():
+            critics = metrics.filter(regex=f"^{pattern}$")
+            metrics[name] = critics.mean(axis=1, skipna=False)
+    return metrics
 
 
 def read_runs(paths: List[Path]) -> Tuple[pd.DataFrame, pd.DataFrame]:
@@ -143,28 +177,26 @@ def read_runs(paths: List[Path]) -> Tuple[pd.DataFrame, pd.DataFrame]:
     metrics = []
     settings = []
     for directory in find_runs(paths):
-        table = read_table(directory / "evaluations.csv")
+        table = read_table(directory / "evaluations.csv", EVALUATED)
         if len(table):
             flags = read_flags(directory)
             settings += [name for name in flags if name not in settings]
             more = {"origin": str(directory), "asked": count_seeds(directory)}
             evaluations.append(table.assign(**flags, **more))
-            metrics.append(read_table(directory / "metrics.csv"))
+            metrics.append(read_metrics(directory / "metrics.csv"))
     if not evaluations:
         raise UserError(f"{paths[0]}: no evaluations yet")
     evaluations = pd.concat(evaluations).sort_values(KEYS, kind="stable")
     evaluations = evaluations.reset_index(drop=True)
     evaluations[settings] = evaluations[settings].fillna("unset")
     label_groups(evaluations, settings)
+    check_seeds(evaluations)
     metrics = pd.concat(metrics)
     if len(metrics):
         labels = evaluations.drop_duplicates("id").set_index("id")
         labels = labels[["group", "others", *KEYS]]
         metrics = metrics.join(labels, on="id", how="inner")
         metrics = metrics.sort_values(KEYS, kind="stable")
-        for name, pattern in Q_COLUMNS.items():
-            critics = metrics.filter(regex=f"^{pattern}$")
-            metrics[name] = critics.mean(axis=1, skipna=False)
     return evaluations, metrics
 
 
@@ -185,11 +217,24 @@ def label_groups(evaluations: pd.DataFrame, settings: List[str]) -> None:
         alpha = []
         for name in varying:
             if name in KEYS:
-                part = alpha if name == "cql_alpha" else words
-                part.append(f"{name} {first[name]:g}")
+                word = f"{name} {first[name]:g}"
+                if name == "cql_alpha":
+                    alpha.append(word)
+                else:
+                    words.append(word)
         label = ", ".join(words + alpha) or Path(first["origin"]).resolve().name
         evaluations.loc[rows.index, "group"] = label
         evaluations.loc[rows.index, "others"] = ", ".join(words)
+
+
+def check_seeds(evaluations: pd.DataFrame) -> None:
+    """Raise UserError where two directories hold the same seed of a group: it would
+    count as two."""
+    for (_, seed), rows in evaluations.groupby(["group", "seed"]):
+        origins = rows["origin"].unique()
+        if len(origins) > 1:
+            both = f"{origins[0]} and {origins[1]}"
+            raise UserError(f"{both}: the same settings and seed, {seed:g}")
 
 
 def over_runs(table: pd.DataFrame, column: str) -> pd.DataFrame:
@@ -211,7 +256,7 @@ def interquartile_mean(values: np.ndarray) -> np.ndarray:
     """Over the last axis without its lowest and highest quarter, rounded down."""
     n = values.shape[-1]
     middle = np.sort(values, axis=-1)[..., n // 4 : n - n // 4]
-    return middle.mean(axis=-1)
+    return mean(middle)
 
 
 def interval(values, statistic: Callable) -> Tuple[np.ndarray, np.ndarray]:
@@ -224,8 +269,10 @@ def interval(values, statistic: Callable) -> Tuple[np.ndarray, np.ndarray]:
         return nothing, nothing
     chosen = np.random.default_rng(0).integers(n, size=(RESAMPLES, n))
     draws = statistic(values[..., chosen])
-    low = np.nanquantile(draws, 0.025, axis=-1)
-    high = np.nanquantile(draws, 0.975, axis=-1)
+    with warnings.catch_warnings():  # a step may have no number
+        warnings.simplefilter("ignore", RuntimeWarning)
+        low = np.nanquantile(draws, 0.025, axis=-1)
+        high = np.nanquantile(draws, 0.975, axis=-1)
     return low, high
 
 
@@ -319,8 +366,8 @@ def draw(panel, values: pd.DataFrame, colour, style: str = "-") -> Line2D:
 
 def choose_scale(panel, values: pd.DataFrame) -> None:
     """Logarithmic, but around 0, where the largest dwarfs most others."""
-    sizes = values.abs().to_numpy()
-    if np.nanmax(sizes) > 100 * max(np.nanmedian(sizes), 1):
+    sizes = pd.Series(values.abs().to_numpy().ravel())
+    if sizes.max() > 100 * max(sizes.median(), 1):
         panel.set_yscale("symlog", linthresh=10)
 
 

@@ -1,15 +1,16 @@
 """Record a policy's episodes as a Minari dataset, for cql.py to train on.
 
-    python scripts/record.py runs/sac --env Pendulum-v1 --steps 20000 --noise 0.3 \\
-        --out datasets/pendulum-medium-v0
+    python scripts/record.py runs/sac --env Pendulum-v1 --steps 20000 \\
+        --noise 0.3 --out datasets/medium-v0
     python scripts/record.py random --env Pendulum-v1 --steps 20000 \\
-        --out datasets/pendulum-random-v0
-    python cql.py --env '[datasets/pendulum-medium-v0, datasets/pendulum-random-v0]'
+        --out datasets/random-v0
+    python cql.py --env '[datasets/medium-v0, datasets/random-v0]'
 
-The policy is a run's directory or a checkpoint, or the word `random` for uniform
-actions. The dataset holds everything that the environment told, but for its infos, and
-returns to score by. The same command records the same episodes. As Python:
-`play_episode` and `write_dataset`, with an `act` of your own.
+The policy is a run's directory or a checkpoint, or the word `random` for
+uniform actions. The dataset holds everything that the environment told, but
+for its infos, and returns to score by. The same command records the same
+episodes. As Python: `play_episode` and `write_dataset`, with an `act` of your
+own.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import copy
 import dataclasses
 import math
 import os
+import pickle
 import shutil
 import sys
 import tempfile
@@ -79,6 +81,16 @@ def play_episode(
     )
 
 
+def check_space(directory: Path, episodes: List[EpisodeBuffer]) -> None:
+    """Raise OSError where they may not fit: HDF5 ends badly on a full disk."""
+    n_bytes = sum(len(pickle.dumps(episode)) for episode in episodes)
+    needed = 2 * n_bytes + 20_000 * len(episodes)
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        sizes = f"{free / 1e6:,.2f} MB free, {needed / 1e6:,.2f} MB may be needed"
+        raise OSError(f"{directory}: {sizes}")
+
+
 def write_dataset(
     out: Path,
     episodes: List[EpisodeBuffer],
@@ -87,7 +99,9 @@ def write_dataset(
     **metadata,
 ) -> None:
     """Write the Minari dataset out/data of episodes in env, or nothing; one that is
-    there is replaced. metadata: by Minari's names, such as description."""
+    there is replaced. metadata: by Minari's names, such as description. Raises OSError,
+    RuntimeError or ValueError where the disk fails."""
+    check_space(out.parent, episodes)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:
         new = Path(beside) / "data"
         storage = MinariStorage.new(
@@ -131,8 +145,12 @@ def make_env(options, policy: Optional[Callable]) -> Tuple[gym.Env, cql.Task, st
     if policy is None:
         env = cql.make_env(cql.TrainConfig(eval_env=name))
         settings = dict(env.spec.kwargs)
-        spaces = env.observation_space, env.action_space
-        task = cql.make_task(*spaces, env_id=env.spec.id, env_kwargs=settings)
+        task = cql.make_task(
+            env.observation_space,
+            env.action_space,
+            env_id=env.spec.id,
+            env_kwargs=settings,
+        )
     else:
         task = policy.task
         config = dataclasses.replace(policy.agent.config, eval_env=name)
@@ -259,7 +277,7 @@ def record_dataset(options) -> None:
         metadata["ref_min_score"] = reference[0]
         metadata["ref_max_score"] = reference[1]
     where = f"could not write {options.out}"
-    with cql.errors_as(cql.MachineError, where, (OSError, RuntimeError)):
+    with cql.errors_as(cql.MachineError, where, (OSError, RuntimeError, ValueError)):
         write_dataset(options.out.absolute(), episodes, env, **metadata)
     env.close()
     print_summary(options, episodes, env, reference, whose)

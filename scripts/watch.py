@@ -2,10 +2,11 @@
 
     python scripts/watch.py runs/quick other/run --out hopper.gif
 
-Each run's first policy (`--run 1`: its second) acts as in evaluation, deterministic,
-from the same seed; an episode that ends is followed by the next one. The caption says
-the penalty weight and the return of the episode so far. Needs no display: where
-rendering fails, set MUJOCO_GL=egl or MUJOCO_GL=osmesa (Debian: libegl1, libosmesa6).
+Each run's first policy (`--run 1`: its second) acts as in evaluation,
+deterministic, from the same seed; an episode that ends is followed by the next
+one. The caption says the penalty weight and the return of the episode so far.
+Needs no display: where rendering fails, set MUJOCO_GL=egl or MUJOCO_GL=osmesa
+(Debian: libegl1, libosmesa6).
 """
 
 import argparse

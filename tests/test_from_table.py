@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+from collections import namedtuple
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -326,6 +327,60 @@ def test_integer_actions(tmp_path):
     assert u.actions.tolist() == [[7], [4]] and u.actions.dtype == np.float32
     _, task, _ = read_small(tmp_path, action_low="0", action_high="9", **flags)
     assert task.discrete and (task.action_low, task.action_high) == ([0], [9])
+    _, task, _ = read_small(tmp_path, action_low="-0.5", action_high="8.5", **flags)
+    assert task.discrete and (task.action_low, task.action_high) == ([0], [8])
+
+
+def test_nullable_columns_and_unknown_categories(tmp_path):
+    """columns.json holds values as they are, so `encode` knows them again."""
+    rows = {"id": [1] * 4, "ward": [3, 1, 2, 3], "on": [True, False, True, True]}
+    frame = pd.DataFrame({**rows, "a": [5, 6, 5, 6], "r": [0, 1, 2, 3]})
+    frame = frame.astype({"ward": "Int64", "on": "boolean", "a": "Int64"})
+    frame.to_parquet(tmp_path / "log.parquet")
+    flags = "--episode id --observations ward,on --actions a --rewards r".split()
+    flags += ["--categorical", "*"]
+    out = tmp_path / "mine-v0"
+    (episode,), _, _ = converted(tmp_path / "log.parquet", *flags, out=out)
+    columns = json.loads((out / "columns.json").read_text())
+    assert columns["categories"] == {"ward": [1, 2, 3], "on": [False, True]}
+    assert columns["action_values"] == [5, 6]
+    expected = [[0, 0, 1, 0, 1], [1, 0, 0, 1, 0], [0, 1, 0, 0, 1], [0, 0, 1, 0, 1]]
+    assert from_table.encode(frame, columns).tolist() == expected
+    assert episode.observations.tolist() == expected
+    frame.loc[2, "ward"] = 7
+    with pytest.raises(from_table.UserError, match="^column ward: 7 is none of its 3 c"):
+        from_table.encode(frame, columns)
+
+
+def test_names_that_look_missing(tmp_path):
+    """NA, None and null are names among names; among numbers NA is missing."""
+    text = SMALL.replace("ann", "None").replace(",,", ",NA,").replace("F", "NA")
+    text = text.replace("4,0.3,bob", "4,0.3,null")
+    flags = {"text": text, "actions": "who", "fill": "forward", "categorical": "sex"}
+    (u, v), _, printed = read_small(tmp_path, observations="x,sex", **flags)
+    columns = json.loads((tmp_path / "small-v0" / "columns.json").read_text())
+    assert columns["categories"] == {"sex": ["M", "NA"]}
+    assert columns["action_values"] == ["None", "bob", "null"]
+    assert u.observations.tolist() == [[3.5, 0, 1], [1.5, 0, 1], [1.5, 0, 1]]
+    assert v.observations.tolist() == [[2.5, 1, 0], [2.5, 1, 0], [4.5, 1, 0]]
+    assert v.actions.tolist() == [[1], [2]] and "; 1 missing observations" in printed
+
+
+def test_columns_without_a_name(tmp_path):
+    """The index that pandas writes is no part of a pattern; by name it is taken."""
+    frame = pd.read_csv(io.StringIO(SMALL))[["id", "t", "a", "r", "end"]]
+    frame = frame.iloc[[4, 2, 3, 1, 0]].assign(x=1.5)
+    frame.to_csv(tmp_path / "small.csv")
+    _, flags = small(tmp_path, (tmp_path / "small.csv").read_text(), observations="*")
+    converted(tmp_path / "small.csv", *flags, out=tmp_path / "a")
+    frame.to_parquet(tmp_path / "small.parquet")
+    converted(tmp_path / "small.parquet", *flags, out=tmp_path / "b")
+    for name in ("a", "b"):
+        columns = json.loads((tmp_path / name / "columns.json").read_text())
+        assert columns["names"] == ["x"]
+    flags[flags.index("*")] = "x,Unnamed: 0"
+    (_, u), _, _ = converted(tmp_path / "small.csv", *flags, out=tmp_path / "c")
+    assert u.observations.tolist() == [[1.5, 2], [1.5, 0], [1.5, 0]]
 
 
 def test_without_terminal(tmp_path):
@@ -367,15 +422,22 @@ def edited(old, new, **flags):
 
 REFUSALS = [
     # Rows and columns
-    ({"observations": "t,x"}, "row 4, column x: nan is missing or infinite (--fill"),
-    (edited("1.5", "inf", observations="x"), "row 1, column x: inf is missing or infin"),
+    ({"observations": "t,x"}, "row 4, column x: nan is missing (--fill forward takes"),
+    (
+        edited(",,M", ",-inf,M", observations="x"),
+        "row 4, column x: -inf is infinite; such rows: 1",
+    ),
+    (
+        edited(",,M", ",1e39,M", observations="x"),
+        "row 4, column x: 1e+39 is too large for float32; such rows: 1",
+    ),
     (edited(",1.5", ",", observations="x"), "row 1, column x: nan", "; such rows: 2"),
     (
         edited(",2.5", ",", observations="x", fill="forward"),
-        "row 2, column x: nan is mis",
+        "row 2, column x: nan is missing, and nothing above it in its episode; such",
     ),
-    ({"rewards": "x", "fill": "forward"}, "row 4, column x: nan is missing"),
-    (edited("v,2,", ",2,"), "row 4, column id: nan is missing"),
+    ({"rewards": "x"}, "row 4, column x: nan is missing; such rows: 1"),
+    (edited("v,2,", ",2,"), "row 4, column id: nan is missing; such rows: 1"),
     (edited("v,2,", "v,,"), "row 4, column t: nan is missing"),
     (edited("2024-01-10", "10.1.24", time="when"), "row 1, column when: 10.1.24 is nei"),
     (edited("v,3,", "v,2,"), "row 5, column t: 2 occurs twice in its episode"),
@@ -383,7 +445,7 @@ REFUSALS = [
     (edited("2,0\n", "2,1\n"), "row 2, column end: 1 before the last row of its"),
     (edited("0.2", "?", actions="dose"), "row 2, column dose: ? is no number"),
     ({"observations": "t,sex"}, "row 1, column sex: F is no number (--categorical"),
-    ({"actions": "dose,who"}, "row 1, column who: ann is no number"),
+    ({"actions": "dose,who"}, "row 1, column who: ann is no number; such rows: 5"),
     ({"actions": "who", "continuous": ""}, "row 1, column who: ann is no number"),
     ({"actions": "dose", "action_high": "0.3"}, "row 3, column dose: 0.4 is outside"),
     # Columns
@@ -399,6 +461,9 @@ REFUSALS = [
     (edited(",7,0.4", ",900000,0.4"), "a spans 899,997 integers; --categorical a takes"),
     ({"actions": "dose", "action_low": "1,2"}, "--action-low: expected one number or 1"),
     ({"actions": "dose", "action_low": "low"}, "argument --action-low: invalid"),
+    ({"actions": "dose", "action_low": "inf"}, "--action-low: inf: must be finite"),
+    ({"actions": "dose", "action_high": "nan"}, "--action-high: nan: must be finite"),
+    ({"actions": "who", "action_low": "0"}, "--action-high: not for categorical acti"),
     # Flags
     ({"rewards": None}, "the following arguments are required: --rewards"),
     ({"episode": None}, "one of the arguments --episode --done is required"),
@@ -462,6 +527,9 @@ def test_out(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
+    def failing(*_):
+        raise RuntimeError("Unable to flush\nfile")
+
     flags += ["--overwrite"]
     flags[flags.index("--rewards") + 1] = "same"
     monkeypatch.chdir(tmp_path)  # a relative path
@@ -469,10 +537,24 @@ def test_out(tmp_path, monkeypatch):
         patch.setattr(from_table.MinariStorage, "update_metadata", full)
         status, _, err = convert(path, *flags, out="mine-v0")
     assert status == 1 and err.startswith("from_table.py: failed: [Errno 28] No space")
+    storage = type(from_table.MinariStorage.read(out / "data"))
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "update_episodes", failing)
+        status, _, err = convert(path, *flags, out="mine-v0")
+    assert (status, err) == (1, "from_table.py: failed: Unable to flush file\n")
+    with monkeypatch.context() as patch:
+        usage = namedtuple("Usage", "free")(30_000)
+        patch.setattr(from_table.shutil, "disk_usage", lambda _: usage)
+        status, _, err = convert(path, *flags, out="mine-v0")
+    line = f"from_table.py: failed: {tmp_path}: 0.03 MB free, 0.04 MB may be needed\n"
+    assert (status, err) == (1, line)
     unchanged, _ = cql.read_episodes(str(out))
     assert unchanged[0].rewards.tolist() == episodes[0].rewards.tolist() == [3, 1]
+    (out / "thesis.tex").touch()
     replaced, _, _ = converted(path, *flags, out="mine-v0")
     assert replaced[0].rewards.tolist() == [8, 8]
+    names = ["columns.json", "data", "thesis.tex"]
+    assert sorted(p.name for p in out.iterdir()) == names
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine-v0", "small.csv"]
 
 

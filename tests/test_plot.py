@@ -127,6 +127,42 @@ def test_directories_of_the_same_settings_are_one_group(tmp_path):
     assert groups(*paths) == {"discount 0.5": 2, "discount 0.9": 1}
 
 
+def test_the_same_seed_twice(tmp_path, capsys):
+    """In two directories of the same settings it would count as two."""
+    one = made(tmp_path / "one", (1,), (0, 1), discount=0.5)
+    two = made(tmp_path / "two", (1,), (1, 2), discount=0.5)
+    assert plot.main([str(one), str(two), "--out", str(tmp_path / "out")]) == 2
+    line = f"plot.py: error: {one} and {two}: the same settings and seed, 1\n"
+    assert capsys.readouterr().err == line
+    made(two, (1,), (1, 2), discount=0.6)
+    assert groups(one, two) == {"discount 0.5": 2, "discount 0.6": 2}
+
+
+def test_a_torn_row_is_left_out(tmp_path):
+    """Wherever it is torn: here, in its last number."""
+    directory = made(tmp_path / "one", (1,), (0,))
+    for torn in ("50,0,0,1", "50,0,0,1,1,-1,-51,5"):
+        with open(directory / "evaluations.csv", "a") as file:
+            file.write(torn)
+        evaluations, _ = plot.read_runs([directory])
+        assert evaluations["step"].tolist() == [10, 20, 30, 40]
+        assert evaluations["group"].unique().tolist() == ["one"]
+        made(directory, (1,), (0,))
+
+
+def test_runs_of_unlike_numbers_of_critics(tmp_path):
+    """The mean is over those that the run has."""
+    two = made(tmp_path / "two", (1,), (0,), n_critics=2)
+    three = made(tmp_path / "three", (1,), (0,), n_critics=3)
+    table = pd.read_csv(three / "metrics.csv").assign(average_qf3=5)
+    table.to_csv(three / "metrics.csv", index=False)
+    _, metrics = plot.read_runs([two, three])
+    assert metrics.groupby("group")["data"].unique().map(list).to_dict() == {
+        "n_critics 2": [2],
+        "n_critics 3": [3],
+    }
+
+
 def test_a_sweeps_directory(tmp_path):
     """Its trials, by their settings; where only its joined tables were copied, those."""
     sweep = made(tmp_path / "sweep", (1, 5), seeds=(0, 1))
@@ -253,6 +289,21 @@ def test_diverged_runs(tmp_path, monkeypatch):
     assert ys(drawn["drift.png"][0]) == [[25.5, 35.5, 45, 55], [26, 36, 46, 56]]
 
 
+@pytest.mark.filterwarnings("error")
+def test_steps_without_a_number(tmp_path, monkeypatch):
+    """Of all seeds Q is NaN once, of all the gap always: gaps in the lines."""
+    drawn = lines_drawn(monkeypatch)
+    directory = made(tmp_path / "run", (0, 5))
+    table = pd.read_csv(directory / "metrics.csv")
+    table.loc[table["step"] == 20, "cql_q1_current_actions"] = np.nan
+    table["cql_qf1_diff"] = np.nan
+    table.to_csv(directory / "metrics.csv", index=False)
+    assert plot.main([str(directory), "--out", str(tmp_path / "out")]) == 0
+    q, _, gap = drawn["drift.png"]
+    np.testing.assert_array_equal(ys(q), [[27, np.nan, 47, 57]] * 2)
+    assert np.isnan(ys(gap)).all()
+
+
 def test_steps_are_named(tmp_path):
     def name(**flags):
         directory = made(tmp_path / str(flags), (1,), (0,), **flags)
@@ -294,6 +345,11 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
     Path("begun").mkdir()
     (Path("begun") / "evaluations.csv").touch()
     write(Path("foreign"), "evaluations.csv", [{"a": 1}])
+    write(Path("short"), "evaluations.csv", [{"step": 1, "run": 0}])
+    made(Path("blank"), discount=1)
+    (Path("blank") / "config.yaml").write_text("")
+    made(Path("broken"), discount=1)
+    (Path("broken") / "config.yaml").write_text("a: [1,\n")
     Path("file").touch()
     cases = {
         "empty: no evaluations.csv there": ["empty"],
@@ -301,6 +357,9 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
         "begun: no evaluations yet": ["begun"],
         "a directory twice": ["run", "run/"],
         "foreign/evaluations.csv: not a table of cql.py's": ["foreign"],
+        "short/evaluations.csv: not a table of cql.py's": ["short"],
+        "blank/config.yaml: not a config of cql.py's": ["blank"],
+        "broken/config.yaml: not a config of cql.py's": ["broken"],
         "--out file: .*exists": ["run", "--out", "file"],
         "unrecognized arguments: --colour": ["run", "--colour"],
     }

@@ -1,8 +1,10 @@
 """scripts/record.py: what it records beside plain loops over the environment."""
 
+import importlib
 import json
 import re
 import sys
+from collections import namedtuple
 from pathlib import Path
 
 import gymnasium as gym
@@ -291,9 +293,10 @@ def test_overwriting(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["toy-v0"]
 
 
-def test_nothing_is_half_written(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("kind", [OSError, RuntimeError, ValueError])  # h5py's
+def test_nothing_is_half_written(kind, tmp_path, capsys, monkeypatch):
     def full(*_):
-        raise OSError("No space left on device")
+        raise kind("No space left on device")
 
     out = tmp_path / "toy-v0"
     argv = ["random", "--env", TOY, "--steps", "10", "--out", str(out), "--overwrite"]
@@ -308,6 +311,32 @@ def test_nothing_is_half_written(tmp_path, capsys, monkeypatch):
     )
     assert (out / "data" / "main_data.hdf5").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["toy-v0"]
+
+
+def test_a_disk_without_room(tmp_path, capsys, monkeypatch):
+    """Seen before anything is written: ten steps and 20 kB for their one episode."""
+    usage = namedtuple("Usage", "free")(20_000)
+    monkeypatch.setattr(record.shutil, "disk_usage", lambda _: usage)
+    out = tmp_path / "toy-v0"
+    argv = ["random", "--env", TOY, "--steps", "10", "--out", str(out)]
+    assert record.main(argv) == 1
+    error = capsys.readouterr().err
+    sizes = "0.02 MB free, 0.02 MB may be needed"
+    assert error == f"record.py: failed: could not write {out}: {tmp_path}: {sizes}\n"
+    assert list(tmp_path.iterdir()) == []
+    usage = namedtuple("Usage", "free")(30_000)
+    assert record.main(argv) == 0
+
+
+@pytest.mark.parametrize("name", ["record", "plot", "watch", "export_onnx"])
+def test_help_fits_a_terminal(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(name).main(["--help"])
+    assert end.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(line.startswith(f"    python scripts/{name}.py ") for line in lines)
 
 
 class Reusing(Toy):
