@@ -105,6 +105,8 @@ class TrainConfig:
     # Checkpoint or run directory to start from: weights, optimizers, statistics
     load_model: Optional[str] = ""
     log_freq: int = 1000  # Updates between rows of metrics.csv
+    # Updates between checkpoint_<step>.pt, which are kept; 0: checkpoint.pt alone
+    checkpoint_freq: int = 0
     project: str = "CORL"  # wandb project
     group: str = "CQL-D4RL"  # wandb group
     name: str = "CQL"  # Run name, first part of the run directory's
@@ -116,6 +118,8 @@ class TrainConfig:
     eval_env: Optional[str] = None
     eval_freq: int = 5000  # Updates between evaluations
     n_episodes: int = 10  # Episodes of one evaluation
+    # Updates of fitted Q evaluation after training: policies' value by the data alone
+    fqe_updates: int = 0
     eval_seed: int = 0  # With a run's own seed, the seed of its evaluation episodes
     # Time limit of evaluation and online episodes; null: the environment's, else the
     # data's longest episode, at least 1000
@@ -166,6 +170,7 @@ class TrainConfig:
     mixing_ratio: float = -1.0  # Offline share of an online batch; -1: one buffer
     cql_alpha_online: Optional[float] = None  # Online penalty weight; null: cql_alpha
     utd: int = 1  # Updates per environment step
+    exploration_epsilon: float = 0.1  # Share of uniform discrete actions
 
     # ---- Speed ----
 
@@ -191,17 +196,18 @@ AT_LEAST_ONE = (
 ).split()
 NOT_NEGATIVE = (
     "max_timesteps alpha_multiplier policy_lr qf_lr cql_alpha bc_steps seed eval_seed "
-    "cql_backward_actions online_iterations cql_alpha_online"
+    "cql_backward_actions online_iterations cql_alpha_online checkpoint_freq "
+    "fqe_updates"
 ).split()
 # What a resumed run may change, and what load_model does not take from the checkpoint.
 RESUMABLE = (
-    "max_timesteps offline_iterations online_iterations device eval_freq n_episodes "
-    "eval_seed eval_env max_episode_steps log_freq project group name checkpoints_path "
-    "resume env"
+    "max_timesteps offline_iterations online_iterations fqe_updates device eval_freq "
+    "n_episodes eval_seed eval_env max_episode_steps log_freq checkpoint_freq project "
+    "group name checkpoints_path resume env"
 ).split()
 NOT_INHERITED = (
-    "max_timesteps offline_iterations online_iterations device project group name "
-    "checkpoints_path resume load_model"
+    "max_timesteps offline_iterations online_iterations fqe_updates device project "
+    "group name checkpoints_path resume load_model"
 ).split()
 # What only an agent of continuous actions reads.
 CONTINUOUS = (
@@ -439,6 +445,9 @@ def algorithm_mistakes(config: TrainConfig) -> Dict[str, bool]:
         "--soft_target_update_rate: must lie in [0, 1]": (
             not 0 <= config.soft_target_update_rate <= 1
         ),
+        "--exploration_epsilon: must lie in [0, 1]": (
+            not 0 <= config.exploration_epsilon <= 1
+        ),
         "--cql_temp: must be above 0": not np.min(config.cql_temp) > 0,
         "--cql_clip_diff_min: above --cql_clip_diff_max": bounds[0] > bounds[1],
         "--cql_target_action_gap: a list needs --cql_lagrange true": (
@@ -471,6 +480,7 @@ def phase_mistakes(config: TrainConfig) -> Dict[str, bool]:
             no_data and config.eval_env in (None, "none")
         )
         or (no_data and not online and not config.load_model),
+        "--fqe_updates: needs data, by --env": no_data and config.fqe_updates > 0,
         "--env null: without data, pass --max_timesteps 0, --normalize false and "
         "--normalize_reward false": no_data and offline,
     }
@@ -1046,6 +1056,18 @@ class Dataset:
             returns[part] = returns_to_go(*columns, config, self.r_min)
         return torch.as_tensor(returns).to(self.observations)
 
+    def first_observations(self) -> Tensor:
+        """Of every episode, raw, [episodes, O]."""
+        starts = np.cumsum(self.lengths) - self.lengths
+        return self.observations[self.rows[torch.as_tensor(starts)]]
+
+    def discounted_return(self, discount: float) -> float:
+        """Mean over the episodes, in rewards as they are learned from; what would have
+        followed a time limit is left out."""
+        rewards = self.columns["rewards"].cpu().double().numpy()
+        parts = np.split(rewards, np.cumsum(self.lengths)[:-1])
+        return float(np.mean([discounted_sum(part, discount) for part in parts]))
+
     def statistics(self) -> Tuple[Tensor, Tensor]:
         """Mean and std + 1e-3 of s over the transitions, [O] each (CORL's form)."""
         observations = self.observations[self.rows].double()
@@ -1067,6 +1089,11 @@ class Dataset:
 def transformed(rewards: Tensor, factor: float, config: TrainConfig) -> Tensor:
     """Rewards as they are learned from."""
     return rewards * factor * config.reward_scale + config.reward_bias
+
+
+def discounted_sum(rewards, discount: float) -> float:
+    """Of an episode's rewards [T]."""
+    return float(np.dot(rewards, discount ** np.arange(len(rewards))))
 
 
 def returns_to_go(rewards, terminations, config: TrainConfig, r_min) -> np.ndarray:
@@ -1651,6 +1678,22 @@ def discrete_loss(critic, target_critic, batch, noise, log_alpha_prime, sweep, c
     return loss, metrics
 
 
+def fitted_q_loss(agent, critic, target_critic, batch, bounds, config):
+    """Of fitted Q evaluation (arXiv 1903.08738), of either kind of actions: the value of
+    the agent's deterministic policy, [R]. No return lies outside the bounds; the target
+    is every critic's. Differs from d3rlpy: the target critics' mean, not their least."""
+    with torch.no_grad():
+        actions = agent.best_actions(batch.next_observations)
+        next_q = agent.q_of(target_critic, batch.next_observations, actions).mean(1)
+        target = batch.rewards + config.discount * (1 - batch.terminations) * next_q
+        bounded = target.clamp(*bounds)  # [R, B]
+        clipped = (bounded != target).to(target.dtype).mean(1)
+    q = agent.q_of(critic, batch.observations, batch.actions)  # [R, N, B]
+    loss = (q - bounded.unsqueeze(1)).square().mean(-1)  # [R, N]
+    metrics = {"fqe_loss{j}": loss, "fqe_q{j}": q.mean(-1), "clipped": clipped}
+    return loss.sum(1), metrics
+
+
 # ======================================================================================
 # Agents
 # ======================================================================================
@@ -1658,7 +1701,7 @@ def discrete_loss(critic, target_critic, batch, noise, log_alpha_prime, sweep, c
 # Every draw is a function of (stream, seed of the run, counter): nothing of it stands in
 # a checkpoint, and what a run draws does not depend on who shares the device. The stream
 # comes first, because SeedSequence takes [0, 1] and [0, 1, 0] for the same.
-INIT, UPDATE, EXPLORE, RESET, EVALUATE = range(5)
+INIT, UPDATE, EXPLORE, RESET, EVALUATE, FQE = range(6)
 
 
 def seed_from(numbers: List[int]) -> int:
@@ -1679,7 +1722,9 @@ class Agent(nn.Module):
     included. `updates` counts; noise, bc_steps and target_update_period go by it.
 
     A subclass makes its networks in `build`, and has `draw_actions`, `unit_actions`,
-    `forward`, its losses, and `choose`."""
+    `forward`, its losses, `best_actions` and `choose`, `make_critic` and `q_of`."""
+
+    stream = UPDATE  # of its noise
 
     def __init__(self, config: TrainConfig, task: Task, device="cpu", statistics=None):
         """statistics: mean and std [O] that standardize observations. Raises UserError
@@ -1751,7 +1796,8 @@ class Agent(nn.Module):
         if self.block != (block, batch_size):
             draws = []
             for run in self.runs:
-                generator = generator_of([UPDATE, run["seed"], block], self.device)
+                numbers = [self.stream, run["seed"], block]
+                generator = generator_of(numbers, self.device)
                 draws.append(self.draw_run((n, batch_size), generator))
             stacked = {}
             for name in draws[0]:
@@ -1788,12 +1834,15 @@ class Agent(nn.Module):
                     what = f"{name} {tuple(values.shape)}, expected {expected}"
                     raise ValueError(f"a batch of {what}")
                 columns[name] = values
-        mean = self.observation_mean
-        std = self.observation_std
         for name in ("observations", "next_observations"):
-            columns[name] = (columns[name] - mean) / std
+            columns[name] = self.standardize(columns[name])
         columns["actions"] = self.unit_actions(columns["actions"])
         return Batch(**columns)
+
+    def standardize(self, observations) -> Tensor:
+        """Raw observations [..., O] as the networks take them."""
+        x = torch.as_tensor(observations).to(self.observation_mean)
+        return (x - self.observation_mean) / self.observation_std
 
     def update(self, batch: Batch, noise: Optional[Noise] = None) -> Dict[str, Tensor]:
         """One step on every network, from a batch whose rows are in random order;
@@ -1842,8 +1891,11 @@ class Agent(nn.Module):
         return {"updates": self.updates, "optimizer": moments}
 
     def set_extra_state(self, state: dict) -> None:
-        """Copies into the live tensors; rebinding them would freeze what they feed."""
+        """Copies into the live tensors; rebinding them would freeze what they feed. The
+        best policies, of best.pt, come without an optimizer's."""
         self.updates = state["updates"]
+        if state["optimizer"] is None:
+            return
         live = self.optimizer.state_dict()["state"]
         if live.keys() != state["optimizer"].keys():
             raise ValueError("its optimizer trains other parameters")
@@ -1861,14 +1913,19 @@ class ContinuousCQL(Agent):
         n_runs = len(generators)
         sizes = n_runs, self.task.observation_dim, self.action_dim
         self.policy = Policy(config, *sizes)
-        self.critic = Critic(config, *sizes)
         self.policy.initialize(generators, orthogonal=False)  # as CORL, always
-        self.critic.initialize(generators, config.orthogonal_init)
+        self.critic = self.make_critic(generators)
         self.log_alpha = nn.Parameter(torch.zeros(n_runs))
         actor = list(self.policy.parameters())
         if config.use_automatic_entropy_tuning:
             actor.append(self.log_alpha)
         return actor, list(self.critic.parameters())
+
+    def make_critic(self, generators: List[torch.Generator]) -> Critic:
+        sizes = self.task.observation_dim, self.action_dim
+        critic = Critic(self.config, len(generators), *sizes)
+        critic.initialize(generators, self.config.orthogonal_init)
+        return critic
 
     def draw_actions(self, shape: Tuple[int, int], on: dict) -> Dict[str, Tensor]:
         config = self.config
@@ -1925,10 +1982,26 @@ class ContinuousCQL(Agent):
         )
         return alpha_loss + policy_loss + q_loss, metrics | more
 
+    @torch.inference_mode()
+    def q(self, observations, actions) -> Tensor:
+        """Q [R, N, n] of raw observations [R, n, O] and the environment's actions
+        [R, n, A]."""
+        x = self.standardize(observations)
+        actions = self.unit_actions(torch.as_tensor(actions).to(x))
+        return self.q_of(self.critic, x, actions)
+
+    def q_of(self, critic: Critic, observations: Tensor, actions: Tensor) -> Tensor:
+        """Q [R, N, n] of standardized observations [R, n, O] and unit actions."""
+        return critic(observations, actions.unsqueeze(2)).squeeze(3)
+
+    def best_actions(self, observations: Tensor) -> Tensor:
+        """The policy's mode, unit actions [R, n, A], at standardized observations."""
+        mean, _ = self.policy(observations)
+        return mean.tanh()
+
     def choose(self, observations: Tensor, noise: Optional[Tensor] = None) -> Tensor:
         """`act` on the device: raw [R, n, O] -> the environment's [R, n, A]."""
-        x = (observations - self.observation_mean) / self.observation_std
-        x, log_std = self.policy(x)
+        x, log_std = self.policy(self.standardize(observations))
         if noise is not None:
             x = x + log_std.exp() * noise.to(x)
         actions = self.center + (self.action_high - self.center) * x.tanh()
@@ -1944,11 +2017,15 @@ class DiscreteCQL(Agent):
         for name in ("penalty", "cal_ql"):
             if getattr(self.config, name) != FIELDS[name].default:
                 raise UserError(f"--{name}: not for discrete actions")
-        n_actions = int(self.task.action_high[0] - self.task.action_low[0]) + 1
-        sizes = len(generators), self.task.observation_dim, n_actions
-        self.critic = DiscreteCritic(self.config, *sizes)
-        self.critic.initialize(generators, self.config.orthogonal_init)
+        self.critic = self.make_critic(generators)
         return [], list(self.critic.parameters())
+
+    def make_critic(self, generators: List[torch.Generator]) -> DiscreteCritic:
+        n_actions = int(self.task.action_high[0] - self.task.action_low[0]) + 1
+        sizes = self.task.observation_dim, n_actions
+        critic = DiscreteCritic(self.config, len(generators), *sizes)
+        critic.initialize(generators, self.config.orthogonal_init)
+        return critic
 
     def draw_actions(self, shape: Tuple[int, int], on: dict) -> Dict[str, Tensor]:
         return {}
@@ -1969,11 +2046,78 @@ class DiscreteCQL(Agent):
             self.config,
         )
 
+    @torch.inference_mode()
+    def q(self, observations, actions=None) -> Tensor:
+        """Q [R, N, n, A] of every action at raw observations [R, n, O]; with the
+        environment's actions [R, n, 1], theirs, [R, N, n]."""
+        x = self.standardize(observations)
+        if actions is None:
+            return self.critic(x)
+        return self.q_of(
+            self.critic, x, self.unit_actions(torch.as_tensor(actions).to(x))
+        )
+
+    def q_of(self, critic: DiscreteCritic, observations: Tensor, actions: Tensor):
+        """Q [R, N, n] of standardized observations [R, n, O] and actions [R, n, 1] that
+        count from 0."""
+        actions = actions.long().unsqueeze(1)
+        return critic(observations).take_along_dim(actions, -1).squeeze(-1)
+
+    def best_actions(self, observations: Tensor) -> Tensor:
+        """The greedy actions [R, n, 1], from 0, at standardized observations."""
+        return self.critic(observations).mean(1).argmax(-1, keepdim=True)
+
     def choose(self, observations: Tensor, noise: Optional[Tensor] = None) -> Tensor:
         """`act` on the device: raw [R, n, O] -> the environment's [R, n, 1]."""
-        x = (observations - self.observation_mean) / self.observation_std
-        best = self.critic(x).mean(1).argmax(-1, keepdim=True)
+        best = self.best_actions(self.standardize(observations))
         return best + self.action_low.long()
+
+
+class FittedQ(Agent):
+    """Fitted Q evaluation of a trained agent of either kind: critics of their own, with
+    their target critics and optimizer, that learn from the data by `update`."""
+
+    stream = FQE
+
+    def __init__(self, agent: Agent, data: Dataset):
+        self.judged = [agent]  # in a list: its parameters are not trained here
+        self.bounds = -math.inf, math.inf
+        discount = agent.config.discount
+        if discount < 1:
+            least = min(data.r_min, 0) / (1 - discount)
+            top = torch.finfo(torch.float32).max
+            self.bounds = max(least, -top), min(max(data.r_max, 0) / (1 - discount), top)
+        statistics = agent.observation_mean, agent.observation_std
+        super().__init__(agent.config, agent.task, agent.device, statistics)
+
+    def build(self, generators: List[torch.Generator]) -> Tuple[list, list]:
+        generators = [generator_of([INIT, run["seed"], 1]) for run in self.runs]
+        self.critic = self.judged[0].make_critic(generators)
+        return [], list(self.critic.parameters())
+
+    def draw_actions(self, shape: Tuple[int, int], on: dict) -> Dict[str, Tensor]:
+        return {}
+
+    def unit_actions(self, actions: Tensor) -> Tensor:
+        return self.judged[0].unit_actions(actions)
+
+    def forward(self, batch: Batch, noise: Noise, cloning: bool):
+        """The loss of a prepared batch at the present parameters, [R]."""
+        return fitted_q_loss(
+            self.judged[0],
+            self.critic,
+            self.target_critic,
+            batch,
+            self.bounds,
+            self.config,
+        )
+
+    @torch.no_grad()
+    def values(self, observations: Tensor) -> Tensor:
+        """Q [R, N, n] of the policy's actions at raw observations [n, O]."""
+        agent = self.judged[0]
+        x = self.standardize(observations).expand(len(self.runs), -1, -1)
+        return agent.q_of(self.critic, x, agent.best_actions(x))
 
 
 def make_agent(config: TrainConfig, task: Task, device="cpu", statistics=None) -> Agent:
@@ -2218,9 +2362,9 @@ class Evaluator:
                 say(f"evaluation in {len(self.players)} at a time, as a further {error}")
 
     def episodes(self, agent: Agent, step: int, alive: List[int], stop: list):
-        """Return, length and success (null: not told of any) of each episode of each
-        live run; None if a signal stops it. Episode i of a run starts from the run's
-        seed, so runs that differ in cql_alpha alone are paired."""
+        """Return, length, success (null: not told of any) and discounted return of each
+        episode of each live run; None if a signal stops it. Episode i of a run starts
+        from the run's seed, so runs that differ in cql_alpha alone are paired."""
         n = self.config.n_episodes
         waiting = [(r, i) for r in alive for i in range(n)]
         self.make_players(len(waiting))
@@ -2243,7 +2387,13 @@ class Evaluator:
                 observations[place] = player.observation
                 if player.over:
                     rewards = player.rewards
-                    results[place] = sum(rewards), len(rewards), player.success
+                    discounted = discounted_sum(rewards, self.config.discount)
+                    results[place] = (
+                        sum(rewards),
+                        len(rewards),
+                        player.success,
+                        discounted,
+                    )
                     idle.append(playing.pop(place))
         return results
 
@@ -2256,9 +2406,10 @@ class Evaluator:
             return None
         rows = {}
         n = self.config.n_episodes
-        told = any(success is not None for _, _, success in results.values())
+        told = any(success is not None for _, _, success, _ in results.values())
         for r in alive:
-            returns, lengths, successes = zip(*[results[r, i] for i in range(n)])
+            of_run = [results[r, i] for i in range(n)]
+            returns, lengths, successes, discounted = zip(*of_run)
             mean = float(np.mean(returns))
             rows[r] = {
                 "episodes": n,
@@ -2267,6 +2418,7 @@ class Evaluator:
                 "length_mean": float(np.mean(lengths)),
                 "d4rl_normalized_score": normalized_score(mean, self.reference),
                 "success_rate": successes.count(True) / n if told else math.nan,
+                "discounted_return_mean": float(np.mean(discounted)),
             }
         return rows
 
@@ -2277,8 +2429,6 @@ class Online:
 
     def __init__(self, config: TrainConfig, task: Task, agent: Agent, replay: Replay):
         """Raises UserError where the environments cannot be made."""
-        if task.discrete:
-            raise UserError("--online_iterations: not yet for discrete actions")
         n = len(agent.runs)
         self.config = config
         self.task = task
@@ -2323,22 +2473,33 @@ class Online:
                 self.finished[r].append((sum(player.rewards), success))
 
     def act(self, alive: List[int], step: int) -> np.ndarray:
-        """Actions [R, A] of the policy, sampled; uniform while there is no batch."""
-        shape = len(self.players), 1, self.task.observation_dim
-        observations = np.zeros(shape)
-        ready = self.replay.ready()
-        draws = []
+        """Actions [R, A]: sampled from the policy; discrete ones the best, but for a
+        share of exploration_epsilon; uniform while there is no batch."""
+        observations = np.zeros((len(self.players), 1, self.task.observation_dim))
         for r in alive:
             observations[r, 0] = self.players[r].observation
-        draw = torch.randn if ready else torch.rand
+        generators = []
         for run in self.agent.runs:
-            generator = generator_of([EXPLORE, run["seed"], step])
-            draws.append(draw((1, self.agent.action_dim), generator=generator))
-        noise = torch.stack(draws)  # [R, 1, A]
-        if ready:
-            return self.agent.act(observations, noise)[:, 0]
+            generators.append(generator_of([EXPLORE, run["seed"], step]))
+        size = (1, self.agent.action_dim)
+        ready = self.replay.ready()
+        if ready and not self.task.discrete:
+            noise = [torch.randn(size, generator=each) for each in generators]
+            return self.agent.act(observations, torch.stack(noise))[:, 0]
+        uniforms = [torch.rand(size, generator=each) for each in generators]
+        explored = self.uniform_actions(torch.cat(uniforms).numpy())
+        if not ready:
+            return explored
+        draws = [torch.rand(1, generator=each) for each in generators]
+        explores = torch.stack(draws).numpy() < self.config.exploration_epsilon  # [R, 1]
+        return np.where(explores, explored, self.agent.act(observations)[:, 0])
+
+    def uniform_actions(self, uniforms: np.ndarray) -> np.ndarray:
+        """Actions [R, A] of uniform numbers in [0, 1)."""
         low, high = np.array([self.task.action_low, self.task.action_high])
-        return (low + (high - low) * noise[:, 0].numpy()).astype(np.float32)
+        if self.task.discrete:
+            return low + np.floor(uniforms * (high - low + 1))
+        return (low + (high - low) * uniforms).astype(np.float32)
 
     def metrics(self, r: int, reset: bool) -> Dict[str, float]:
         """Means of the episodes that ended since the last row."""
@@ -2367,7 +2528,7 @@ class Online:
 # Logging and checkpoints
 # ======================================================================================
 
-VERSION = 5  # of the checkpoint's layout; those before the redesign are 4 and less
+VERSION = 6  # of the checkpoint's layout; those before the redesign are 4 and less
 
 
 class Table:
@@ -2423,6 +2584,32 @@ class Table:
                 self.rewrite(self.read(math.inf), new_names)
             with open(self.path, "a", newline="") as file:
                 self.write(file, rows)
+
+
+class Best:
+    """Each run's parameters at its best evaluation by return, which best.pt holds."""
+
+    def __init__(self, agent: Agent):
+        self.steps = [-1] * len(agent.runs)  # -1: not evaluated yet
+        self.returns = [-math.inf] * len(agent.runs)
+        self.weights = {}
+        for name, parameter in agent.named_parameters():
+            self.weights[name] = parameter.detach().clone()
+
+    def update(self, agent: Agent, step: int, rows: Dict[int, dict]) -> None:
+        """Take over what is better; rows: an evaluation's, by run."""
+        for r, row in rows.items():
+            if row["return_mean"] > self.returns[r]:
+                self.steps[r] = step
+                self.returns[r] = row["return_mean"]
+                for name, parameter in agent.named_parameters():
+                    self.weights[name][r] = parameter.detach()[r]
+
+    def load(self, state: dict) -> None:
+        self.steps = state["steps"]
+        self.returns = state["returns"]
+        for name, weight in self.weights.items():
+            weight.copy_(state["weights"][name])
 
 
 class Metrics:
@@ -2611,16 +2798,66 @@ def load_agent(agent: Agent, checkpoint: dict) -> None:
         agent.load_state_dict(checkpoint["agent"])
 
 
-def load_policy(path: Union[str, Path], run: int = 0, device: str = "cpu"):
-    """A checkpoint's policy for use: a function of a raw observation [O], several
-    [n, O], or the environment's dictionary, that returns an environment action (sampled
-    with deterministic=False). Its attributes are the agent and the task. Raises
-    UserError."""
+class QValues(NamedTuple):
+    """Q of an observation's action, or of each discrete one, [...]: a discounted sum of
+    rewards as they were trained on (reward_scale, reward_bias, normalize_reward)."""
+
+    least: np.ndarray  # [...] of the critics, as targets have it
+    mean: np.ndarray  # [...]
+    each: np.ndarray  # [N, ...]
+
+
+class TrainedPolicy:
+    """One run's policy for use, by load_policy. An observation is raw, [O], or several
+    [n, O], or the environment's dictionary or tuple."""
+
+    def __init__(self, agent: Agent, run: int):
+        self.agent = agent
+        self.task = agent.task
+        self.run = run
+        self.space = recorded_space(self.task.observation_space)
+        self.generator = generator_of([EXPLORE, agent.runs[run]["seed"]])
+
+    def __call__(self, observation, deterministic: bool = True) -> np.ndarray:
+        """The environment's action, or several; else sampled from the policy."""
+        x, one = self.rows(observation)
+        noise = None
+        if not deterministic:
+            size = (*x.shape[:2], self.agent.action_dim)
+            noise = torch.randn(size, generator=self.generator)
+        actions = self.task.to_environment(self.agent.act(x, noise)[self.run])
+        return actions[0] if one else actions
+
+    def q(self, observation, action=None) -> QValues:
+        """What the critics think of the environment's action; without one, of every
+        discrete action."""
+        x, one = self.rows(observation)
+        if action is None and not self.task.discrete:
+            raise ValueError("continuous actions: of which one?")
+        if action is not None:
+            action = np.reshape(action, (1, x.shape[1], self.agent.action_dim))
+            action = np.repeat(action, len(x), axis=0)
+        each = self.agent.q(x, action)[self.run].cpu().numpy()
+        if one:
+            each = each[:, 0]
+        return QValues(each.min(axis=0), each.mean(axis=0), each)
+
+    def rows(self, observation) -> Tuple[np.ndarray, bool]:
+        """Observations for every run, [R, n, O], and whether it is but one."""
+        structured = isinstance(observation, (dict, tuple))
+        if structured or np.shape(observation) == self.space.shape:  # a matrix, maybe
+            observation = gym.spaces.flatten(self.space, observation)
+        one = np.ndim(observation) == 1
+        return np.stack([np.atleast_2d(observation)] * len(self.agent.runs)), one
+
+
+def load_policy(
+    path: Union[str, Path], run: int = 0, device: str = "cpu"
+) -> TrainedPolicy:
+    """A checkpoint's policy, a function of observations. Raises UserError."""
     checkpoint = read_checkpoint(path)
-    task = checkpoint["task"]
-    agent = make_agent(TrainConfig(**checkpoint["config"]), task, device)
+    agent = make_agent(TrainConfig(**checkpoint["config"]), checkpoint["task"], device)
     load_agent(agent, checkpoint)
-    space = recorded_space(task.observation_space)
     n_runs = len(agent.runs)
     if run not in range(n_runs):
         raise UserError(f"checkpoint {path}: holds runs 0 to {n_runs - 1}, no {run}")
@@ -2629,24 +2866,7 @@ def load_policy(path: Union[str, Path], run: int = 0, device: str = "cpu"):
         for kept in Path(checkpoint["path"]).parent.glob(f"run{run}_before_*.pt"):
             what += f"; {kept.name} is of before"
         raise UserError(f"checkpoint {path}: {what}")
-    generator = generator_of([EXPLORE, agent.runs[run]["seed"]])
-
-    def policy(observation, deterministic: bool = True) -> np.ndarray:
-        structured = isinstance(observation, (dict, tuple))
-        if structured or np.shape(observation) == space.shape:  # a matrix, maybe
-            observation = gym.spaces.flatten(space, observation)
-        one = np.ndim(observation) == 1
-        everywhere = np.stack([np.atleast_2d(observation)] * n_runs)  # [R, n, O]
-        noise = None
-        if not deterministic:
-            shape = (*everywhere.shape[:2], agent.action_dim)
-            noise = torch.randn(shape, generator=generator)
-        actions = task.to_environment(agent.act(everywhere, noise)[run])
-        return actions[0] if one else actions
-
-    policy.agent = agent
-    policy.task = task
-    return policy
+    return TrainedPolicy(agent, run)
 
 
 def run_directory(config: TrainConfig) -> Optional[Path]:
@@ -2718,6 +2938,10 @@ class Run:
         self.offline = config.max_timesteps
         self.total = config.max_timesteps + config.online_iterations
         self.metrics = Metrics(agent.device)
+        self.best = Best(agent)
+        self.best_before = None  # an evaluation that a longer run does not have
+        self.fitted = None  # of fitted Q evaluation
+        self.fitted_metrics = Metrics(agent.device)
         self.step = 0  # updates offline, environment steps online
         self.logged = self.evaluated = -1  # steps of the last rows
         self.diverged = [-1] * len(agent.runs)  # step by which a run went non-finite
@@ -2743,7 +2967,12 @@ class Run:
             self.metrics_table = Table(directory, "metrics.csv", self.logged)
             self.timing_table = Table(directory, "timing.csv", self.logged)
             self.evaluations_table = Table(directory, "evaluations.csv", self.evaluated)
+            updates = self.fitted.updates if self.fitted else -1
+            if updates % config.eval_freq and updates < config.fqe_updates:
+                updates -= 1  # made longer: as above
+            self.fqe_table = Table(directory, "fqe.csv", updates)
         self.evaluations = self.evaluations_table.kept
+        self.values = self.fqe_table.kept
         self.logged_updates = self.agent.updates
         if directory is not None:
             text = yaml.safe_dump({**asdict(config), "resume": None}, sort_keys=False)
@@ -2757,6 +2986,8 @@ class Run:
         if self.online:
             steps += f", online after {self.offline:,}"
         say(f"training {runs}, {steps}, in {directory or 'no directory'}")
+        if checkpoint is not None:  # best.pt may lack what a kill came before
+            self.save_best(self.payload())
 
     def take_up(self, checkpoint: dict) -> None:
         """The state of a run to go on with, but for its agent's."""
@@ -2767,6 +2998,11 @@ class Run:
         self.diverged = checkpoint["diverged"]
         self.warned = checkpoint["warned"]
         self.metrics.load(checkpoint["metrics"])
+        state = checkpoint["fqe"]
+        if state is not None and self.step == self.total and self.data is not None:
+            self.fitted = FittedQ(self.agent, self.data)
+            self.fitted.load_state_dict(state["agent"])
+            self.fitted_metrics.load(state["metrics"])
         if self.online and checkpoint["online"]:
             self.online.load(checkpoint["online"])
         # A run that is made longer writes the last rows again if they stood between two
@@ -2774,8 +3010,13 @@ class Run:
         if self.logged % before["log_freq"] and self.logged < self.total:
             self.logged -= 1
         regular = self.evaluated > 0 and self.evaluated % before["eval_freq"] == 0
+        best = checkpoint["best"]
         if not regular and self.evaluated not in (self.offline, self.total):
             self.evaluated -= 1
+            best = checkpoint["best_before"] or best
+        else:
+            self.best_before = checkpoint["best_before"]
+        self.best.load(best)
 
     def alive(self) -> List[int]:
         """The runs that have not diverged."""
@@ -2849,6 +3090,12 @@ class Run:
             say(f"run {r}: Q runs away: {here}, and {allowed}")
             say("  Poor returns follow; a larger cql_alpha holds Q down")
 
+    def checkpoint_due(self) -> bool:
+        """Whether one is to be kept, or the last one is too long ago."""
+        often = self.config.checkpoint_freq
+        kept = often > 0 and self.step % often == 0
+        return kept or time.monotonic() - self.saved_at > self.CHECKPOINT_SECONDS
+
     def evaluation_due(self) -> bool:
         """Whether the present step's evaluation is still to come."""
         regular = self.step > 0 and self.step % self.config.eval_freq == 0
@@ -2872,6 +3119,10 @@ class Run:
             table.append({"step": self.step, **self.agent.runs[r], **row})
         self.evaluations_table.append(table)
         self.evaluations += table
+        self.best_before = None
+        if self.step % self.config.eval_freq or self.step == 0:
+            self.best_before = copy.deepcopy(vars(self.best))
+        self.best.update(self.agent, self.step, rows)
         self.wandb.log(self.step, rows)
         if table:
             self.say_evaluation(table)
@@ -2890,13 +3141,9 @@ class Run:
                 text += f" (mean {np.mean(scores):.1f})"
         say(text)
 
-    def checkpoint(self) -> None:
-        """Write checkpoint.pt; when no run is left alive the file stays as it is."""
-        before = time.monotonic()
-        self.check_finite()
-        if self.directory is None or not self.alive():
-            return
-        payload = {
+    def payload(self) -> dict:
+        """What a checkpoint holds."""
+        return {
             "format": "cql.py",
             "version": VERSION,
             "config": asdict(self.config),
@@ -2905,6 +3152,9 @@ class Run:
             "agent": self.agent.state_dict(),
             "online": self.online.state() if self.online else None,
             "metrics": self.metrics.state(),
+            "best": vars(self.best),
+            "best_before": self.best_before,
+            "fqe": self.fitted_state(),
             "wandb_ids": self.wandb.ids,
             "step": self.step,
             "logged": self.logged,
@@ -2912,9 +3162,82 @@ class Run:
             "diverged": self.diverged,
             "warned": self.warned,
         }
+
+    def checkpoint(self) -> None:
+        """Write checkpoint.pt; when no run is left alive the file stays as it is."""
+        before = time.monotonic()
+        self.check_finite()
+        if self.directory is None or not self.alive():
+            return
+        payload = self.payload()
+        often = self.config.checkpoint_freq
+        if often and self.step % often == 0 and self.step and not self.fitted:
+            save_checkpoint(self.directory / f"checkpoint_{self.step}.pt", payload)
         save_checkpoint(self.directory / "checkpoint.pt", payload)
+        self.save_best(payload)
         self.saved_at = time.monotonic()
         self.seconds["checkpoint_seconds"] += self.saved_at - before
+
+    def fitted_state(self) -> Optional[dict]:
+        if self.fitted is None:
+            return None
+        metrics = self.fitted_metrics.state()
+        return {"agent": self.fitted.state_dict(), "metrics": metrics}
+
+    def log_values(self) -> None:
+        """A row of fqe.csv per live run: the value of its policy at the episodes' first
+        observations, mean and standard errors over episodes and over critics."""
+        data = self.data
+        config = self.config
+        fitted = self.fitted
+        q = fitted.values(data.first_observations()).double()  # [R, N, episodes]
+        means = self.fitted_metrics.means()
+        factor = data.reward_factor * config.reward_scale
+        own = math.nan
+        if config.reward_bias == 0 and factor != 0:
+            own = 1 / factor  # the data's rewards
+        in_data = data.discounted_return(config.discount)
+        table = []
+        for r in self.alive():
+            value = q[r].mean().item()
+            n_critics, n_episodes = q[r].shape
+            error = q[r].mean(0).std().item() / math.sqrt(n_episodes)
+            error_critics = q[r].mean(1).std().item() / math.sqrt(n_critics)
+            row = {
+                "value": value,
+                "value_error": error,
+                "value_error_critics": error_critics,  # blank for one critic
+                "discounted_return": own * value,
+                "discounted_return_error": abs(own) * error,
+                "data_value": in_data,
+                "data_discounted_return": own * in_data,
+                **means[r],
+            }
+            table.append({"step": fitted.updates, **self.agent.runs[r], **row})
+        self.fqe_table.append(table)
+        self.values += table
+        rows = {}
+        for row in table:
+            rows[row["run"]] = {f"fqe/{name}": row[name] for name in row}
+        self.wandb.log(self.step + fitted.updates, rows)
+        texts = [f"{row['value']:.4g} +- {row['value_error']:.2g}" for row in table]
+        say(f"fqe    {fitted.updates:>9,}  value {' | '.join(texts)}")
+        if fitted.updates % config.eval_freq == 0:
+            self.fitted_metrics.reset()
+
+    def save_best(self, payload: dict) -> None:
+        """Write best.pt: a checkpoint of each run's best policy, without optimizer."""
+        best = payload["best"]
+        if max(best["steps"]) < 0:
+            return
+        diverged = list(payload["diverged"])
+        for r, step in enumerate(best["steps"]):
+            if step >= 0:
+                diverged[r] = -1
+        agent = {**payload["agent"], **best["weights"]}
+        agent["_extra_state"] = {"updates": 0, "optimizer": None}
+        changed = {"agent": agent, "online": None, "fqe": None, "diverged": diverged}
+        save_checkpoint(self.directory / "best.pt", {**payload, **changed})
 
     def summary(self) -> None:
         """The closing table: last and best evaluation of each run, and the files."""
@@ -2930,9 +3253,15 @@ class Run:
             for name in names:
                 text += f"  {name} {run[name]}"
             rows = [row for row in self.evaluations if int(row["run"]) == r]
-            values = [float(row[column]) for row in rows if row[column] != ""]
+            rows = [row for row in rows if row[column] != ""]
+            values = [float(row[column]) for row in rows]
             if values:
+                best = int(rows[np.argmax(values)]["step"])
                 text += f"  {column} last {values[-1]:.2f}, best {max(values):.2f}"
+                text += f" at {best:,}"
+            values = [row["value"] for row in self.values if int(row["run"]) == r]
+            if values:
+                text += f"  fqe {float(values[-1]):.4g}"
             if self.diverged[r] >= 0:
                 text += f"  diverged by {self.diverged[r]}"
             say(text)
@@ -2969,7 +3298,7 @@ class Run:
 def load(config: TrainConfig, checkpoint: Optional[dict], device):
     """Data (None where nothing is learned from any), task, and evaluator (None without
     an environment). Raises UserError."""
-    learns = config.max_timesteps > 0 or config.online_iterations > 0
+    learns = config.max_timesteps + config.online_iterations + config.fqe_updates > 0
     task = checkpoint["task"] if checkpoint else None
     other_data = not checkpoint or checkpoint["config"]["env"] != config.env
     episodes = None
@@ -2997,6 +3326,8 @@ def load(config: TrainConfig, checkpoint: Optional[dict], device):
     data = None
     if episodes is not None:
         data = Dataset(config, episodes, task, device)
+        if config.fqe_updates > 0 and data.lengths.mean() < 2:
+            raise UserError("--fqe_updates: needs episodes of two steps, on average")
     return data, task, evaluator
 
 
@@ -3015,6 +3346,10 @@ def check_resume(config: TrainConfig, checkpoint: dict, data: Optional[Dataset])
     if step > planned + config.online_iterations:
         n = config.online_iterations
         raise UserError(f"--online_iterations {n}: the run is at {step - planned}")
+    fqe = checkpoint["fqe"]
+    judged = fqe["agent"]["_extra_state"]["updates"] if fqe else 0
+    if step == planned + config.online_iterations and config.fqe_updates < judged:
+        raise UserError(f"--fqe_updates {config.fqe_updates}: {judged} are done")
     for name in ("eval_env", "max_episode_steps"):
         if online and getattr(config, name) != before[name]:
             raise UserError(f"--{name}: the run learns online with {before[name]}")
@@ -3049,6 +3384,10 @@ def describe(config: TrainConfig, task: Task, data, evaluator) -> None:
     unused = sorted(changed.intersection(CONTINUOUS))
     if task.discrete and unused:
         say(f"without effect on discrete actions: {', '.join(unused)}")
+    pace = config.soft_target_update_rate * (1 - config.discount)
+    if 0 < pace * config.fqe_updates < 3 * config.target_update_period:
+        enough = 3 * config.target_update_period / pace
+        say(f"fqe_updates: values have settled after some {enough:,.0f}, not before")
     if config.cql_lagrange and np.min(config.cql_target_action_gap) < 0:
         say("cql_target_action_gap < 0 is a real target here, not 'off'")
 
@@ -3063,6 +3402,30 @@ def describe_seen_actions(task: Task, actions: Tensor) -> None:
     elif not (actions % 1).any():
         say("  whole numbers, taken as a box: stored as one column of integers, or with")
         say("  a Discrete --eval_env, they are discrete")
+
+
+def judge(run: Run, stop: list) -> None:
+    """Fitted Q evaluation of every run's policy, by the same updates as training."""
+    config = run.config
+    if run.fitted is None:
+        run.fitted = FittedQ(run.agent, run.data)
+    fitted = run.fitted
+
+    def step(noise: Noise) -> None:
+        batch = run.data.sample(noise.fractions)
+        run.fitted_metrics.add(fitted.update(batch, noise))
+
+    do_step = step
+    if fitted.device.type == "cuda":
+        do_step = GraphedStep(step, fitted, run.fitted_metrics)
+    while fitted.updates < config.fqe_updates and not stop:
+        do_step(fitted.draw(config.batch_size))
+        last = fitted.updates == config.fqe_updates
+        if last or fitted.updates % config.eval_freq == 0:
+            run.log_values()
+            run.checkpoint()
+        elif time.monotonic() - run.saved_at > run.CHECKPOINT_SECONDS:
+            run.checkpoint()
 
 
 def train(config: TrainConfig) -> int:
@@ -3094,6 +3457,8 @@ def train(config: TrainConfig) -> int:
             check_resume(config, checkpoint, data)
     if checkpoint is not None:
         load_agent(agent, checkpoint)
+        if checkpoint["agent"]["_extra_state"]["optimizer"] is None:
+            say(f"{checkpoint['path']}: holds no optimizer, so Adam begins anew")
     if not resumed:
         agent.updates = 0  # count and draw as a fresh run does
     replay = Replay(config, data, agent)
@@ -3139,9 +3504,11 @@ def train(config: TrainConfig) -> int:
             # Evaluate and save; save in between, so that a kill costs minutes at most.
             if run.evaluation_due():
                 run.evaluate(stop)
-            elif time.monotonic() - run.saved_at > run.CHECKPOINT_SECONDS:
+            elif run.checkpoint_due():
                 run.checkpoint()
         bar.close()
+        if config.fqe_updates > 0 and run.alive() and not stop:
+            judge(run, stop)
         return run.end(stop)
 
 

@@ -98,11 +98,11 @@ DIFFERENT = {
 # Our own flags, with their defaults.
 OURS = {
     "data": {},
-    "run": {"resume": None, "log_freq": 1000},
-    "evaluation": {"eval_env": None, "max_episode_steps": None},
+    "run": {"resume": None, "log_freq": 1000, "checkpoint_freq": 0},
+    "evaluation": {"eval_env": None, "max_episode_steps": None, "fqe_updates": 0},
     "algorithm": {"penalty": "logsumexp", "cal_ql": False},
     "networks": {"hidden_dim": 256, "n_critics": 2, "n_target_critics": None},
-    "online": {"utd": 1},
+    "online": {"utd": 1, "exploration_epsilon": 0.1},
     "speed": {"cql_backward_actions": 0, "precision": "fp32", "compile": False},
 }
 GROUPS = {name: {**flags, **OURS[name]} for name, flags in CORL.items()}
@@ -374,6 +374,8 @@ def test_the_product_of_lists():
         ("--offline_iterations -1", "-1"),
         ("--eval_freq 0", "--eval_freq 0"),
         ("--log_freq 0", "--log_freq 0"),
+        ("--checkpoint_freq -1", "--checkpoint_freq -1"),
+        ("--fqe_updates -1", "--fqe_updates -1"),
         ("--buffer_size 0", "--buffer_size 0"),
         ("--policy_lr -1e-4", "--policy_lr -0.0001"),
         ("--policy_lr .nan", "--policy_lr nan"),
@@ -388,6 +390,8 @@ def test_the_product_of_lists():
         ("--bc_steps -1", "--bc_steps -1"),
         ("--eval_seed -1", "--eval_seed -1"),
         ("--utd 0", "--utd 0"),
+        ("--exploration_epsilon 1.1", "--exploration_epsilon"),
+        ("--exploration_epsilon -0.1", "--exploration_epsilon"),
         ("--online_iterations -1", "--online_iterations -1"),
         ("--cql_alpha_online -1", "--cql_alpha_online -1"),
         ("--mixing_ratio 1.5", "--mixing_ratio"),
@@ -593,6 +597,8 @@ INHERITED = {
     "n_episodes": 3,
     "eval_freq": 2,
     "log_freq": 2,
+    "checkpoint_freq": 2,
+    "exploration_epsilon": 0.5,
     "n_target_critics": 1,
     "cql_clip_diff_min": -9.0,
 }
@@ -603,6 +609,7 @@ def model(toy, tmp_path_factory):
     """The directory of a run whose flags are not the defaults, INHERITED and others."""
     directory = tmp_path_factory.mktemp("model")
     flags = {"name": "n", "project": "p", "group": "g", "offline_iterations": 2}
+    flags["fqe_updates"] = 1
     flags = {**INHERITED, **flags, "max_timesteps": None}
     assert run(env=toy, resume=directory, **flags)[0] == 0
     return directory
@@ -615,8 +622,8 @@ def test_load_model_inherits(model, toy):
         for flag, value in {**INHERITED, "env": str(toy)}.items():
             assert getattr(config, flag) == value, flag
         for flag in (
-            "max_timesteps offline_iterations online_iterations name project group "
-            "checkpoints_path device resume"
+            "max_timesteps offline_iterations online_iterations fqe_updates name "
+            "project group checkpoints_path device resume"
         ).split():
             assert getattr(config, flag) == FLAGS[flag], flag
         assert config.load_model == str(path)

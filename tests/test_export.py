@@ -80,6 +80,11 @@ def test_an_exported_policy_acts_alike(data, tmp_path, capsys):
     assert capsys.readouterr().out.endswith(f"wrote {tmp_path / 'policy.onnx'}\n")
 
 
+def test_a_run_s_best_policies_are_exported(tmp_path):
+    directory = trained(box_data(tmp_path), tmp_path / "run")
+    both(directory / "best.pt", tmp_path / "policy.onnx")
+
+
 def test_a_changed_layer_is_exported(tmp_path, monkeypatch):
     """As in a fork that normalizes its layers: the export has no forward of its own."""
     directory = trained(box_data(tmp_path), tmp_path / "run")

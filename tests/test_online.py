@@ -8,8 +8,17 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from make_data import Toy, d4rl_file, hopper_dataset, random_episodes, run, toy_dataset
-from reference import trained
+from make_data import (
+    Toy,
+    d4rl_file,
+    hopper_dataset,
+    minari_dataset,
+    random_episodes,
+    rollout,
+    run,
+    toy_dataset,
+)
+from reference import scrambled, trained
 
 import cql
 
@@ -54,6 +63,26 @@ class Single(Toy):
         Single.opened -= 1
 
 
+class Dial(gym.Env):
+    """Turned by whole numbers, 2 to 4; the actions that it gets are noted."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (3,))
+    action_space = gym.spaces.Discrete(3, start=2)
+    got = []
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.dial = self.np_random.normal(size=3)
+        return self.dial.astype(np.float32), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        Dial.got.append(int(action))
+        self.dial = np.roll(self.dial, 1) + [0.3 * (action - 3), 0, 0]
+        return self.dial.astype(np.float32), float(-abs(self.dial[0])), False, False, {}
+
+
+gym.register("CqlDial-v0", f"{__name__}:Dial", max_episode_steps=10)
 gym.register("CqlGoal-v0", Goal, max_episode_steps=10)
 # The point moves so little that only the limit ends an episode.
 gym.register("CqlTen-v0", Goal, max_episode_steps=10, kwargs={"push": 0.02})
@@ -64,6 +93,13 @@ gym.register("CqlOneAtATime-v0", Single, max_episode_steps=10)
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     return toy_dataset(tmp_path_factory.mktemp("toy"), **SCORES)
+
+
+@pytest.fixture(scope="module")
+def dial(tmp_path_factory):
+    env = gym.make("CqlDial-v0")
+    root = tmp_path_factory.mktemp("dial")
+    return minari_dataset(root, "dial/random-v0", rollout(env, 6), env=env)
 
 
 @pytest.fixture
@@ -569,6 +605,92 @@ def test_without_a_batch_actions_are_uniform(toy):
     np.testing.assert_allclose(actions.std(0), 1 / math.sqrt(3), atol=0.08)
 
 
+# --- discrete actions -----------------------------------------------------------------
+
+
+def dials(dial, n_steps, nothing=False, **flags):
+    """What runs do in one state, [steps, R], and what is best there, [R]."""
+    online = online_of(dial, nothing, eval_env="CqlDial-v0", **flags)
+    scrambled(online.agent)
+    actions = [actions_at(online, step)[:, 0] for step in range(n_steps)]
+    state = np.array([[[0.1, -0.2, 0.3]]] * len(online.players))
+    return np.array(actions), online.agent.act(state)[:, 0, 0]
+
+
+def check_counts(actions, chances):
+    """How often 2, 3 and 4 occur, within five standard errors."""
+    counts = np.array([(actions == action).sum() for action in (2, 3, 4)])
+    assert counts.sum() == len(actions)
+    errors = np.sqrt(len(actions) * np.multiply(chances, np.subtract(1, chances)))
+    assert (np.abs(counts - len(actions) * np.array(chances)) <= 5 * errors).all()
+
+
+@pytest.mark.parametrize("epsilon", [0, 0.1, 1])
+def test_the_best_action_but_for_a_share_of_uniform_ones(dial, epsilon):
+    flags = {} if epsilon == 0.1 else {"exploration_epsilon": epsilon}  # the default
+    actions, best = dials(dial, 1500, seed=[0, 1], **flags)
+    for r in (0, 1):
+        chances = [epsilon / 3 + (1 - epsilon) * (best[r] == a) for a in (2, 3, 4)]
+        check_counts(actions[:, r], chances)
+
+
+def test_without_a_batch_discrete_actions_are_uniform(dial):
+    actions, _ = dials(dial, 600, nothing=True, exploration_epsilon=0)
+    check_counts(actions[:, 0], [1 / 3] * 3)
+
+
+def test_discrete_exploration_is_a_function_of_seed_and_step(dial):
+    """Both when to explore and what then, whoever shares the device."""
+    flags = {"exploration_epsilon": 0.5}
+    stacked, best = dials(dial, 60, seed=[3, 5], cql_alpha=[1.0, 4.0], **flags)
+    solo, solo_best = dials(dial, 60, seed=5, **flags)
+    explored = stacked != best
+    assert explored.any(0).all() and (explored[:, 0] != explored[:, 2]).any()
+    for r in (2, 3):  # of seed 5, where their best actions let it be seen
+        seen = (stacked[:, r] != best[r]) & (stacked[:, r] != solo_best[0])
+        assert seen.any() and (stacked[seen, r] == solo[seen, 0]).all()
+
+
+@pytest.mark.parametrize("nothing", [False, True])
+def test_discrete_actions_online(go, dial, nothing):
+    """After the data, and from nothing: the replay holds what was done, and an update
+    takes its actions from 0."""
+    Dial.got.clear()
+    flags = {"env": dial, "eval_freq": 1000, "utd": 2, "exploration_epsilon": 0.5}
+    if nothing:
+        flags |= {**NOTHING, "eval_env": "CqlDial-v0"}
+    directory = go("run", **flags)
+    waiting = 7 if nothing else 0
+    offline = 0 if nothing else 6
+    assert n_updates(directory) == offline + 2 * (50 - waiting)
+    columns = replay_columns(directory)
+    actions = columns["actions"][0, :, 0]
+    done = Dial.got[20:70]  # after two episodes of evaluation
+    assert actions.tolist() == done and set(done) == {2, 3, 4}
+    here, after = columns["observations"][0], columns["next_observations"][0]
+    turned = here.roll(1, dims=1)
+    turned[:, 0] += 0.3 * (actions - 3)
+    torch.testing.assert_close(after, turned)
+    torch.testing.assert_close(columns["rewards"][0], -after[:, 0].abs())
+    assert table(directory, "metrics.csv")[-1]["train_return"]
+    agent = cql.load_policy(directory).agent
+    batch = cql.Batch(**{name: x for name, x in columns.items()})
+    assert torch.equal(agent.prepare(batch).actions[0, :, 0], actions - 2)
+
+
+def test_a_resumed_discrete_run_is_exact(go, dial):
+    """Between two episodes of ten steps; a stacked run equals its solo run."""
+    flags = {"env": dial, "eval_freq": 10, "exploration_epsilon": 0.3}
+    stacked = {**flags, "seed": "[0,1]"}
+    go("run", **stacked, online_iterations=20)
+    whole = go("whole", **stacked)
+    assert_same_run(go("run", **stacked), whole)
+    solo = go("solo", **flags, seed=1)
+    ours, theirs = (replay_columns(directory) for directory in (whole, solo))
+    for name in ours:
+        torch.testing.assert_close(ours[name][1], theirs[name][0], msg=name)
+
+
 # --- resume ---------------------------------------------------------------------------
 
 
@@ -778,12 +900,3 @@ def test_data_of_no_environment_need_one(tmp_path, refused):
         "--eval_env",
         **{**BASE, "env": file, "eval_env": None},
     )
-
-
-def test_discrete_actions_are_not_yet_explored(tmp_path, refused):
-    episodes = random_episodes([30, 20], obs_dim=4)
-    for episode in episodes:
-        episode["actions"] = np.arange(len(episode["rewards"])) % 2
-    file = d4rl_file(tmp_path / "d.hdf5", episodes)
-    flags = {**BASE, "env": file, "eval_env": "CartPole-v1"}
-    refused(None, "--online_iterations", "discrete", **flags)

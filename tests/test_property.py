@@ -227,6 +227,9 @@ kinds = {
     "max_timesteps": st.integers(0, 4),
     "max_episode_steps": st.integers(1, 30),
     "eval_freq": st.integers(1, 4),
+    "fqe_updates": st.integers(0, 4),
+    "checkpoint_freq": st.integers(0, 3),
+    "exploration_epsilon": st.sampled_from([0.0, 0.1, 1.0]),
     **dict.fromkeys(
         "use_automatic_entropy_tuning backup_entropy cql_importance_sample cql_lagrange "
         "cql_max_target_backup orthogonal_init normalize cal_ql "

@@ -188,11 +188,17 @@ def checkpoint(directory):
 
 
 def state(directory):
-    """All that must be equal: each value of the checkpoint, each byte of the tables."""
-    values = flattened(checkpoint(directory))
-    private = r"/config/(env|resume|checkpoints_path|eval_env|load_model)|/wandb_ids.*"
+    """All that must be equal: each value of the checkpoints, best.pt among them, and
+    each byte of the tables."""
+    values = {}
+    for path in directory.glob("[bc]*.pt"):  # not what a run that diverged left
+        values |= flattened(torch.load(path, weights_only=True), path.name)
+    private = r"config/(env|resume|checkpoints_path|eval_env|load_model)|wandb_ids.*"
+    private = rf"[^/]*/({private})|checkpoint_\d+.pt/config/.*"
     values = {k: v for k, v in values.items() if not re.fullmatch(private, k)}
     tables = {name: (directory / name).read_bytes() for name in TABLES}
+    if (directory / "fqe.csv").exists():
+        tables["fqe.csv"] = (directory / "fqe.csv").read_bytes()
     steps = [row["step"] for row in rows(directory, "timing.csv")]
     repeated = [step for step in steps if steps.count(step) > 1]
     return {**values, **tables, "repeated in timing.csv": repeated}
@@ -370,6 +376,7 @@ def test_a_run_made_longer_in_another_process_is_bit_exact(toy, tmp_path, whole,
     assert differences(reference, tmp_path) == []
     names = " ".join(state(reference))
     parts = "policy target_critic exp_avg_sq log_alpha_prime updates sums fingerprint"
+    parts += " best.pt/agent/critic"
     for part in parts.split():
         assert part in names
     assert len(rows(tmp_path, "metrics.csv")) == 4 * 4
@@ -395,7 +402,7 @@ def test_killed_at_random_moments(toy, tmp_path, whole):
 def test_killed_at_every_file_operation(toy, tmp_path, done):
     """Of a fresh run, and of a resumed one, which rewrites its tables first."""
     changes = {"eval_freq": 2, "log_freq": 2, "n_episodes": 1, "cql_lagrange": True}
-    changes["max_timesteps"] = done + 2
+    changes |= {"max_timesteps": done + 2, "checkpoint_freq": 2}
     reference, begun, wrong = tmp_path / "whole", tmp_path / "begun", {}
     assert cql.main(command(toy, reference, **changes)) == 0
     begun.mkdir()
@@ -536,7 +543,7 @@ def test_a_complete_run_stays_as_it_is(toy, train, capsys):
 ALLOWED = dict(
     max_timesteps=8, eval_freq=3, n_episodes=3, eval_seed=1, eval_env="CqlHooked-v0",
     max_episode_steps=5, log_freq=5, device="auto", project="other", group="other",
-    name="other", checkpoints_path="elsewhere",
+    name="other", checkpoints_path="elsewhere", fqe_updates=2, checkpoint_freq=2,
 )  # fmt: skip
 
 
@@ -586,8 +593,7 @@ def other_value(field):
 NOT_RESUMABLE = [
     field
     for field in dataclasses.fields(cql.TrainConfig)
-    if field.name not in {*ALLOWED, "env", "resume"}
-    and not re.search("iterations|fqe_updates|checkpoint_freq", field.name)
+    if field.name not in {*ALLOWED, "env", "resume"} and "iterations" not in field.name
 ]
 
 
@@ -723,7 +729,7 @@ def test_a_run_directory_runs_again(toy, tmp_path, whole, monkeypatch, capsys):
     (directory,) = (tmp_path / "runs").iterdir()
     assert re.fullmatch(r"a-b\W.*random-v0-[0-9a-f]{8}", directory.name)
     assert f"files: runs/{directory.name}" in capsys.readouterr().out
-    names = ".lock config.yaml cql.py checkpoint.pt timing.csv".split()
+    names = ".lock config.yaml cql.py checkpoint.pt best.pt timing.csv".split()
     assert {path.name for path in directory.iterdir()} == {*names, *TABLES}
     assert (directory / "cql.py").read_bytes() == SCRIPT.read_bytes()
     module = ["--eval_env", "make_data:CqlToy-v0"]  # which a new process has to import
@@ -1525,10 +1531,10 @@ def test_the_alarm_is_given_once(train, monkeypatch, capsys):
 
 
 def closing_lines(out):
-    """{run: (last, best)} of the closing lines; None where nothing was evaluated."""
+    """{run: (last, best, its step)} of the closing lines; None without evaluations."""
     found = {}
     for run, text in re.findall(r"^run (\d+) +seed (.*)$", out, re.M):
-        values = re.search(r"last (\S+), best (\S+)", text)
+        values = re.search(r"last (\S+), best (\S+) at (\S+)", text)
         found[run] = values and values.groups()
     return found
 
@@ -1542,7 +1548,8 @@ def test_closing_lines_and_plain_output(train, capsys):
     for run, line in closing.items():
         table = rows(directory, "evaluations.csv", run=run)
         scores = [float(row["d4rl_normalized_score"]) for row in table]
-        assert line == (f"{scores[-1]:.2f}", f"{max(scores):.2f}")
+        best = table[np.argmax(scores)]["step"]
+        assert line == (f"{scores[-1]:.2f}", f"{max(scores):.2f}", best)
         assert len(scores) == 5
     assert out.splitlines()[-1] == f"files: {directory}"
 
@@ -1572,7 +1579,8 @@ def test_reference_returns_that_come_with_another_environment(tmp_path, capsys):
     scores = [row["d4rl_normalized_score"] for row in rows(run, "evaluations.csv")]
     assert scores[:2] == ["", ""] and len(scores) == 4
     known = [float(score) for score in scores[2:]]
-    assert closing == {"0": (f"{known[-1]:.2f}", f"{max(known):.2f}")}
+    best = str(6 + 2 * np.argmax(known))
+    assert closing == {"0": (f"{known[-1]:.2f}", f"{max(known):.2f}", best)}
 
 
 def test_nobody_reads_the_terminal(toy, tmp_path):
@@ -1633,7 +1641,7 @@ PER_CRITIC = (
 )
 EVALUATION = (
     "step run seed cql_alpha cql_temp cql_target_action_gap episodes return_mean "
-    "return_std length_mean d4rl_normalized_score success_rate"
+    "return_std length_mean d4rl_normalized_score success_rate discounted_return_mean"
 )
 TIMING = "step seconds updates_per_s evaluation_seconds checkpoint_seconds"
 

@@ -173,6 +173,16 @@ def test_a_diverged_run_gets_no_more_rows(train, trackers):
     assert all(tracker.finished for tracker in trackers)
 
 
+def test_fitted_q_evaluation_is_logged(train, trackers, tmp_path):
+    """After training's updates, by names of its own."""
+    assert train(fqe_updates=6, **STACKED)[0] == 0
+    for row in rows(tmp_path / "run", "fqe.csv"):
+        history = trackers[int(row["run"])].history()
+        shown = history[8 + int(row["step"])]
+        for name in ("value", "data_value", "fqe_loss1"):
+            assert shown[f"fqe/{name}"] == pytest.approx(float(row[name]), rel=1e-6)
+
+
 @pytest.mark.parametrize("sweep", [False, True])
 def test_what_is_not_known_is_left_out(sweep, trackers, request, tmp_path):
     """A score without reference returns, say: never NaN."""

@@ -1,0 +1,103 @@
+"""d3rlpy's fitted Q evaluation of a policy of cql.py, for comparison.
+
+    python cql.py --env datasets/hopper-medium-small-v0 --n_critics 1 --hidden_dim 64 \\
+        --q_n_hidden_layers 2 --cql_n_actions 4 --cql_backward_actions 1 --cql_alpha 20 \\
+        --policy_lr 1e-4 --qf_lr 1e-3 --max_timesteps 3000 --resume runs/judged
+    for seed in 0 1 2; do python cql.py --load_model runs/judged --max_timesteps 0 \\
+        --seed $seed --fqe_updates 10000 --qf_lr 3e-4 --soft_target_update_rate 1 \\
+        --target_update_period 100 --resume runs/judged-$seed; done
+    OTHER_ENV/bin/python benchmarks/fqe.py runs/judged --updates 10000 --seeds 0 1 2
+
+OTHER_ENV holds d3rlpy 2.8.1. Alike are policy, data, standardized observations, sizes,
+batches, Adam and its rate, discount, one critic, and targets copied every 100 updates.
+d3rlpy begins with torch's own weights, does not clip its target, and leaves out the last
+step before a time limit. Written is the mean of Q(s0, pi(s0)) over the data's episodes.
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+import d3rlpy
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import parity
+
+
+class Policy:
+    """The first run's policy of a checkpoint, on standardized observations [n, O]."""
+
+    impl = True  # d3rlpy asks whether there is one
+
+    def __init__(self, directory: str):
+        path = Path(directory) / "checkpoint.pt"
+        self.state = torch.load(path, weights_only=True)["agent"]
+
+    @torch.no_grad()
+    def predict_best_action(self, x: torch.Tensor) -> torch.Tensor:
+        n_layers = sum(name.startswith("policy.layers") for name in self.state) // 2
+        for i in range(n_layers):
+            weight = self.state[f"policy.layers.{i}.weight"][0]
+            x = x @ weight + self.state[f"policy.layers.{i}.bias"][0]
+            if i < n_layers - 1:
+                x = x.relu()
+        return x.chunk(2, dim=-1)[0].tanh()
+
+    def standardize(self, observations: np.ndarray) -> np.ndarray:
+        mean = self.state["observation_mean"].numpy()
+        return ((observations - mean) / self.state["observation_std"].numpy()).astype(
+            "f4"
+        )
+
+
+def evaluate(policy: Policy, updates: int, seed: int, hidden: int) -> float:
+    """The value at the first observations, after so many updates."""
+    d3rlpy.seed(seed)
+    arrays, ends, _ = parity.read_data()
+    arrays["observations"] = policy.standardize(arrays["observations"])
+    dataset = d3rlpy.dataset.MDPDataset(**arrays, **ends)
+    encoder = d3rlpy.models.VectorEncoderFactory([hidden, hidden])
+    config = d3rlpy.ope.FQEConfig(
+        learning_rate=3e-4,
+        encoder_factory=encoder,
+        batch_size=256,
+        gamma=0.99,
+        target_update_interval=100,
+    )
+    judge = d3rlpy.ope.FQE(algo=policy, config=config)
+    policy.impl = policy  # what it asks for actions
+    judge.fit(
+        dataset,
+        n_steps=updates,
+        n_steps_per_epoch=updates,
+        logger_adapter=d3rlpy.logging.NoopAdapterFactory(),
+        show_progress=False,
+    )
+    first = np.stack([episode.observations[0] for episode in dataset.episodes])
+    actions = policy.predict_best_action(torch.as_tensor(first)).numpy()
+    return float(judge.predict_value(first, actions).mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("directory")
+    parser.add_argument("--updates", type=int, default=10000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--hidden", type=int, default=64)
+    parser.add_argument("--out", type=Path, default=Path("fqe-d3rlpy.csv"))
+    options = parser.parse_args()
+    policy = Policy(options.directory)
+    with open(options.out, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["seed", "updates", "value"])
+        for seed in options.seeds:
+            value = evaluate(policy, options.updates, seed, options.hidden)
+            writer.writerow([seed, options.updates, f"{value:.6g}"])
+            print(f"seed {seed}: {value:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
