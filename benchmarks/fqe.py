@@ -1,8 +1,9 @@
 """d3rlpy's fitted Q evaluation of a policy of cql.py, for comparison.
 
     python cql.py --env datasets/hopper-medium-small-v0 --n_critics 1 --hidden_dim 64 \\
-        --q_n_hidden_layers 2 --cql_n_actions 4 --cql_backward_actions 1 --cql_alpha 20 \\
-        --policy_lr 1e-4 --qf_lr 1e-3 --max_timesteps 3000 --resume runs/judged
+        --q_n_hidden_layers 2 --cql_n_actions 4 --cql_backward_actions 1 \\
+        --cql_alpha 20 --policy_lr 1e-4 --qf_lr 1e-3 --max_timesteps 3000 \\
+        --resume runs/judged
     for seed in 0 1 2; do python cql.py --load_model runs/judged --max_timesteps 0 \\
         --seed $seed --fqe_updates 10000 --qf_lr 3e-4 --soft_target_update_rate 1 \\
         --target_update_period 100 --resume runs/judged-$seed; done
