@@ -5,7 +5,7 @@
 Starts the run (the quickstart, if nothing is given) in this process with a clock around
 its parts, on a CPU (where a call ends when its work does). Prints seconds and shares;
 what no clock saw is `the rest`. A part inside another counts for itself alone. Writes
-results/breakdown.csv."""
+breakdown.csv here."""
 
 import csv
 import functools
@@ -73,7 +73,7 @@ def main(argv) -> None:
     rows |= {"the rest": total - sum(seconds.values()), "total": total}
     for label, spent in rows.items():
         print(f"{label:24} {spent:8.2f} s {100 * spent / total:5.1f} %")
-    with open(ROOT / "benchmarks/results/breakdown.csv", "w", newline="") as file:
+    with open("breakdown.csv", "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["part", "seconds", "share", *argv])
         for label, spent in rows.items():

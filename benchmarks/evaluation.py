@@ -55,7 +55,7 @@ def record(evaluator, agent) -> list:
 def main(
     name: str = "HalfCheetah-v5",
     rounds: str = "10",
-    out: str = str(ROOT / "benchmarks/results/evaluation.csv"),
+    out: str = "evaluation.csv",
 ) -> None:
     torch.set_num_threads(1)
     cql.keep_freed_memory()  # as `train` does
