@@ -147,7 +147,7 @@ class TrainConfig:
     cql_max_target_backup: bool = False  # TD target takes the best of K actions
     cql_clip_diff_min: float = -math.inf  # Lower clamp of a sample's gap
     cql_clip_diff_max: float = math.inf  # Upper clamp of a sample's gap
-    penalty: str = "logsumexp"  # The penalty: or two_proposals, policy_kl, mean
+    penalty: str = "logsumexp"  # logsumexp, two_proposals, policy_kl or mean
     cal_ql: bool = False  # Cal-QL: penalize no Q that is below the return-to-go
     is_sparse_reward: bool = False  # Cal-QL: failed episodes count as going on for ever
 
@@ -2771,12 +2771,12 @@ def read_checkpoint(path: Union[str, Path]) -> dict:
         raise UserError(f"{where}: damaged, or not one of cql.py's") from None
     if damaged or not isinstance(payload, dict) or payload.get("format") != "cql.py":
         raise UserError(f"{where}: damaged, or not one of cql.py's")
-    if payload.get("version") != VERSION:
-        what = "of another version of cql.py, perhaps of before its redesign"
-        raise UserError(
-            f"{where}: {what}; take it up with the cql.py that lies beside it"
-        )
     with errors_as(UserError, f"{where}: garbled"):
+        foreign = set(payload["config"]) - set(FIELDS)
+        if foreign or payload["version"] != VERSION:
+            what = "of another cql.py: of before its redesign, or a fork"
+            hint = "take it up with the cql.py that lies beside it"
+            raise UserError(f"{where}: {what}; {hint}")
         payload["config"] = asdict(make_config(payload["config"], f"{where}: "))
         payload["task"] = pyrallis.decode(Task, payload["task"])
     payload["path"] = str(path)
@@ -2836,6 +2836,9 @@ class TrainedPolicy:
             raise ValueError("continuous actions: of which one?")
         if action is not None:
             action = np.reshape(action, (1, x.shape[1], self.agent.action_dim))
+            low, high = self.task.action_low, self.task.action_high
+            if self.task.discrete and ((action < low) | (action > high)).any():
+                raise ValueError(f"actions are {describe_actions(self.task)}")
             action = np.repeat(action, len(x), axis=0)
         each = self.agent.q(x, action)[self.run].cpu().numpy()
         if one:
@@ -3259,9 +3262,10 @@ class Run:
                 best = int(rows[np.argmax(values)]["step"])
                 text += f"  {column} last {values[-1]:.2f}, best {max(values):.2f}"
                 text += f" at {best:,}"
-            values = [row["value"] for row in self.values if int(row["run"]) == r]
+            rows = [row for row in self.values if int(row["run"]) == r]
+            values = [float(row["value"]) for row in rows if row["value"] != ""]
             if values:
-                text += f"  fqe {float(values[-1]):.4g}"
+                text += f"  fqe {values[-1]:.4g}"
             if self.diverged[r] >= 0:
                 text += f"  diverged by {self.diverged[r]}"
             say(text)
@@ -3381,9 +3385,11 @@ def describe(config: TrainConfig, task: Task, data, evaluator) -> None:
         say("evaluation: none; metrics.csv holds Q of the data's, the policy's and")
         say("  uniform actions. --eval_env names an environment")
     changed = {name for name, x in vars(config).items() if x != FIELDS[name].default}
-    unused = sorted(changed.intersection(CONTINUOUS))
-    if task.discrete and unused:
-        say(f"without effect on discrete actions: {', '.join(unused)}")
+    kind = "discrete" if task.discrete else "continuous"
+    idle = CONTINUOUS if task.discrete else ["exploration_epsilon"]
+    unused = sorted(changed.intersection(idle))
+    if unused:
+        say(f"without effect on {kind} actions: {', '.join(unused)}")
     pace = config.soft_target_update_rate * (1 - config.discount)
     if 0 < pace * config.fqe_updates < 3 * config.target_update_period:
         enough = 3 * config.target_update_period / pace

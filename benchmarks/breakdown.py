@@ -1,12 +1,14 @@
 """Where the seconds of a run go.
 
-    python benchmarks/breakdown.py [--config_path FILE] [flags of cql.py]
+    python benchmarks/breakdown.py
+    python benchmarks/breakdown.py --out ant.csv --config_path configs/ant.yaml
 
-Starts the run (the quickstart, if nothing is given) in this process with a clock around
-its parts, on a CPU (where a call ends when its work does). Prints seconds and shares;
-what no clock saw is `the rest`. A part inside another counts for itself alone. Writes
-breakdown.csv here."""
+Starts the run (the quickstart, if no flag of cql.py is given) in this process with a
+clock around its parts, on a CPU (where a call ends when its work does). Prints seconds
+and shares; what no clock saw is `the rest`. A part inside another counts for itself.
+"""
 
+import argparse
 import csv
 import functools
 import sys
@@ -62,7 +64,12 @@ PARTS = (
 )
 
 
-def main(argv) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", default="breakdown.csv", help="the table to write")
+    options, argv = parser.parse_known_args()
     argv = argv or ["--config_path", str(ROOT / "configs/quickstart.yaml")]
     for part in PARTS:
         clocked(*part)
@@ -73,7 +80,7 @@ def main(argv) -> None:
     rows |= {"the rest": total - sum(seconds.values()), "total": total}
     for label, spent in rows.items():
         print(f"{label:24} {spent:8.2f} s {100 * spent / total:5.1f} %")
-    with open("breakdown.csv", "w", newline="") as file:
+    with open(options.out, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["part", "seconds", "share", *argv])
         for label, spent in rows.items():
@@ -82,4 +89,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

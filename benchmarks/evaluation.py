@@ -1,14 +1,17 @@
 """Time of an evaluation beside that of stepping its environments alone.
 
-    python benchmarks/evaluation.py [ENVIRONMENT] [ROUNDS] [OUT.csv]
+    python benchmarks/evaluation.py
+    python benchmarks/evaluation.py --env Hopper-v5 --rounds 20 --out hopper.csv
 
-Ten episodes of HalfCheetah-v5, which never ends early, so 1,000 steps each: once as
+Ten episodes, in HalfCheetah-v5, which never ends early, of 1,000 steps each: once as
 cql.py evaluates (networks of the default size, untrained), once with the same actions
 ready-made, and once with them ready-made and the policy called beside them for nothing:
 the least that an evaluation of these networks can take, since a forward pass also cools
 the caches that the environments live in. In alternating rounds on one thread. Prints
-each round, then the medians of the ratios."""
+each round, then the medians of the ratios.
+"""
 
+import argparse
 import csv
 import sys
 import time
@@ -52,11 +55,15 @@ def record(evaluator, agent) -> list:
     return actions
 
 
-def main(
-    name: str = "HalfCheetah-v5",
-    rounds: str = "10",
-    out: str = "evaluation.csv",
-) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--env", default="HalfCheetah-v5", help="the environment")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--out", default="evaluation.csv", help="the table to write")
+    options = parser.parse_args()
+    name = options.env
     torch.set_num_threads(1)
     cql.keep_freed_memory()  # as `train` does
     flags = {"env": None, "max_timesteps": 0, "normalize": False}
@@ -67,7 +74,7 @@ def main(
     envs = [player.env for player in evaluator.players]
     numbers = [cql.EVALUATE, config.eval_seed, config.seed, 0]
     seeds = [cql.seed_from([*numbers, i]) for i in range(EPISODES)]
-    for i in range(int(rounds)):
+    for i in range(options.rounds):
         start = time.perf_counter()
         evaluator.episodes(agent, 0, [0], [])
         middle = time.perf_counter()
@@ -82,11 +89,11 @@ def main(
         ratios = [row[column] / row["environments"] for row in rows]
         spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
         print(f"{name}: {column}: median ratio {np.median(ratios):.3f} ({spread})")
-    with open(out, "w", newline="") as file:
+    with open(options.out, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -1,6 +1,6 @@
 """Compare learning curves of a fast way to update with those of the exact one.
 
-    python benchmarks/evidence.py OUT.png EXACT_DIR OTHER_DIR [OTHER_DIR ...]
+    python benchmarks/evidence.py EXACT_DIR OTHER_DIR [OTHER_DIR ...] --out FILE.png
 
 Each directory is a run of the same seeds. Prints, for each: mean Q of the data's actions
 and mean gap over the last quarter of the updates (means over critics and seeds, with the
@@ -9,15 +9,13 @@ after the first half. Draws the three by scripts/plot.py: means over the seeds a
 95% intervals.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
-import matplotlib
-import matplotlib.pyplot as plt
-import pandas as pd
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-import plot
+import plot  # which says what is missing
+from plot import plt
 
 TITLES = ["Q of the data's actions", "conservative gap", plot.LABELS[plot.SCORE]]
 
@@ -36,15 +34,29 @@ def read(directory: Path) -> list:
     ]
 
 
-def end(values: pd.DataFrame, share: float) -> tuple:
+def end(values: plot.pd.DataFrame, share: float) -> tuple:
     """Mean over the last share of the steps, and its standard error over the seeds."""
     last = values[values.index > (1 - share) * values.index[-1]]
     of_seeds = last.mean()
     return of_seeds.mean(), of_seeds.sem()
 
 
-def main(out: str, *directories: str) -> None:
-    matplotlib.use("Agg")
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("directories", nargs="+", type=Path, help="the exact run first")
+    parser.add_argument("--out", required=True, type=Path, help="the figure to write")
+    options = parser.parse_args()
+    try:
+        compare(plot.find_runs(options.directories), options.out)
+    except plot.UserError as error:
+        parser.error(str(error))
+
+
+def compare(directories: list, out: Path) -> None:
+    """The table and the figure of these runs. Raises plot.UserError."""
+    plt.switch_backend("Agg")
     plt.rcParams.update(plot.STYLE)
     figure, panels = plt.subplots(1, 3, figsize=(12, 3.8))
     colours = plot.choose_colours(directories)
@@ -52,8 +64,8 @@ def main(out: str, *directories: str) -> None:
     exact = None
     print("| run | Q | to exact | gap | to exact | score |\n|---|---|---|---|---|---|")
     for directory in directories:
-        curves = read(Path(directory))
-        name = Path(directory).name
+        curves = read(directory)
+        name = directory.name
         for panel, values in zip(panels, curves):
             lines[name] = plot.draw(panel, values, colours[directory])
         q, q_error = end(curves[0], 0.25)
@@ -67,8 +79,8 @@ def main(out: str, *directories: str) -> None:
     for panel, title in zip(panels, TITLES):
         panel.set(title=title, xlabel="gradient updates")
     plot.add_legend(figure, lines)
-    plot.save(figure, Path(out))
+    plot.save(figure, out)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -394,11 +394,21 @@ def draw(table: Path, figure: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = [*CASES, "grid"]
     add = parser.add_argument
     add("--peer", default="d3rlpy", choices=[peer for peer in PEERS if peer != "cql.py"])
     add("--peer-python", default=sys.executable, help="interpreter that has the peer")
-    add("--cases", nargs="+", default=["hopper"], choices=[*CASES, "grid"])
+    add(
+        "--cases",
+        nargs="+",
+        default=["hopper"],
+        choices=names,
+        metavar="CASE",
+        help=f"of {', '.join(names)}",
+    )
     add("--threads", type=int, default=os.cpu_count(), help="of each side")
     add("--device", default="cpu")
     add("--rounds", type=int, default=10)
@@ -411,17 +421,24 @@ def main() -> None:
     if options.work:
         return work(*options.work)
     if options.figure:
+        if not options.out.exists():
+            parser.error(f"--out {options.out}: there is no such table to draw")
         return draw(options.out, options.figure)
+    check = [options.peer_python, "-c", f"import {options.peer}"]
+    try:
+        subprocess.run(check, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        parser.error(f"--peer-python {options.peer_python}: has no {options.peer}")
     describe = f"git -C {ROOT} describe --always --dirty --exclude=*".split()
     commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
     about = {"device": options.device, "threads": options.threads, "cpu": cpu}
     about |= {"cores": os.cpu_count(), "commit": commit}
     print(about)
-    names = [x for n in options.cases for x in (GRID if n == "grid" else [n])]
+    cases = [x for n in options.cases for x in (GRID if n == "grid" else [n])]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     rows = []
-    for name in names:  # the table after each case, for who stops in the middle
+    for name in cases:  # the table after each case, for who stops in the middle
         rows += [row | about for row in compare(name, options)]
         with open(options.out, "w", newline="") as file:
             writer = csv.DictWriter(file, rows[0], lineterminator="\n")

@@ -18,13 +18,13 @@ that differ only in their seed, by their config.yaml, are one group. Written to
                  and of the best
 
 Lines are means over seeds, bands their 95% percentile bootstrap intervals,
-from five seeds on. (That kind of interval is too narrow for few: of five
-normal numbers it holds the mean in some 85 of 100 cases, of ten in 90.) The
-interquartile mean leaves out a quarter of the seeds, rounded down, at either
-end, as in Agarwal et al., arXiv 2108.13264. "Best" is chosen on the episodes
-that it is measured with, so it flatters. Runs that stopped before their
-group's last evaluation, diverged ones say, are drawn as far as they came and
-counted apart in the table.
+from five seeds on; fewer are drawn themselves, as thin lines. (That kind of
+interval is too narrow for few: of five normal numbers it holds the mean in some
+85 of 100 cases, of ten in 90.) The interquartile mean leaves out a quarter of
+the seeds, rounded down, at either end, as in Agarwal et al., arXiv 2108.13264.
+"Best" is chosen on the episodes that it is measured with, so it flatters. Runs
+that stopped before their group's last evaluation, diverged ones say, are drawn
+as far as they came and counted apart in the table.
 """
 
 import argparse
@@ -312,7 +312,8 @@ def markdown(table: pd.DataFrame) -> str:
     counts = ["group", "seeds"]
     if table["stopped"].any():
         counts.append("stopped")
-    heads = counts + [f"{name}, IQM [95%]" for name in names]
+    head = "IQM [95%]" if (table["seeds"] >= LEAST).any() else "IQM"
+    heads = counts + [f"{name}, {head}" for name in names]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for _, row in table.iterrows():
         cells = [str(row[name]) for name in counts]
@@ -355,9 +356,11 @@ def add_style_legend(panel, styles: Dict[str, str]) -> None:
 
 
 def draw(panel, values: pd.DataFrame, colour, style: str = "-") -> Line2D:
-    """The mean over runs with its interval."""
+    """The mean over runs with its interval, or with the runs where they are few."""
     array = values.to_numpy()
     marker = "." if len(values) <= 30 else ""
+    if 1 < values.shape[1] < LEAST:
+        panel.plot(values.index, array, style, color=colour, alpha=0.35, linewidth=0.8)
     (line,) = panel.plot(values.index, mean(array), style, marker=marker, color=colour)
     low, high = interval(array, mean)
     panel.fill_between(values.index, low, high, color=colour, alpha=0.2, linewidth=0)
@@ -457,10 +460,10 @@ def draw_weights(evaluations, metrics, column: str, out: Path) -> None:
         last = last.groupby("id").tail(1)
         for others, table in last.groupby("others", sort=False):
             colour = colours[others]
-            draw_ends(q, table, alphas, "policy", colour, "o-", -0.06)
-            draw_ends(q, table, alphas, "data", colour, "s--", 0.06)
+            draw_ends(q, table, alphas, "policy", colour, "o", -0.1)
+            draw_ends(q, table, alphas, "data", colour, "s", 0.1)
         choose_scale(q, last[["policy", "data"]])
-    add_style_legend(q, {"policy's actions": "o-", "data's actions": "s--"})
+    add_style_legend(q, {"policy's actions": "o", "data's actions": "s"})
     scores.set_title("mean of the last three evaluations")
     scores.set_ylabel(LABELS[column])
     q.set_title("Q at the end")
@@ -472,8 +475,9 @@ def draw_weights(evaluations, metrics, column: str, out: Path) -> None:
     save(figure, out / "weights.png")
 
 
-def draw_ends(panel, table, alphas, column, colour, style="o-", shift=0.0) -> Line2D:
-    """A point for each run, and their mean with its interval, for each weight."""
+def draw_ends(panel, table, alphas, column, colour, marker="o", shift=0.0) -> Line2D:
+    """A faint point for each run, and their mean with its interval, for each weight:
+    not joined, as weights are seldom evenly spaced."""
     places = []
     means = []
     errors = []
@@ -484,9 +488,9 @@ def draw_ends(panel, table, alphas, column, colour, style="o-", shift=0.0) -> Li
         means.append(mean(values))
         errors.append([means[-1] - low, high - means[-1]])
         points = [places[-1]] * len(values)
-        panel.plot(points, values, style[0], color=colour, ms=4, alpha=0.5)
+        panel.plot(points, values, marker, color=colour, ms=3, alpha=0.4)
     errors = np.transpose(errors)
-    return panel.errorbar(places, means, errors, fmt=style, capsize=3, color=colour)
+    return panel.errorbar(places, means, errors, fmt=marker, capsize=3, color=colour)
 
 
 # ---- Command line --------------------------------------------------------------------
@@ -522,6 +526,8 @@ def plot(options) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out}: {error}") from None
+    for name in ("curves.png", "drift.png", "weights.png"):  # of an earlier call
+        (out / name).unlink(missing_ok=True)
     with matplotlib.rc_context(STYLE):
         draw_curves(evaluations, column, out, options.data_score)
         draw_drift(evaluations, metrics, out)

@@ -31,6 +31,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -286,6 +287,8 @@ class Record(tune.Callback):
 def connect(options) -> dict:
     """Start Ray here, or join the cluster; returns what a trial takes of it. Raises
     cql.UserError where no machine has as much."""
+    if options.address:
+        print(f"joining Ray at {options.address}", flush=True)  # it may wait minutes
     with cql.errors_as(cql.UserError, f"--address {options.address}: no Ray there"):
         ray.init(
             address=options.address or "local",
@@ -334,6 +337,7 @@ def run_trials(trials: List[Trial], options) -> Dict[str, str]:
         caller=os.getcwd(),
         environment=dict(os.environ),
     )
+    shutil.rmtree(options.dir / ".ray", ignore_errors=True)  # of an earlier command
     scheduler = None
     if options.asha:
         scheduler = make_scheduler(cql.read_config(trials[0].command))

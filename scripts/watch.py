@@ -119,7 +119,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         watch(parse(argv))
     except cql.UserError as error:
-        print(f"watch.py: error: {error}", file=sys.stderr)
+        text = str(error).replace("--eval_env", "environment")  # which cql.py names
+        print(f"watch.py: error: {text}", file=sys.stderr)
         return 2
     return 0
 

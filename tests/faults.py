@@ -326,11 +326,19 @@ def broken(fault, times: int, seed: int = 0):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = [fault.__name__ for fault in FAULTS]
     parser.add_argument("--times", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--only", nargs="*", default=[fault.__name__ for fault in FAULTS]
+        "--only",
+        nargs="+",
+        default=names,
+        choices=names,
+        metavar="FAULT",
+        help=f"of {', '.join(names)}",
     )
     arguments = parser.parse_args()
     versions = f"Python {sys.version.split()[0]}, torch {torch.__version__}"

@@ -273,3 +273,5 @@ def test_q_of_discrete_actions(tmp_path):
     check_q(policy.q(x[2], actions[2]), every[:, 2, 2])
     check_q(policy.q(x[2], 1), every[:, 2, 2])
     np.testing.assert_array_equal(policy(x), policy.q(x).mean.argmax(-1) - 1)
+    with pytest.raises(ValueError, match="actions are"):
+        policy.q(x[2], -2)

@@ -80,6 +80,22 @@ def test_interval():
     assert np.isnan(plot.interval([2.0] * 4, plot.mean)).all()
 
 
+def test_few_seeds_are_drawn_themselves():
+    steps = pd.DataFrame({"a": [1.0, 2.0], "b": [3.0, 6.0]}, index=[10, 20])
+    _, panel = plot.plt.subplots()
+    plot.draw(panel, steps, "C0")
+    assert ys(panel.lines) == [[1, 2], [3, 6], [2, 4]]
+
+
+def test_an_earlier_calls_figures_leave(tmp_path):
+    out = str(tmp_path / "out")
+    assert plot.main([str(made(tmp_path / "two")), "--out", out]) == 0
+    assert (tmp_path / "out" / "weights.png").exists()
+    one = str(made(tmp_path / "one", (5,)))
+    assert plot.main([one, "--out", out]) == 0
+    assert not (tmp_path / "out" / "weights.png").exists()
+
+
 def test_interval_of_a_run_that_stopped():
     """Over those that are there."""
     values = np.array([[1.0, 2, 3, 4, 5], [1, 2, np.nan, np.nan, np.nan]])
@@ -211,14 +227,18 @@ def test_runs_that_stopped_early(tmp_path):
 
 
 def lines_drawn(monkeypatch):
-    """By file name, the lines of each panel, without points and error bars."""
+    """By file name, the means of each panel, without single seeds and error bars."""
     drawn = {}
 
     def spy(figure, path):
         drawn[path.name] = []
         for panel in figure.axes:
-            lines = [line for line in panel.lines if line.get_linestyle() != "None"]
-            drawn[path.name].append([line for line in lines if len(line.get_xdata())])
+            means = []
+            for line in panel.lines:
+                mean = line.get_alpha() is None and line.get_marker() != "_"
+                if mean and len(line.get_xdata()):
+                    means.append(line)
+            drawn[path.name].append(means)
         save(figure, path)
 
     save = plot.save
@@ -260,13 +280,14 @@ def test_what_is_drawn(tmp_path, monkeypatch, capsys):
     assert pd.read_csv(out / "table.csv")["last three"].tolist() == [32, 37]
 
 
-def test_a_line_for_each_other_setting_against_the_weight(tmp_path, monkeypatch):
+def test_a_colour_for_each_other_setting_against_the_weight(tmp_path, monkeypatch):
     drawn = lines_drawn(monkeypatch)
     directories = []
     for qf_lr in (1, 2):
         directories.append(str(made(tmp_path / str(qf_lr), (0, qf_lr), qf_lr=qf_lr)))
     assert plot.main([*directories, "--out", str(tmp_path / "out")]) == 0
     scores, _ = drawn["weights.png"]
+    assert len({line.get_color() for line in scores}) == 2
     assert xs(scores) == [[0, 1], [0, 2]]
     assert ys(scores) == [[32, 33], [32, 34]]
 

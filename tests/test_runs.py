@@ -1171,6 +1171,24 @@ def test_a_checkpoint_of_before_the_redesign(toy, tmp_path, capsys, flag):
         cql.load_policy(run)
 
 
+def test_a_forks_checkpoint(toy, tmp_path):
+    """With a flag that is not known here, and the version of today."""
+    run = tmp_path / "run"
+    assert cql.main(command(toy, run)) == 0
+    payload = checkpoint(run)
+    payload["config"]["gap_margin"] = 1.5
+    torch.save(payload, run / "checkpoint.pt")
+    with pytest.raises(cql.UserError, match="a fork; take it up with the cql.py that"):
+        cql.load_policy(run)
+
+
+def test_flags_of_discrete_actions_say_that_they_do_nothing(toy, capsys):
+    argv = flags(env=toy, checkpoints_path="null", **BASE, exploration_epsilon=0.5)
+    assert cql.main(argv) == 0
+    said = "without effect on continuous actions: exploration_epsilon"
+    assert said in capsys.readouterr().out
+
+
 # --- checkpoints ----------------------------------------------------------------------
 
 
