@@ -3224,7 +3224,8 @@ class Run:
             rows[row["run"]] = {f"fqe/{name}": row[name] for name in row}
         self.wandb.log(self.step + fitted.updates, rows)
         texts = [f"{row['value']:.4g} +- {row['value_error']:.2g}" for row in table]
-        say(f"fqe    {fitted.updates:>9,}  value {' | '.join(texts)}")
+        text = f"fqe    {fitted.updates:>9,}  value {' | '.join(texts)}"
+        say(f"{text} (the data's: {in_data:.4g})")
         if fitted.updates % config.eval_freq == 0:
             self.fitted_metrics.reset()
 

@@ -626,7 +626,7 @@ def convert(flags: Namespace) -> None:
     describe_columns(rows, space, columns, flags.rewards)
     describe_episodes(rows, episodes)
     print(f"wrote {flags.out}; columns.json in it says how rows become observations")
-    print(f"next: python cql.py --env {flags.out} --eval_env none --max_timesteps 20000")
+    print(f"next: python cql.py --config_path configs/table.yaml --env {flags.out}")
 
 
 def main(argv: Optional[List[str]] = None) -> int:

@@ -154,7 +154,7 @@ def test_a_clinical_log(tmp_path):
         f"50 ended (terminal); {len(lengths) - 50} only stop",
         "left out: 100 last rows of episodes that only stop (2 had no other),\n",
         "  100 of them with a reward;",
-        f"next: python cql.py --env {out} ",
+        f"next: python cql.py --config_path configs/table.yaml --env {out}",
     ):
         assert text in printed, text
     columns = json.loads((out / "columns.json").read_text())
