@@ -174,8 +174,9 @@ class TrainConfig:
 
     # ---- Speed ----
 
-    # Sampled actions to backpropagate through; 0: all
+    # Sampled actions to backpropagate the penalty through; 0: all
     cql_backward_actions: int = 0
+    cql_states: int = 0  # States of the batch that are penalized; 0: all
     precision: str = "fp32"  # Of products: fp32, tf32 (GPU), bf16 (critics; avx512_bf16)
     compile: bool = False  # torch.compile the losses: fewer kernels, a minute's start
 
@@ -196,8 +197,8 @@ AT_LEAST_ONE = (
 ).split()
 NOT_NEGATIVE = (
     "max_timesteps alpha_multiplier policy_lr qf_lr cql_alpha bc_steps seed eval_seed "
-    "cql_backward_actions online_iterations cql_alpha_online checkpoint_freq "
-    "fqe_updates"
+    "cql_backward_actions cql_states online_iterations cql_alpha_online "
+    "checkpoint_freq fqe_updates"
 ).split()
 # What a resumed run may change, and what load_model does not take from the checkpoint.
 RESUMABLE = (
@@ -439,6 +440,9 @@ def algorithm_mistakes(config: TrainConfig) -> Dict[str, bool]:
         ),
         "--cql_backward_actions: at most 3 * cql_n_actions; 0 takes all": (
             config.cql_backward_actions > 3 * config.cql_n_actions
+        ),
+        "--cql_states: at most --batch_size; 0 takes all": (
+            config.cql_states > config.batch_size
         ),
         "--n_target_critics: at most --n_critics": subset_too_large,
         "--discount: must lie in [0, 1]": not 0 <= config.discount <= 1,
@@ -1399,10 +1403,11 @@ class Noise(NamedTuple):
     for is None."""
 
     fractions: Tensor  # [R, B] in [0, 1), float64: which transitions make the batch
-    normals: Optional[Tensor] = None  # [R, B, 1 + K, A] at s: actor, then proposals
-    next_normals: Optional[Tensor] = None  # [R, B, T + K, A] at s': target, proposals
-    uniforms: Optional[Tensor] = None  # [R, B, K, A] in [-1, 1]
-    resampling_offset: Optional[Tensor] = None  # [R, N, B] in [0, 1), sampled_backward
+    normals: Optional[Tensor] = None  # [R, B, 1, A] at s, of the actor
+    next_normals: Optional[Tensor] = None  # [R, B, T, A] at s', of the target
+    proposal_normals: Optional[Tensor] = None  # [R, n, 2K, A] at s, then at s'
+    uniforms: Optional[Tensor] = None  # [R, n, K, A] in [-1, 1]
+    resampling_offset: Optional[Tensor] = None  # [R, N, n] in [0, 1), sampled_backward
     subset_keys: Optional[Tensor] = None  # [R, N], least_of_targets
 
 
@@ -1415,8 +1420,8 @@ class Samples(NamedTuple):
     log_pi: Tensor  # [R, B] with graph
     target_actions: Tensor  # [R, B, T, A] from pi(.|s')
     target_log_pi: Tensor  # [R, B, T]
-    proposals: Tensor  # [R, B, 3K, A]: uniform, pi(.|s), pi(.|s')
-    log_mu: Tensor  # [R, B, 3K]
+    proposals: Tensor  # [R, n, 3K, A]: uniform, pi(.|s), pi(.|s')
+    log_mu: Tensor  # [R, n, 3K]
 
 
 class Sweep(NamedTuple):
@@ -1431,29 +1436,29 @@ class Sweep(NamedTuple):
 def sample_actions(policy: Policy, batch: Batch, noise: Noise) -> Samples:
     """Every action of an update, from one pass of the policy over [s; s']."""
     B = batch.rewards.shape[1]
-    K = noise.uniforms.shape[2]
-    A = noise.uniforms.shape[3]
-    T = noise.next_normals.shape[2] - K
+    n, K, A = noise.uniforms.shape[1:]
     states = torch.cat([batch.observations, batch.next_observations], dim=1)
     mean, log_std = policy(states)  # [R, 2B, A]
     mean, next_mean = mean.split(B, dim=1)
     log_std, next_log_std = log_std.split(B, dim=1)
-    actions, log_pi = squash(mean, log_std, noise.normals[:, :, :1])
+    actions, log_pi = squash(mean, log_std, noise.normals)
     with torch.no_grad():
-        current, current_log_pi = squash(mean, log_std, noise.normals[:, :, 1:])
-        following, next_log_pi = squash(next_mean, next_log_std, noise.next_normals)
-    uniform_log_mu = torch.full_like(current_log_pi, -A * math.log(2))
-    log_mu = [uniform_log_mu, current_log_pi, next_log_pi[:, :, T:]]
-    proposals = [noise.uniforms, current, following[:, :, T:]]
+        targets, target_log_pi = squash(next_mean, next_log_std, noise.next_normals)
+        normals, next_normals = noise.proposal_normals.chunk(2, dim=2)  # [R, n, K, A]
+        current, log_mu = squash(mean[:, :n], log_std[:, :n], normals)
+        following, next_log_mu = squash(
+            next_mean[:, :n], next_log_std[:, :n], next_normals
+        )
+    uniform_log_mu = torch.full_like(log_mu, -A * math.log(2))
     return Samples(
         mean=mean,
         log_std=log_std,
         actions=actions,
         log_pi=log_pi.squeeze(2),
-        target_actions=following[:, :, :T],
-        target_log_pi=next_log_pi[:, :, :T],
-        proposals=torch.cat(proposals, dim=2),
-        log_mu=torch.cat(log_mu, dim=2),
+        target_actions=targets,
+        target_log_pi=target_log_pi,
+        proposals=torch.cat([noise.uniforms, current, following], dim=2),
+        log_mu=torch.cat([uniform_log_mu, log_mu, next_log_mu], dim=2),
     )
 
 
@@ -1568,8 +1573,8 @@ def sampled_backward(gap_of: Callable, q: Tensor, resampling_offset: Tensor, k: 
 
 
 def bounded_q(q: Tensor, mc_returns: Tensor, config: TrainConfig) -> Tensor:
-    """Cal-QL (arXiv 2303.05479, section 5): Q [R, N, B, 1 + 3K] of the policy's
-    proposals no lower than the return-to-go [R, B]; the data's and uniform actions' as
+    """Cal-QL (arXiv 2303.05479, section 5): Q [R, N, n, 1 + 3K] of the policy's
+    proposals no lower than the return-to-go [R, n]; the data's and uniform actions' as
     they are."""
     free = 1 + config.cql_n_actions
     bounded = torch.maximum(q[..., free:], mc_returns[:, None, :, None])
@@ -1577,38 +1582,49 @@ def bounded_q(q: Tensor, mc_returns: Tensor, config: TrainConfig) -> Tensor:
 
 
 def q_and_gap(critic: Critic, batch, samples, noise, sweep, config):
-    """Q [R, N, B, 1 + 3K] of the data's action and the proposals, Q of the former with
-    a graph and the gap, [R, N, B] each. All actions go through the critics in one call;
-    with cql_backward_actions without a graph, and the few with one in a second call."""
+    """Q [R, N, B] of the data's actions; of the first n states, which are penalized, Q
+    [R, N, n, 1 + 3K] of the data's action and the proposals, and the gap [R, N, n].
+    They go through the critics in one call, with cql_backward_actions without a graph,
+    and the few actions that are drawn in a second one, with it."""
     k = config.cql_backward_actions
+    n = samples.proposals.shape[1]
     dtype = torch.bfloat16 if config.precision == "bf16" else None
     log_mu = samples.log_mu.unsqueeze(1) if config.cql_importance_sample else None
-    actions = torch.cat([batch.actions.unsqueeze(2), samples.proposals], dim=2)
+    observations = batch.observations[:, :n]
+    actions = torch.cat([batch.actions[:, :n].unsqueeze(2), samples.proposals], dim=2)
 
     def gap_of(q):
         if config.cal_ql:
-            q = bounded_q(q, batch.mc_returns, config)
+            q = bounded_q(q, batch.mc_returns[:, :n], config)
         q_data = q[..., 0]
         q_proposals = q[..., 1:]
         return conservative_gap(q_proposals, log_mu, q_data, sweep.cql_temp, config)
 
     with torch.set_grad_enabled(k == 0):
-        q = critic(batch.observations, actions, dtype)  # [R, N, B, 1 + 3K]
+        q = critic(observations, actions, dtype)  # [R, N, n, 1 + 3K]
     if k == 0:
-        return q, q[..., 0], gap_of(q)
-    offset = noise.resampling_offset
-    gap, indices, slopes = sampled_backward(gap_of, q, offset, k)
-    indices = F.pad(indices + 1, (1, 0)).unsqueeze(-1)  # [R, N, B, 1 + k, 1]
-    actions = actions.unsqueeze(1).expand(-1, q.shape[1], -1, -1, -1)
-    q_k = critic(batch.observations, actions.take_along_dim(indices, 3), dtype)
-    surrogate = (slopes * q_k).sum(-1)  # has the gap's gradient, not its value
-    return q, q_k[..., 0], gap + surrogate - surrogate.detach()
+        q_data = q[..., 0]
+        gap = gap_of(q)
+    else:
+        offset = noise.resampling_offset
+        gap, indices, slopes = sampled_backward(gap_of, q, offset, k)
+        indices = F.pad(indices + 1, (1, 0)).unsqueeze(-1)  # [R, N, n, 1 + k, 1]
+        actions = actions.unsqueeze(1).expand(-1, q.shape[1], -1, -1, -1)
+        q_k = critic(observations, actions.take_along_dim(indices, 3), dtype)
+        q_data = q_k[..., 0]
+        surrogate = (slopes * q_k).sum(-1)  # has the gap's gradient, not its value
+        gap = gap + surrogate - surrogate.detach()
+    if n < batch.rewards.shape[1]:
+        others = batch.observations[:, n:], batch.actions[:, n:].unsqueeze(2)
+        q_data = torch.cat([q_data, critic(*others, dtype).squeeze(-1)], dim=-1)
+    return q_data, q, gap
 
 
 def penalized_td_loss(q_data, target, gap, log_alpha_prime, sweep, config):
     """TD error and weighted gap: CQL eq. 4 times 2, so cql_alpha is twice its alpha.
     With cql_lagrange (appendix F) also the loss of log alpha', whose alpha' grows while
-    the gap exceeds its target. q_data, gap [R, N, B], target [R, B]."""
+    the gap exceeds its target. q_data [R, N, B], target [R, B], gap [R, N, n]: of n
+    states of the batch, which estimate its mean without bias."""
     gap = gap.mean(-1)  # [R, N]
     td = (q_data - target.unsqueeze(1)).square().mean(-1)  # [R, N]
     weight = sweep.cql_alpha.unsqueeze(1)  # [R, 1]
@@ -1636,17 +1652,18 @@ def critic_loss(
 ):
     """Of continuous actions; target [R, B], log_alpha_prime [R]. The logged Q is the
     penalty's: with cal_ql the bounded one, as CORL's."""
-    q, q_data, gap = q_and_gap(critic, batch, samples, noise, sweep, config)
+    q_data, q, gap = q_and_gap(critic, batch, samples, noise, sweep, config)
     loss, metrics = penalized_td_loss(
         q_data, target, gap, log_alpha_prime, sweep, config
     )
     q = q.detach()
     if config.cal_ql:
         free = 1 + config.cql_n_actions
-        below = q[..., free:] < batch.mc_returns[:, None, :, None]
+        bounds = batch.mc_returns[:, : q.shape[2]]  # [R, n]
+        below = q[..., free:] < bounds[:, None, :, None]
         metrics["bound_rate"] = below.to(q.dtype).mean((1, 2, 3))
-        q = bounded_q(q, batch.mc_returns, config)
-    uniform, current, following = q[..., 1:].chunk(3, dim=-1)  # [R, N, B, K] each
+        q = bounded_q(q, bounds, config)
+    uniform, current, following = q[..., 1:].chunk(3, dim=-1)  # [R, N, n, K] each
     metrics["cql_q{j}_rand"] = uniform.mean((2, 3))
     metrics["cql_q{j}_current_actions"] = current.mean((2, 3))
     metrics["cql_q{j}_next_actions"] = following.mean((2, 3))
@@ -1929,16 +1946,19 @@ class ContinuousCQL(Agent):
 
     def draw_actions(self, shape: Tuple[int, int], on: dict) -> Dict[str, Tensor]:
         config = self.config
-        K = self.config.cql_n_actions
+        updates, B = shape
+        n = min(config.cql_states or B, B)
+        K = config.cql_n_actions
         A = self.action_dim
         T = K if config.cql_max_target_backup else 1
         draws = {
-            "normals": torch.randn((*shape, 1 + K, A), **on),
-            "next_normals": torch.randn((*shape, T + K, A), **on),
-            "uniforms": torch.rand((*shape, K, A), **on) * 2 - 1,
+            "normals": torch.randn((updates, B, 1, A), **on),
+            "next_normals": torch.randn((updates, B, T, A), **on),
+            "proposal_normals": torch.randn((updates, n, 2 * K, A), **on),
+            "uniforms": torch.rand((updates, n, K, A), **on) * 2 - 1,
         }
         if config.cql_backward_actions:
-            sizes = (shape[0], config.n_critics, shape[1])
+            sizes = (updates, config.n_critics, n)
             draws["resampling_offset"] = torch.rand(sizes, **on)
         return draws
 
@@ -2014,7 +2034,7 @@ class DiscreteCQL(Agent):
 
     def build(self, generators: List[torch.Generator]) -> Tuple[list, list]:
         """Networks; no parameters that train at policy_lr, and those at qf_lr."""
-        for name in ("penalty", "cal_ql"):
+        for name in ("penalty", "cal_ql", "cql_states"):
             if getattr(self.config, name) != FIELDS[name].default:
                 raise UserError(f"--{name}: not for discrete actions")
         self.critic = self.make_critic(generators)

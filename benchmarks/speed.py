@@ -73,6 +73,14 @@ CASES = {
     "hopper-bf16": Case(flags={"precision": "bf16"}),
     "hopper-k1": Case(flags={"cql_backward_actions": 1}),
     "hopper-bf16-k1": Case(flags={"precision": "bf16", "cql_backward_actions": 1}),
+    "hopper-k1-s128": Case(flags={"cql_backward_actions": 1, "cql_states": 128}),
+    "hopper-k1-s64": Case(flags={"cql_backward_actions": 1, "cql_states": 64}),
+    "hopper-bf16-k1-s64": Case(
+        flags={"precision": "bf16", "cql_backward_actions": 1, "cql_states": 64}
+    ),
+    "hopper-4-runs-k1-s64": Case(
+        n_runs=4, flags={"cql_backward_actions": 1, "cql_states": 64}
+    ),
     # The quickstart's sizes, where there is less to save:
     **{
         f"quickstart{name}": Case(n_actions=4, hidden=(128, 128), flags=flags)
@@ -80,6 +88,7 @@ CASES = {
             "": {},
             "-bf16": {"precision": "bf16"},
             "-k1": {"cql_backward_actions": 1},
+            "-k1-s64": {"cql_backward_actions": 1, "cql_states": 64},
         }.items()
     },
     # By torch.compile, whose minutes of start fall into the warm-up:

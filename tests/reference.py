@@ -98,7 +98,7 @@ def of_run(arrays, r):
 
 
 class Row(NamedTuple):
-    """A critic's values in a state, and what the penalty makes of them."""
+    """A critic's values in a state, and what the penalty makes of them, if it does."""
 
     q_data: complex
     q: list  # of the 3K proposals
@@ -217,8 +217,9 @@ class Reference:
         K, A = self.config.cql_n_actions, len(self.batch.actions[b])
         state, following = self.batch.observations[b], self.batch.next_observations[b]
         found = [(action, -A * math.log(2.0)) for action in self.noise.uniforms[b]]
-        found += [self.act(state, n) for n in self.noise.normals[b][1:]]
-        found += [self.act(following, n) for n in self.noise.next_normals[b][-K:]]
+        normals = self.noise.proposal_normals[b]
+        found += [self.act(state, z) for z in normals[:K]]
+        found += [self.act(following, z) for z in normals[K:]]
         assert len(found) == 3 * K
         return found
 
@@ -245,9 +246,11 @@ class Reference:
         return T * logsumexp([x / T for x in [*q, q_data]]) - q_data
 
     def gaps(self):
-        """Row of every critic and state."""
+        """Row of every critic and penalized state."""
+        n = len(self.noise.uniforms)
+        assert n == (self.config.cql_states or len(self.batch.rewards))
         critics = [[] for _ in range(self.config.n_critics)]
-        for b, state in enumerate(self.batch.observations):
+        for b, state in enumerate(self.batch.observations[:n]):
             data = self.critics("critic", state, self.batch.actions[b])
             proposals = self.proposals(b)
             others = [self.critics("critic", state, action) for action, _ in proposals]
@@ -273,12 +276,24 @@ class Reference:
 
     def critic(self):
         """Sum over the critics of the TD error and the weighted penalty."""
-        total, (targets, _) = 0.0, self.targets()
+        total = sum(self.td_errors())
         weight, gap_target = self.weight()
         for rows in self.gaps():
-            total += mean((row.q_data - y) ** 2 for row, y in zip(rows, targets))
             total += weight * (mean(row.clamped for row in rows) - gap_target)
         return total
+
+    def q_data(self):
+        """By critic, of every state."""
+        pairs = zip(self.batch.observations, self.batch.actions)
+        return list(zip(*[self.critics("critic", *pair) for pair in pairs]))
+
+    def td_errors(self):
+        """By critic."""
+        targets, _ = self.targets()
+        errors = []
+        for values in self.q_data():
+            errors.append(mean((q - y) ** 2 for q, y in zip(values, targets)))
+        return errors
 
     def multiplier(self):
         if not self.config.cql_lagrange:
@@ -290,24 +305,21 @@ class Reference:
     def metrics(self):
         """What CORL logs under these names; {j} is the list over the critics."""
         K, gaps = self.config.cql_n_actions, self.gaps()
-        targets, values = self.targets()
+        _, values = self.targets()
 
         def by_critic(value):
             return [mean(value(row) for row in rows) for rows in gaps]
 
         weight, gap_target = self.weight()
         diffs = by_critic(lambda row: row.clamped)
-        errors = []
-        for rows in gaps:
-            errors.append(mean((row.q_data - y) ** 2 for row, y in zip(rows, targets)))
         found = {
             "alpha_loss": self.temperature(),
             "alpha": self.alpha,
             "policy_loss": self.actor(),
             "log_pi": mean(self.log_pi()),
             "average_target_q": mean(values),
-            "qf{j}_loss": errors,
-            "average_qf{j}": by_critic(lambda row: row.q_data),
+            "qf{j}_loss": self.td_errors(),
+            "average_qf{j}": [mean(values) for values in self.q_data()],
             "cql_q{j}_rand": by_critic(lambda row: mean(row.bounded[:K])),
             "cql_q{j}_current_actions": by_critic(
                 lambda row: mean(row.bounded[K : 2 * K])

@@ -247,7 +247,8 @@ def test_uniform_actions_fill_the_box():
     ideal = torch.linspace(-1, 1, 4000).unsqueeze(1)
     assert (uniforms.sort(0).values - ideal).abs().max() < 0.1  # Kolmogorov-Smirnov
     assert (torch.corrcoef(uniforms.T) - torch.eye(6)).abs().max() < 0.08
-    normals = torch.cat([noise.normals, noise.next_normals], 2).flatten(2)[0]
+    parts = noise.normals, noise.next_normals, noise.proposal_normals
+    normals = torch.cat(parts, 2).flatten(2)[0]
     assert normals.shape == (4000, 2 * (3 + 1) * ACT)
     assert (torch.cov(normals.T) - torch.eye(16)).abs().max() < 0.1
     assert normals.mean(0).abs().max() < 0.08
@@ -267,11 +268,16 @@ def test_indices_are_uniform_over_the_data():
 def test_noise_holds_what_is_used():
     """Max backup has an action for each of K; what no flag asks for is None."""
     noise = tiny_agent(cql_n_actions=3).draw(5)
-    assert noise.next_normals.shape == (1, 5, 1 + 3, ACT)
-    assert noise.normals.shape == (1, 5, 1 + 3, ACT)
+    assert noise.normals.shape == noise.next_normals.shape == (1, 5, 1, ACT)
+    assert noise.proposal_normals.shape == (1, 5, 2 * 3, ACT)
     assert noise.resampling_offset is None and noise.subset_keys is None
     noise = tiny_agent(cql_n_actions=3, cql_max_target_backup=True).draw(5)
-    assert noise.next_normals.shape == (1, 5, 3 + 3, ACT)
+    assert noise.next_normals.shape == (1, 5, 3, ACT)
+    noise = tiny_agent(cql_n_actions=3, cql_states=2, cql_backward_actions=1).draw(5)
+    assert noise.normals.shape == noise.next_normals.shape == (1, 5, 1, ACT)
+    assert noise.proposal_normals.shape == (1, 2, 2 * 3, ACT)
+    assert noise.uniforms.shape == (1, 2, 3, ACT)
+    assert noise.resampling_offset.shape == (1, 2, 2)
     noise = tiny_agent(cql_backward_actions=1, n_critics=4, n_target_critics=4).draw(5)
     assert noise.resampling_offset.shape == (1, 4, 5)
     assert len(noise.resampling_offset.unique()) == 4 * 5  # each critic's its own

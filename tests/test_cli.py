@@ -103,7 +103,12 @@ OURS = {
     "algorithm": {"penalty": "logsumexp", "cal_ql": False},
     "networks": {"hidden_dim": 256, "n_critics": 2, "n_target_critics": None},
     "online": {"utd": 1, "exploration_epsilon": 0.1},
-    "speed": {"cql_backward_actions": 0, "precision": "fp32", "compile": False},
+    "speed": {
+        "cql_backward_actions": 0,
+        "cql_states": 0,
+        "precision": "fp32",
+        "compile": False,
+    },
 }
 GROUPS = {name: {**flags, **OURS[name]} for name, flags in CORL.items()}
 FLAGS = {flag: default for flags in GROUPS.values() for flag, default in flags.items()}
@@ -406,6 +411,8 @@ def test_the_product_of_lists():
         # Contradictions
         ("--n_target_critics 3", "--n_target_critics --n_critics"),
         ("--cql_backward_actions 31", "--cql_backward_actions cql_n_actions"),
+        ("--cql_states -1", "--cql_states -1"),
+        ("--cql_states 257", "--cql_states batch_size"),
         ("--precision tf32 --device cpu", "--precision tf32"),
         ("--penalty mean --cql_importance_sample false", "--penalty importance"),
         ("--cql_target_action_gap [1,2]", "--cql_target_action_gap cql_lagrange"),

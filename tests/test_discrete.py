@@ -245,7 +245,9 @@ def test_acts_greedily_by_the_mean_of_the_critics():
     assert actions.dtype == np.int64 and len(np.unique(actions)) > 1
 
 
-@pytest.mark.parametrize("flags", [{"penalty": "mean"}, {"cal_ql": True}], ids=str)
+@pytest.mark.parametrize(
+    "flags", [{"penalty": "mean"}, {"cal_ql": True}, {"cql_states": 2}], ids=str
+)
 def test_formulas_of_continuous_actions_are_refused(flags):
     (name,) = flags
     with pytest.raises(cql.UserError, match=f"{name}.*discrete"):

@@ -36,6 +36,7 @@ MODES = [
     {},
     STAGES,
     dict(cql_backward_actions=1),
+    dict(cql_backward_actions=1, cql_states=3),
     dict(precision="bf16"),
     dict(cql_lagrange=True, cql_target_action_gap=1.0),
     dict(cql_max_target_backup=True, backup_entropy=True, penalty="policy_kl"),

@@ -390,7 +390,7 @@ def test_normalize_reward_holds_online(tmp_path):
 
 def test_a_bound_of_minus_infinity_is_cql(toy):
     """Cal-QL is a lower bound in the data; one that bounds nothing changes nothing."""
-    flags = {**BASE, "env": str(toy), "cql_backward_actions": 2}
+    flags = {**BASE, "env": str(toy), "cql_backward_actions": 2, "cql_states": 3}
     agents = []
     for cal_ql in (False, True):
         config = cql.TrainConfig(**flags, cal_ql=cal_ql)

@@ -209,6 +209,7 @@ kinds = {
     "alpha_multiplier": weights,
     "cql_n_actions": st.integers(1, 4),
     "cql_backward_actions": st.integers(0, 12),
+    "cql_states": st.integers(0, 12),
     "cql_clip_diff_min": st.sampled_from([-1e6, -1.0, 0.0, "-.inf"]),
     "cql_clip_diff_max": st.sampled_from([-1.0, 0.0, 1e6, ".inf"]),
     "n_critics": st.integers(1, 3),
@@ -248,6 +249,7 @@ def test_settings(toy):
         for name, most in (
             ("n_target_critics", flags.get("n_critics", 2)),
             ("cql_backward_actions", 3 * flags.get("cql_n_actions", 2)),
+            ("cql_states", flags.get("batch_size", 8)),
         ):
             if name in flags:  # else half of all are refused for it
                 flags[name] = min(flags[name], most)
