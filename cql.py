@@ -3287,6 +3287,8 @@ class Run:
             values = [float(row["value"]) for row in rows if row["value"] != ""]
             if values:
                 text += f"  fqe {values[-1]:.4g}"
+            if self.warned[r]:
+                text += "  Q ran away"
             if self.diverged[r] >= 0:
                 text += f"  diverged by {self.diverged[r]}"
             say(text)

@@ -1,12 +1,14 @@
 """How well policies are chosen without a simulator, over a product of cql_alpha.
 
     python cql.py --config_path configs/quickstart.yaml --seed '[0,1]' \\
-        --cql_alpha '[0,1,5,20,50,200]' --fqe_updates 12000 --resume runs/alphas
-    python benchmarks/judge.py runs/alphas --episodes 100 --out runs/alphas/judge.csv
+        --cql_alpha '[0,1,5,20,50,200]' --fqe_updates 30000 --resume runs/alphas
+    python benchmarks/judge.py runs/alphas --episodes 100 --out judged
+    python benchmarks/judge.py --figure judge.png judged.csv [more.csv ...]
 
 Each policy's true discounted return is the mean over so many episodes in the data's
-environment. Beside it stand four ways to choose without one: the value of fitted Q
-evaluation (fqe.csv), the final Q of the policy's actions, the final gap (the smallest)
+environment. Beside it stand five ways to choose without one: the value of fitted Q
+evaluation (fqe.csv), the same without the runs whose Q ran away in training (of which
+cql.py then warned), the final Q of the policy's actions, the final gap (the smallest)
 and chance. Of each way, over all policies:
 
     rank      Spearman's correlation with the true discounted return
@@ -14,14 +16,16 @@ and chance. Of each way, over all policies:
     episodes  how many real ones a bandit needs for as good a choice: UCB1 over the
               policies, a pull is one episode, chosen is the arm of highest mean;
               the first n at which the mean regret of 500 resamplings is as low
+
+Writes judged.csv, a row a policy, and judged-ways.csv, a row a way. The figure shows
+value against true return of such policies, a panel a table.
 """
 
 import argparse
-import csv
 import math
 import sys
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Tuple
 
 import numpy as np
 import pandas as pd
@@ -54,13 +58,16 @@ def last_rows(path: Path) -> pd.DataFrame:
 
 
 def estimates(directory: Path) -> Dict[str, np.ndarray]:
-    """What each way to choose thinks of each run, [R]; the largest is chosen."""
+    """What each way to choose thinks of each run, [R]; the largest is chosen, NaN is
+    not."""
     metrics = last_rows(directory / "metrics.csv")
     values = last_rows(directory / "fqe.csv")
     q = metrics.filter(regex=r"^cql_q\d+_current_actions$").mean(axis=1)
     gap = metrics.filter(regex=r"^cql_qf\d+_diff$").mean(axis=1)
+    ran_away = np.array(cql.read_checkpoint(directory)["warned"])
     return {
         "fqe": values["value"].to_numpy(),
+        "fqe, where Q did not run away": np.where(ran_away, np.nan, values["value"]),
         "final Q of the policy": q.to_numpy(),
         "smallest gap": -gap.to_numpy(),
     }
@@ -92,36 +99,87 @@ def bandit_regrets(returns: np.ndarray) -> np.ndarray:
     return regrets / RESAMPLINGS
 
 
-def judge(directory: Path, episodes: int) -> List[dict]:
-    """A row for each way to choose."""
+def judge(directory: Path, episodes: int) -> Tuple[List[dict], pd.DataFrame]:
+    """A row for each way to choose, and one for each policy."""
     returns = true_returns(directory, episodes)
     means = returns.mean(axis=1)
     bandit = bandit_regrets(returns)
+    thought = estimates(directory)
+    policies = last_rows(directory / "fqe.csv")
+    policies = policies[["seed", "cql_alpha", "value", "value_error"]]
+    policies = policies.assign(true=means, **thought)
+    policies["true_error"] = returns.std(axis=1, ddof=1) / math.sqrt(episodes)
     rows = []
-    for name, values in estimates(directory).items():
-        regret = regret_of(int(np.argmax(values)), means)
-        rank = pd.Series(values).rank().corr(pd.Series(means).rank())
+    for name, values in thought.items():
+        regret = regret_of(int(np.nanargmax(values)), means)
+        known = ~np.isnan(values)
+        ranks = pd.Series(values[known]).rank()
+        rank = ranks.corr(pd.Series(means[known]).rank())
         rows.append({"chosen by": name, "rank": rank, "regret": regret})
     chance = float((means.max() - means.mean()) / np.ptp(means))
     rows.append({"chosen by": "chance", "rank": math.nan, "regret": chance})
     for row in rows:
         reached = np.flatnonzero(bandit <= row["regret"])
         row["episodes"] = int(reached[0]) + 1 if len(reached) else f">{MOST_PULLS}"
-    return rows
+    return rows, policies
+
+
+def draw(tables: List[Path], path: Path) -> None:
+    """Value against true return; hollow where Q ran away."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+    import plot
+
+    plt = plot.plt
+    plt.switch_backend("Agg")
+    plt.rcParams.update(plot.STYLE)
+    width = 3.3 * len(tables)
+    figure, panels = plt.subplots(1, len(tables), figsize=(width, 3.4), squeeze=False)
+    lines = {}
+    for panel, table in zip(panels[0], tables):
+        policies = pd.read_csv(table)
+        alphas = sorted(policies["cql_alpha"].unique())
+        shades = plt.colormaps["viridis"](np.linspace(0, 0.95, len(alphas)))
+        for alpha, shade in zip(alphas, shades):
+            rows = policies[policies["cql_alpha"] == alpha]
+            held = rows["fqe, where Q did not run away"].notna()
+            style = {"color": shade, "linestyle": "", "ms": 6}
+            for part, face in (rows[held], shade), (rows[~held], "none"):
+                panel.plot(part["true"], part["value"], "o", mfc=face, **style)
+            place = "0 (least)" if alpha == alphas[0] else ""
+            place = "largest" if alpha == alphas[-1] else place
+            if place and table == tables[0]:
+                (lines[f"cql_alpha {place}"],) = panel.plot([], [], "o", **style)
+        low, high = panel.get_xlim()
+        panel.axline((low, low), slope=1, color="0.6", linewidth=0.8)
+        panel.set_xlim(low, high)
+        panel.set_title(table.stem)
+        panel.set_xlabel("true discounted return")
+    panels[0, 0].set_ylabel("value by fitted Q evaluation")
+    style = {"mfc": "none", "color": "0.3", "linestyle": "", "ms": 6}
+    (lines["Q ran away in training"],) = panels[0, 0].plot([], [], "o", **style)
+    plot.add_legend(figure, lines)
+    figure.savefig(path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("directory", type=Path)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("paths", nargs="+", type=Path, help="a run, or tables to draw")
     parser.add_argument("--episodes", type=int, default=100)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", default="judged", help="the tables, without .csv")
+    parser.add_argument("--figure", type=Path, help="draw tables instead")
     options = parser.parse_args()
-    rows = judge(options.directory, options.episodes)
-    with open(options.out, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    print(pd.DataFrame(rows).to_string(index=False, float_format="{:.3f}".format))
+    if options.figure:
+        return draw(options.paths, options.figure)
+    if len(options.paths) > 1:
+        parser.error("one run's directory at a time")
+    rows, policies = judge(options.paths[0], options.episodes)
+    write = {"index": False, "float_format": "%.6g", "lineterminator": "\n"}
+    policies.to_csv(f"{options.out}.csv", **write)
+    ways = pd.DataFrame(rows)
+    ways.to_csv(f"{options.out}-ways.csv", **write)
+    print(ways.to_string(index=False, float_format="{:.3f}".format))
 
 
 if __name__ == "__main__":
