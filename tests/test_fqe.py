@@ -5,6 +5,7 @@ import cmath
 import csv
 import math
 import os
+import re
 import shutil
 import signal
 from types import SimpleNamespace
@@ -464,7 +465,8 @@ def test_the_table_of_values(go, data, kind, flags):
             assert float(row[name]) == pytest.approx(value, rel=1e-4, abs=1e-7), name
         for name in ("discounted_return", "discounted_return_error"):
             assert (row[name] == "") == (name not in expected)
-        assert f"  fqe {float(row['value']):.4g}\n" in output
+        value = re.escape(f"{float(row['value']):.4g}")
+        assert re.search(rf"  fqe {value}(  Q ran away)?\n", output)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1543,6 +1543,8 @@ def test_the_alarm_is_given_once(train, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert re.findall(r"^run (\d): Q runs away", out, re.M) == ["1"]
     assert "cql_alpha" in out.partition("Q runs away")[2].partition("update ")[0]
+    closing = re.findall(r"^run (\d) .*  Q ran away$", out, re.M)
+    assert closing == ["1", "1"]  # of both calls
 
 
 # --- the terminal ---------------------------------------------------------------------
