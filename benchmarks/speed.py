@@ -2,13 +2,14 @@
 
     python benchmarks/speed.py --peer-python PATH/TO/ITS/bin/python --peer d3rlpy
     python benchmarks/speed.py --peer-python ... --peer torchrl --cases hopper K50 R4
+    python benchmarks/speed.py --peer none --device cuda --cases graph-R1 graph-R16
     python benchmarks/speed.py --figure scaling.png --out results/scaling.csv  # draw one
 
 Each side has an interpreter and a process of its own and random data in memory; in a
 `-loading` case (and a `graph-` one, for GPUs) it also draws its batches from a dataset
 by its own means, cql.py as its `train` does, by CUDA graphs on a GPU. They take
 turns (A B A B ...), the idle one stopped, so that a slow spell hits both; the result is
-the median of the rounds' ratios.
+the median of the rounds' ratios. With `--peer none` cql.py is timed alone.
 
 d3rlpy 2.8.1 is set to the same sizes, Adam, learning rates, K, importance sampling and
 penalty weight, without Lagrange (alpha_learning_rate 0) and entropy in the target; on a
@@ -98,12 +99,20 @@ CASES = {
     # For GPUs: a CUDA graph from the drawing of the batch to the metrics' sums, whose
     # capture falls into the warm-up.
     **{
-        f"graph-R{n}{'-k1' * k}{'-compiled' * fused}": Case(
+        f"graph-R{n}{name}{'-compiled' * fused}": Case(
             n_runs=n,
             loading=True,
-            flags={"precision": "tf32", "cql_backward_actions": k, "compile": fused},
+            flags={"precision": "tf32", "compile": fused, **flags},
         )
-        for n, k, fused in itertools.product((1, 16), (0, 1), (False, True))
+        for n, fused, (name, flags) in itertools.product(
+            (1, 4, 16),
+            (False, True),
+            {
+                "": {},
+                "-k1": {"cql_backward_actions": 1},
+                "-k1-s64": {"cql_backward_actions": 1, "cql_states": 64},
+            }.items(),
+        )
     },
     # One size at a time, the others as in "hopper" (R = 1, K = 10, O = 11):
     **{f"R{n}": Case(n_runs=n) for n in (4, 16)},
@@ -337,7 +346,9 @@ def ask(worker: subprocess.Popen, *words):
 
 def compare(name: str, options):
     """Measure one case; yields a row for each round and peer."""
-    peers = {"cql.py": sys.executable, options.peer: options.peer_python}
+    peers = {"cql.py": sys.executable}
+    if options.peer != "none":
+        peers[options.peer] = options.peer_python
     workers, abouts, updates, ratios = {}, {}, {}, []
     case = dataclasses.asdict({**CASES, **GRID}[name])
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -361,14 +372,17 @@ def compare(name: str, options):
                 row |= {"seconds": f"{seconds:.6g}", "updates_per_s": f"{rate:.6g}"}
                 row |= dict(zip(("peak_mb", "peak_gpu_mb"), map(round, peaks)))
                 yield row | abouts[peer]
-            ratios.append(rates["cql.py"] / rates[options.peer])
             text = ", ".join(f"{peer} {rate:.2f}/s" for peer, rate in rates.items())
-            print(f"{name}: round {i}: {text}, ratio {ratios[-1]:.3f}", flush=True)
+            if options.peer != "none":
+                ratios.append(rates["cql.py"] / rates[options.peer])
+                text += f", ratio {ratios[-1]:.3f}"
+            print(f"{name}: round {i}: {text}", flush=True)
     finally:
         for worker in workers.values():
             worker.kill()
-    spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
-    print(f"{name}: median ratio {np.median(ratios):.3f} ({spread})")
+    if ratios:
+        spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
+        print(f"{name}: median ratio {np.median(ratios):.3f} ({spread})")
 
 
 def draw(table: Path, figure: Path) -> None:
@@ -408,7 +422,7 @@ def main() -> None:
     )
     names = [*CASES, "grid"]
     add = parser.add_argument
-    add("--peer", default="d3rlpy", choices=[peer for peer in PEERS if peer != "cql.py"])
+    add("--peer", default="d3rlpy", choices=["d3rlpy", "torchrl", "none"])
     add("--peer-python", default=sys.executable, help="interpreter that has the peer")
     add(
         "--cases",
@@ -433,7 +447,8 @@ def main() -> None:
         if not options.out.exists():
             parser.error(f"--out {options.out}: there is no such table to draw")
         return draw(options.out, options.figure)
-    check = [options.peer_python, "-c", f"import {options.peer}"]
+    peer = options.peer if options.peer != "none" else "sys"
+    check = [options.peer_python, "-c", f"import {peer}"]
     try:
         subprocess.run(check, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):

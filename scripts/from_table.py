@@ -4,7 +4,7 @@
     python scripts/from_table.py log.csv --out datasets/mine-v0 \\
         --episode patient_id --time t --observations 'vital_*,age,sex' \\
         --categorical sex --actions dose --rewards r --terminal died
-    python cql.py --env datasets/mine-v0 --eval_env none
+    python cql.py --config_path configs/table.yaml --env datasets/mine-v0
 
 A row is one step: what was observed, the action then taken, and the reward
 that followed. What is observed next is in the episode's row below. Below its

@@ -4,6 +4,8 @@ killed trial, a lost machine and bad input, on a real Ray of two nodes."""
 import json
 import os
 import random
+import re
+import runpy
 import shlex
 import signal
 import subprocess
@@ -148,6 +150,15 @@ def test_a_run_s_directory_is_no_sweep_s(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("seed: 0")
     assert sweep.main(["--dir", str(tmp_path), "--env", "data"]) == 2
     assert "--dir" in capsys.readouterr().err
+
+
+def test_without_ray(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPT))
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch("sweep.py: error: .*ray.*: pip install -r .*\n", error), error
 
 
 def test_tables_are_joined_by_step_and_number(tmp_path):
