@@ -12,11 +12,14 @@ dimension of every tensor.
     python cql.py --load_model runs/hopper --max_timesteps 0     # only evaluate
 
 Where to look: `train` is the loop, `Agent.update` one update, `Replay.sample` the batch,
-`penalized_td_loss` and `conservative_gap` the penalty, `Evaluator` the episodes,
-`Run.checkpoint` what is saved. A metric is one more entry of a loss's dictionary.
+`critic_loss` the critics' loss (`q_and_gap` its Q, `conservative_gap` the penalty),
+`fitted_q_loss` fitted Q evaluation, `Evaluator` the episodes, `Run.checkpoint` what is
+saved. A metric is one more entry of a loss's dictionary: [R], or [R, N] under a name
+with {j}.
 
 Letters in shape comments: R runs, N critics, B batch, K = cql_n_actions, M actions of a
-state, T target actions of a state (1 or K; in a dataset, steps of an episode), O
+state, T target actions of a state (1 or K; in a dataset, steps of an episode), n states
+that are penalized, the batch's first (cql_states, else all; elsewhere any number), O
 observation dims, A action dims. Actions inside the algorithm live in [-1, 1]; the
 environment's own bounds are applied where data comes in and where `act` goes out.
 """
@@ -158,7 +161,7 @@ class TrainConfig:
     q_n_hidden_layers: int = 3  # Hidden layers of a critic
     orthogonal_init: bool = True  # Orthogonal critic weights (the policy's never are)
     policy_log_std_multiplier: float = 1.0  # Initial factor on the policy's log std
-    n_critics: int = 2  # Critics; targets take their minimum
+    n_critics: int = 2  # Critics; targets take their minimum (fqe_updates: mean)
     # Critics, drawn for each update, whose least is the target; null: all (else REDQ)
     n_target_critics: Optional[int] = None
 
@@ -210,7 +213,7 @@ NOT_INHERITED = (
     "max_timesteps offline_iterations online_iterations fqe_updates device project "
     "group name checkpoints_path resume load_model"
 ).split()
-# What only an agent of continuous actions reads.
+# What only an agent of continuous actions reads; DiscreteCQL refuses three more.
 CONTINUOUS = (
     "alpha_multiplier use_automatic_entropy_tuning backup_entropy policy_lr bc_steps "
     "cql_n_actions cql_importance_sample cql_max_target_backup cql_backward_actions "
@@ -629,7 +632,8 @@ class Episode(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Transitions of R runs; arrays without the leading R are taken as R = 1."""
+    """Transitions of R runs; arrays without the leading R are taken as R = 1. Losses get
+    them prepared: standardized observations, actions in [-1, 1] or counted from 0."""
 
     observations: Tensor  # [R, B, O] raw
     actions: Tensor  # [R, B, A] in the environment's bounds; discrete: [R, B, 1]
@@ -1133,7 +1137,8 @@ def reward_factor(returns: np.ndarray, task: Task, config: TrainConfig) -> float
 
 def offline_places(config: TrainConfig, device="cpu") -> Tensor:
     """[B] bool: which rows of an online batch are offline data under mixing_ratio,
-    spread evenly, so that any first n rows hold both in proportion."""
+    spread evenly, so that of any first n rows (cql_states) the share is right to
+    within a row."""
     steps = torch.arange(config.batch_size + 1, dtype=torch.float64, device=device)
     steps = (steps * config.mixing_ratio + 1e-9).floor()
     return steps[1:] > steps[:-1]
@@ -1416,7 +1421,7 @@ class Samples(NamedTuple):
 
     mean: Tensor  # [R, B, A] of pi(.|s), with graph
     log_std: Tensor  # [R, B, A] of pi(.|s), with graph
-    actions: Tensor  # [R, B, 1, A] from pi(.|s), with graph
+    actions: Tensor  # [R, B, 1, A] from pi(.|s), with graph: the actor's
     log_pi: Tensor  # [R, B] with graph
     target_actions: Tensor  # [R, B, T, A] from pi(.|s')
     target_log_pi: Tensor  # [R, B, T]
@@ -1516,8 +1521,8 @@ def td_target(
 def conservative_gap(q, log_mu, q_data, temperature, config) -> Tensor:
     """The soft maximum of Q over actions above Q of the data: CQL eq. 4 and appendix F.
 
-    q [R, N, B, M], log_mu [R, 1, B, M] or None for unweighted actions, which the data's
-    own joins; q_data [R, N, B]; temperature [R]. Returns [R, N, B], clamped.
+    q [R, N, n, M], log_mu [R, 1, n, M] or None for unweighted actions, which the data's
+    own joins; q_data [R, N, n]; temperature [R]. Returns [R, N, n], clamped.
     Differs from all code with a temperature: T divides Q alone, not log mu, so that
     T * logsumexp estimates T * log(integral of exp(Q / T)). No 1 / 3K, as in CORL.
 
@@ -1555,10 +1560,10 @@ def sampled_backward(gap_of: Callable, q: Tensor, resampling_offset: Tensor, k: 
     The gap's gradient is sum_m slope_m dQ_m, slope_m = d gap / d Q_m. Actions drawn in
     proportion to |slope_m| by systematic resampling (one offset, k equally spaced
     points of the cdf) estimate it without bias, whatever form gap_of has: a clamped
-    gap, say, has no slopes. q [R, N, B, 1 + M], the data's action first, whose slope
-    stays exact; resampling_offset [R, N, B]. Returns the gap [R, N, B], indices
-    [R, N, B, k] of the M, and for Q of the data and of those k the slopes
-    [R, N, B, 1 + k]."""
+    gap, say, has no slopes. q [R, N, n, 1 + M], the data's action first, whose slope
+    stays exact; resampling_offset [R, N, n]. Returns the gap [R, N, n], indices
+    [R, N, n, k] of the M, and for Q of the data and of those k the slopes
+    [R, N, n, 1 + k]."""
     gap, pull = torch.func.vjp(gap_of, q.detach())
     (slopes,) = pull(torch.ones_like(gap))
     slope_of_data = slopes[..., :1]
@@ -1585,7 +1590,8 @@ def q_and_gap(critic: Critic, batch, samples, noise, sweep, config):
     """Q [R, N, B] of the data's actions; of the first n states, which are penalized, Q
     [R, N, n, 1 + 3K] of the data's action and the proposals, and the gap [R, N, n].
     They go through the critics in one call, with cql_backward_actions without a graph,
-    and the few actions that are drawn in a second one, with it."""
+    and the few actions that are drawn in a second one, with it; the data's actions of
+    states that are not penalized in a last one."""
     k = config.cql_backward_actions
     n = samples.proposals.shape[1]
     dtype = torch.bfloat16 if config.precision == "bf16" else None
@@ -1656,7 +1662,7 @@ def critic_loss(
     loss, metrics = penalized_td_loss(
         q_data, target, gap, log_alpha_prime, sweep, config
     )
-    q = q.detach()
+    q = q.detach()  # it has no graph anyway with cql_backward_actions
     if config.cal_ql:
         free = 1 + config.cql_n_actions
         bounds = batch.mc_returns[:, : q.shape[2]]  # [R, n]
@@ -1697,8 +1703,8 @@ def discrete_loss(critic, target_critic, batch, noise, log_alpha_prime, sweep, c
 
 def fitted_q_loss(agent, critic, target_critic, batch, bounds, config):
     """Of fitted Q evaluation (arXiv 1903.08738), of either kind of actions: the value of
-    the agent's deterministic policy, [R]. No return lies outside the bounds; the target
-    is every critic's. Differs from d3rlpy: the target critics' mean, not their least."""
+    the agent's deterministic policy, [R]. No return lies outside the bounds. All critics
+    have one target, of the target critics' mean (d3rlpy: their least)."""
     with torch.no_grad():
         actions = agent.best_actions(batch.next_observations)
         next_q = agent.q_of(target_critic, batch.next_observations, actions).mean(1)
@@ -1824,7 +1830,7 @@ class Agent(nn.Module):
         return Noise(**{name: x[place] for name, x in self.block_noise.items()})
 
     def draw_run(self, shape: Tuple[int, int], generator) -> Dict[str, Tensor]:
-        """One run's noise [n, B, ...] of n updates, by Noise's names."""
+        """One run's noise [updates, B, ...] of shape[0] updates, by Noise's names."""
         on = {"generator": generator, "device": self.device}
         draws = {"fractions": torch.rand(shape, dtype=torch.float64, **on)}
         draws |= self.draw_actions(shape, on)
@@ -2857,7 +2863,8 @@ class TrainedPolicy:
         if action is not None:
             action = np.reshape(action, (1, x.shape[1], self.agent.action_dim))
             low, high = self.task.action_low, self.task.action_high
-            if self.task.discrete and ((action < low) | (action > high)).any():
+            known = (action >= low) & (action <= high) & (action % 1 == 0)
+            if self.task.discrete and not known.all():
                 raise ValueError(f"actions are {describe_actions(self.task)}")
             action = np.repeat(action, len(x), axis=0)
         each = self.agent.q(x, action)[self.run].cpu().numpy()
@@ -3284,9 +3291,9 @@ class Run:
                 text += f"  {column} last {values[-1]:.2f}, best {max(values):.2f}"
                 text += f" at {best:,}"
             rows = [row for row in self.values if int(row["run"]) == r]
-            values = [float(row["value"]) for row in rows if row["value"] != ""]
-            if values:
-                text += f"  fqe {values[-1]:.4g}"
+            if rows:
+                value = rows[-1]["value"]
+                text += f"  fqe {math.nan if value == '' else float(value):.4g}"
             if self.warned[r]:
                 text += "  Q ran away"
             if self.diverged[r] >= 0:

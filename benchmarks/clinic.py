@@ -1,7 +1,7 @@
 """A made-up clinic: the log of 200 patients, and the truth about policies for them.
 
     python benchmarks/clinic.py log.csv          # the README's example begins so
-    python benchmarks/clinic.py --judge runs/clinic
+    python benchmarks/clinic.py --judge runs/clinic --out judged.csv
 
 A patient's pulse rises by itself and falls with the hourly dose, the reward is highest
 at a pulse of 75, and above 130 or below 40 the patient dies. The log's doses are random.
@@ -12,6 +12,7 @@ evaluation gave the policy from the log alone.
 
 import argparse
 import csv
+import math
 import sys
 from pathlib import Path
 
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 COLUMNS = ["patient", "hour", "pulse", "sex", "dose", "reward", "died"]
 LOGGED, JUDGED = 200, 1000  # patients
-DAY, LONG = 24, 200  # hours; after the latter, discounting has left nothing
+DAY, LONG = 24, 200  # hours; a discount of 0.95 leaves nothing of later ones
 
 
 def admit(n: int, rng: np.random.Generator):
@@ -56,7 +57,8 @@ def write_log(path: str) -> None:
 
 
 def play(policy, discount: float):
-    """Mean discounted return and share that died in a day, of new patients."""
+    """Mean discounted return, its error and the share that died in a day, of new
+    patients."""
     rng = np.random.default_rng(1)
     pulse, sex = admit(JUDGED, rng)
     alive = np.ones(JUDGED, bool)
@@ -69,19 +71,27 @@ def play(policy, discount: float):
         alive &= ~died
         if hour == DAY - 1:
             dead = 1 - alive.mean()
-    return returns.mean(), dead
+    return returns.mean(), returns.std(ddof=1) / math.sqrt(JUDGED), dead
 
 
-def judge(directory: str) -> None:
+def judge(directory: str, out: str) -> None:
     import cql
 
     with open(f"{directory}/fqe.csv", newline="") as file:
-        values = {int(row["run"]): row for row in csv.DictReader(file)}
-    for run, row in values.items():
+        last = {int(row["run"]): row for row in csv.DictReader(file)}
+    table = []
+    for run, row in last.items():
         policy = cql.load_policy(directory, run)
-        truth, dead = play(policy, policy.agent.config.discount)
-        text = f"cql_alpha {row['cql_alpha']:4}  fqe {float(row['value']):6.2f}"
-        print(f"{text}  true {truth:6.2f}  died {dead:.1%}")
+        truth, error, dead = play(policy, policy.agent.config.discount)
+        value = float(row["discounted_return"])
+        text = f"seed {row['seed']}  cql_alpha {row['cql_alpha']:4}  fqe {value:6.2f}"
+        print(f"{text}  true {truth:6.2f} +- {error:.2f}  died {dead:.1%}")
+        keys = [row["seed"], row["cql_alpha"], row["discounted_return"]]
+        numbers = [truth, error, dead]
+        table.append([*keys, *[f"{number:.6g}" for number in numbers]])
+    with open(out, "w", newline="") as file:
+        heads = ["seed", "cql_alpha", "fqe", "true", "true_error", "died"]
+        csv.writer(file, lineterminator="\n").writerows([heads, *table])
 
 
 def main() -> None:
@@ -90,9 +100,10 @@ def main() -> None:
     )
     parser.add_argument("log", nargs="?", default="log.csv", help="the table to write")
     parser.add_argument("--judge", metavar="DIR", help="a run whose policies to judge")
+    parser.add_argument("--out", default="judged.csv", help="its table")
     options = parser.parse_args()
     if options.judge:
-        judge(options.judge)
+        judge(options.judge, options.out)
     else:
         write_log(options.log)
 

@@ -1,6 +1,6 @@
 """Time of an update of fitted Q evaluation beside that of an exact update of CQL.
 
-    python benchmarks/fqe_cost.py
+    python benchmarks/fqe_cost.py --out cost.csv
 
 On the embedded Hopper data, batches included, on one thread of a CPU: at the sizes of
 configs/hopper.yaml, the same with four stacked runs, and at the quickstart's. Prints the
@@ -8,6 +8,7 @@ median of the ratios of eight alternating rounds, and the least and the largest.
 """
 
 import argparse
+import csv
 import sys
 import time
 from pathlib import Path
@@ -38,9 +39,12 @@ def seconds(agent: cql.Agent, data: cql.Dataset, updates: int) -> float:
 
 
 def main() -> None:
-    argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    )
+    parser.add_argument("--out", default="cost.csv", help="the table of all rounds")
+    options = parser.parse_args()
+    rows = [["case", "round", "ratio"]]
     torch.set_num_threads(1)
     cql.keep_freed_memory()  # as `train` does
     for name, flags in CASES.items():
@@ -53,8 +57,11 @@ def main() -> None:
         for _ in range(9):
             ratios.append(seconds(fitted, data, 20) / seconds(agent, data, 5))
         ratios = ratios[1:]  # the first round warms up
+        rows += [[name, i, f"{ratio:.4f}"] for i, ratio in enumerate(ratios)]
         spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
         print(f"{name}: {np.median(ratios):.3f} ({spread})", flush=True)
+    with open(options.out, "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 if __name__ == "__main__":

@@ -42,16 +42,20 @@ def within(seconds: float, path: Path, *command: str) -> None:
     print(f"{path.name}: {' '.join(command)}", flush=True)
     with open(path, "w") as file:
         process = subprocess.Popen(
-            [sys.executable, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT
+            [sys.executable, *command],
+            cwd=ROOT,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # its own processes end with it
         )
         try:
             status = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGTERM)
             try:
                 status = process.wait(20)
             except subprocess.TimeoutExpired:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)
                 status = process.wait()
     last = path.read_text().splitlines()[-3:]
     print(f"  ended with {status}:", *last, sep="\n  ", flush=True)
@@ -75,7 +79,10 @@ def count_kernels() -> None:
             with torch.profiler.profile(activities=activities) as profile:
                 agent.update(batch, noise)
                 torch.cuda.synchronize()
-        kernels = sum(event.count for event in profile.key_averages())
+        kernels = 0
+        for event in profile.key_averages():  # calls on the host are among them
+            if event.device_type == torch.autograd.DeviceType.CUDA:
+                kernels += event.count
         print(f"cql_backward_actions {k}: {kernels} kernels and copies")
 
 

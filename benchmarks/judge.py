@@ -9,16 +9,19 @@ Each policy's true discounted return is the mean over so many episodes in the da
 environment. Beside it stand five ways to choose without one: the value of fitted Q
 evaluation (fqe.csv), the same without the runs whose Q ran away in training (of which
 cql.py then warned), the final Q of the policy's actions, the final gap (the smallest)
-and chance. Of each way, over all policies:
+and chance. Of each way:
 
-    rank      Spearman's correlation with the true discounted return
-    regret    (best - chosen) / (best - worst), of true returns
-    episodes  how many real ones a bandit needs for as good a choice: UCB1 over the
-              policies, a pull is one episode, chosen is the arm of highest mean;
-              the first n at which the mean regret of 500 resamplings is as low
+    rank      Spearman's correlation with the true discounted return, over the
+              policies that the way does not leave out
+    regret    (best - chosen) / (best - worst), of true returns, over all
+    episodes  how many real ones a bandit needs for as good a choice: UCB1 over all
+              policies, first one episode of each in random order, chosen is the one
+              of highest mean; the first n at which the mean regret of 500
+              resamplings is as low, or 0.01
 
-Writes judged.csv, a row a policy, and judged-ways.csv, a row a way. The figure shows
-value against true return of such policies, a panel a table.
+Runs that diverged are left out. Writes judged.csv, a row a policy, and judged-ways.csv,
+a row a way. The figure shows value against true return of such policies, a panel a
+table.
 """
 
 import argparse
@@ -35,39 +38,39 @@ import cql
 
 RESAMPLINGS = 500
 MOST_PULLS = 2000
+NEGLIGIBLE = 0.01  # a regret; a bandit has none only when no resampling errs
 
 
-def true_returns(directory: Path, episodes: int) -> np.ndarray:
-    """Discounted returns [R, episodes] of every run's deterministic policy."""
-    policy = cql.load_policy(directory)
+def true_returns(directory: Path, runs: List[int], episodes: int) -> np.ndarray:
+    """Discounted returns [runs, episodes] of these runs' deterministic policies."""
+    policy = cql.load_policy(directory, runs[0])
     config = policy.agent.config
     config.n_episodes = episodes
     env = cql.make_env(config, policy.task)
     evaluator = cql.Evaluator(config, policy.task, env)
-    runs = list(range(len(policy.agent.runs)))
     results = evaluator.episodes(policy.agent, 0, runs, [])
     returns = np.zeros((len(runs), episodes))
-    for place, (_, _, _, discounted) in results.items():
-        returns[place] = discounted
+    for (run, episode), (_, _, _, discounted) in results.items():
+        returns[runs.index(run), episode] = discounted
     return returns
 
 
 def last_rows(path: Path) -> pd.DataFrame:
     """Each run's last row, by run."""
-    return pd.read_csv(path).groupby("run").last()
+    return pd.read_csv(path).groupby("run").tail(1).set_index("run").sort_index()
 
 
-def estimates(directory: Path) -> Dict[str, np.ndarray]:
-    """What each way to choose thinks of each run, [R]; the largest is chosen, NaN is
+def estimates(directory: Path, runs: List[int]) -> Dict[str, np.ndarray]:
+    """What each way to choose thinks of each of the runs; the largest is chosen, NaN is
     not."""
-    metrics = last_rows(directory / "metrics.csv")
+    metrics = last_rows(directory / "metrics.csv").loc[runs]
     values = last_rows(directory / "fqe.csv")
     q = metrics.filter(regex=r"^cql_q\d+_current_actions$").mean(axis=1)
     gap = metrics.filter(regex=r"^cql_qf\d+_diff$").mean(axis=1)
-    ran_away = np.array(cql.read_checkpoint(directory)["warned"])
+    ran_away = np.array(cql.read_checkpoint(directory)["warned"])[runs]
     return {
         "fqe": values["value"].to_numpy(),
-        "fqe, where Q did not run away": np.where(ran_away, np.nan, values["value"]),
+        "fqe, where Q did not run away": values["value"].mask(ran_away).to_numpy(),
         "final Q of the policy": q.to_numpy(),
         "smallest gap": -gap.to_numpy(),
     }
@@ -85,11 +88,13 @@ def bandit_regrets(returns: np.ndarray) -> np.ndarray:
     regrets = np.zeros(MOST_PULLS)
     for resampling in range(RESAMPLINGS):
         rng = np.random.default_rng(resampling)
+        order = rng.permutation(n_arms)
         sums = np.zeros(n_arms)
         counts = np.zeros(n_arms)
         for pull in range(MOST_PULLS):
-            arm = pull
-            if pull >= n_arms:
+            if pull < n_arms:
+                arm = order[pull]
+            else:
                 bonus = np.sqrt(2 * math.log(pull) / counts)
                 arm = int(np.argmax(sums / counts + bonus))
             sums[arm] += scaled[arm, rng.integers(n_episodes)]
@@ -101,10 +106,12 @@ def bandit_regrets(returns: np.ndarray) -> np.ndarray:
 
 def judge(directory: Path, episodes: int) -> Tuple[List[dict], pd.DataFrame]:
     """A row for each way to choose, and one for each policy."""
-    returns = true_returns(directory, episodes)
+    ended = cql.read_checkpoint(directory)["diverged"]
+    runs = [run for run, step in enumerate(ended) if step < 0]
+    returns = true_returns(directory, runs, episodes)
     means = returns.mean(axis=1)
     bandit = bandit_regrets(returns)
-    thought = estimates(directory)
+    thought = estimates(directory, runs)
     policies = last_rows(directory / "fqe.csv")
     policies = policies[["seed", "cql_alpha", "value", "value_error"]]
     policies = policies.assign(true=means, **thought)
@@ -119,7 +126,7 @@ def judge(directory: Path, episodes: int) -> Tuple[List[dict], pd.DataFrame]:
     chance = float((means.max() - means.mean()) / np.ptp(means))
     rows.append({"chosen by": "chance", "rank": math.nan, "regret": chance})
     for row in rows:
-        reached = np.flatnonzero(bandit <= row["regret"])
+        reached = np.flatnonzero(bandit <= max(row["regret"], NEGLIGIBLE))
         row["episodes"] = int(reached[0]) + 1 if len(reached) else f">{MOST_PULLS}"
     return rows, policies
 
@@ -145,7 +152,7 @@ def draw(tables: List[Path], path: Path) -> None:
             style = {"color": shade, "linestyle": "", "ms": 6}
             for part, face in (rows[held], shade), (rows[~held], "none"):
                 panel.plot(part["true"], part["value"], "o", mfc=face, **style)
-            place = "0 (least)" if alpha == alphas[0] else ""
+            place = f"{alpha:g} (least)" if alpha == alphas[0] else ""
             place = "largest" if alpha == alphas[-1] else place
             if place and table == tables[0]:
                 (lines[f"cql_alpha {place}"],) = panel.plot([], [], "o", **style)

@@ -16,7 +16,8 @@ penalty weight, without Lagrange (alpha_learning_rate 0) and entropy in the targ
 GPU with compile_graph, its fastest mode. What its API has no switch for: its TD target
 takes the policy's mode, where cql.py samples an action. Its critics step before its
 actor, so the policy runs at s twice more. The proposals go through its critics in three
-calls, the data's actions in two; in cql.py all in one. Its actor's step also computes
+calls, the data's actions in two; in cql.py all in one,
+but for a `-k1` case. Its actor's step also computes
 gradients of the critics and drops them. Its policy lacks the two scalars on log_std, its
 weights start as torch's default. It reads each loss back to the host. It has no stacked
 runs: with n_runs > 1 that many agents are updated in turn.
@@ -99,18 +100,17 @@ CASES = {
     # For GPUs: a CUDA graph from the drawing of the batch to the metrics' sums, whose
     # capture falls into the warm-up.
     **{
-        f"graph-R{n}{name}{'-compiled' * fused}": Case(
-            n_runs=n,
-            loading=True,
-            flags={"precision": "tf32", "compile": fused, **flags},
+        f"graph-R{n}{name}": Case(
+            n_runs=n, loading=True, flags={"precision": "tf32", **flags}
         )
-        for n, fused, (name, flags) in itertools.product(
+        for n, (name, flags) in itertools.product(
             (1, 4, 16),
-            (False, True),
             {
                 "": {},
                 "-k1": {"cql_backward_actions": 1},
                 "-k1-s64": {"cql_backward_actions": 1, "cql_states": 64},
+                "-compiled": {"compile": True},
+                "-k1-compiled": {"cql_backward_actions": 1, "compile": True},
             }.items(),
         )
     },

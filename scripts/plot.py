@@ -444,7 +444,7 @@ def draw_drift(evaluations, metrics, out: Path) -> None:
 
 
 def draw_weights(evaluations, metrics, column: str, out: Path) -> None:
-    """Ends of all runs against the weight; a line for each other setting."""
+    """Ends of all runs against the weight; a colour for each other setting."""
     alphas = sorted(evaluations["cql_alpha"].unique())
     if len(alphas) < 2:
         return
