@@ -230,7 +230,7 @@ def process_of(directory):
     return None
 
 
-def is_like_one_process(directory, toy, tmp_path):
+def is_like_one_process(directory, toy, tmp_path, **more):
     """The sweep's tables are those of the product in one process: to float order, which
     grows with the updates, so of the first ones; and later those of each trial in one
     go, to the byte."""
@@ -244,7 +244,7 @@ def is_like_one_process(directory, toy, tmp_path):
         pd.testing.assert_frame_equal(first, one, rtol=1e-3, atol=1e-5)
     for alpha in PRODUCT["cql_alpha"]:
         solo = tmp_path / f"solo{alpha}"
-        flags = flags_of(toy, seed=PRODUCT["seed"], cql_alpha=alpha)
+        flags = flags_of(toy, seed=PRODUCT["seed"], cql_alpha=alpha, **more)
         assert run(resume=solo, **flags)[0] == 0
         for name in ("evaluations.csv", "metrics.csv"):
             trial = directory / f"cql_alpha_{alpha}" / name
@@ -261,7 +261,8 @@ def test_a_killed_trial_and_a_lost_machine(toy, tmp_path):
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     node = cluster.add_node(num_cpus=1)
     options = ["--per_trial", "seed", "--address", cluster.address]
-    process = start(directory, flags_of(toy, **PRODUCT), *options)
+    short = {"max_timesteps": 1200}
+    process = start(directory, flags_of(toy, **PRODUCT, **short), *options)
     try:
         for trial in trials:
             wait_for((trial / "checkpoint.pt").exists)
@@ -279,7 +280,7 @@ def test_a_killed_trial_and_a_lost_machine(toy, tmp_path):
         cluster.shutdown()
     for trial in trials:
         assert trial.with_suffix(".log").read_text().count("training ") >= 2
-    is_like_one_process(directory, toy, tmp_path)
+    is_like_one_process(directory, toy, tmp_path, **short)
 
 
 @pytest.mark.slow
