@@ -337,7 +337,6 @@ def run_trials(trials: List[Trial], options) -> Dict[str, str]:
         caller=os.getcwd(),
         environment=dict(os.environ),
     )
-    shutil.rmtree(options.dir / ".ray", ignore_errors=True)  # of an earlier command
     scheduler = None
     if options.asha:
         scheduler = make_scheduler(cql.read_config(trials[0].command))
@@ -466,6 +465,7 @@ def sweep(options, argv: List[str]) -> int:
     with cql.lock_directory(options.dir):
         waiting = [trial for trial in trials if trial.end(options.asha) is None]
         if waiting:
+            shutil.rmtree(options.dir / ".ray", ignore_errors=True)  # of a call before
             failures = run_trials(waiting, options)
         write_tables(trials, options.dir)
     ends = [trial.end(options.asha) for trial in trials]
