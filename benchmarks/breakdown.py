@@ -75,6 +75,8 @@ def main() -> None:
         clocked(*part)
     with tempfile.TemporaryDirectory() as directory:
         status = cql.main([*argv, "--resume", f"{directory}/run", "--device", "cpu"])
+    if status == 2:
+        sys.exit(2)
     total = time.perf_counter() - START
     rows = dict(sorted(seconds.items(), key=lambda pair: -pair[1]))
     rows |= {"the rest": total - sum(seconds.values()), "total": total}

@@ -1,7 +1,7 @@
 """A made-up clinic: the log of 200 patients, and the truth about policies for them.
 
     python benchmarks/clinic.py log.csv          # the README's example begins so
-    python benchmarks/clinic.py --judge runs/clinic --out judged.csv
+    python benchmarks/clinic.py --judge runs/clinic
 
 A patient's pulse rises by itself and falls with the hourly dose, the reward is highest
 at a pulse of 75, and above 130 or below 40 the patient dies. The log's doses are random.
@@ -92,6 +92,7 @@ def judge(directory: str, out: str) -> None:
     with open(out, "w", newline="") as file:
         heads = ["seed", "cql_alpha", "fqe", "true", "true_error", "died"]
         csv.writer(file, lineterminator="\n").writerows([heads, *table])
+    print(f"wrote {out}")
 
 
 def main() -> None:
@@ -100,9 +101,13 @@ def main() -> None:
     )
     parser.add_argument("log", nargs="?", default="log.csv", help="the table to write")
     parser.add_argument("--judge", metavar="DIR", help="a run whose policies to judge")
-    parser.add_argument("--out", default="judged.csv", help="its table")
+    parser.add_argument("--out", default="clinic-judged.csv", help="its table")
     options = parser.parse_args()
     if options.judge:
+        if not Path(options.judge, "fqe.csv").exists():
+            parser.error(
+                f"{options.judge}: no fqe.csv there; pass --fqe_updates to cql.py"
+            )
         judge(options.judge, options.out)
     else:
         write_log(options.log)

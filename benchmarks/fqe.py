@@ -20,12 +20,12 @@ import csv
 import sys
 from pathlib import Path
 
-import d3rlpy
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import parity
+from parity import d3rlpy  # None where it is missing
 
 
 class Policy:
@@ -90,6 +90,8 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--out", type=Path, default=Path("fqe-d3rlpy.csv"))
     options = parser.parse_args()
+    if d3rlpy is None:
+        parser.error("needs d3rlpy 2.8.1")
     policy = Policy(options.directory)
     with open(options.out, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

@@ -96,6 +96,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.kernels:
         return count_kernels()
+    import pytest  # noqa: F401  # the first part would fail without it
+    import torch
+
+    if not torch.cuda.is_available():
+        parser.error("there is no GPU here")
     os.environ["WANDB_MODE"] = "disabled"
     out = options.out.absolute()
     out.mkdir(parents=True, exist_ok=True)

@@ -166,6 +166,7 @@ def draw(tables: List[Path], path: Path) -> None:
     (lines["Q ran away in training"],) = panels[0, 0].plot([], [], "o", **style)
     plot.add_legend(figure, lines)
     figure.savefig(path)
+    print(f"wrote {path}")
 
 
 def main() -> None:
@@ -177,6 +178,10 @@ def main() -> None:
     parser.add_argument("--out", default="judged", help="the tables, without .csv")
     parser.add_argument("--figure", type=Path, help="draw tables instead")
     options = parser.parse_args()
+    for path in options.paths:
+        needed = path if options.figure else path / "fqe.csv"
+        if not needed.exists():
+            parser.error(f"{needed}: not there")
     if options.figure:
         return draw(options.paths, options.figure)
     if len(options.paths) > 1:
@@ -187,6 +192,7 @@ def main() -> None:
     ways = pd.DataFrame(rows)
     ways.to_csv(f"{options.out}-ways.csv", **write)
     print(ways.to_string(index=False, float_format="{:.3f}".format))
+    print(f"wrote {options.out}.csv, {options.out}-ways.csv")
 
 
 if __name__ == "__main__":

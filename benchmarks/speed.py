@@ -437,7 +437,7 @@ def main() -> None:
     add("--rounds", type=int, default=10)
     add("--warmup", type=int, default=5, help="updates, twice, before the rounds")
     add("--seconds", type=float, default=5.0, help="of a turn, about")
-    add("--out", type=Path, default=ROOT / "benchmarks/results/speed.csv")
+    add("--out", type=Path, default=Path("speed.csv"), help="the table to write")
     add("--figure", type=Path, help="draw --out's table instead of measuring")
     add("--work", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -453,6 +453,9 @@ def main() -> None:
         subprocess.run(check, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
         parser.error(f"--peer-python {options.peer_python}: has no {options.peer}")
+    check = [sys.executable, "-c", f"import torch; torch.ones(1).to('{options.device}')"]
+    if subprocess.run(check, capture_output=True).returncode:
+        parser.error(f"--device {options.device}: not here")
     describe = f"git -C {ROOT} describe --always --dirty --exclude=*".split()
     commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
