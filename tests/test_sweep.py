@@ -261,7 +261,7 @@ def test_a_killed_trial_and_a_lost_machine(toy, tmp_path):
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     node = cluster.add_node(num_cpus=1)
     options = ["--per_trial", "seed", "--address", cluster.address]
-    short = {"max_timesteps": 1200}
+    short = {"max_timesteps": 800}
     process = start(directory, flags_of(toy, **PRODUCT, **short), *options)
     try:
         for trial in trials:
