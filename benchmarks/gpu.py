@@ -5,16 +5,20 @@
 Needs what the tests need (requirements-dev.txt). One after the other, each within its
 share of the time, so that all have their turn:
 
-    tests.txt     the tests of graphs, noise and devices
-    kernels.txt   kernels of one update, exact and with cql_backward_actions 1
-    speed.csv     updates a second of 1, 4 and 16 runs: exact, with the sampled
-                  gradient, with 64 penalized states; two of them compiled
-    run/          the quickstart's data at CORL's sizes towards a million updates with
-                  200 evaluations, stopped when the time is up: its tables and what it
-                  printed. timing.csv has the rate, and the share of the evaluations
+    tests.txt      the tests of graphs, noise and devices
+    speed.csv      one process: updates a second, kernels of an update and how long
+                   they are busy, of 1, 4 and 16 runs at CORL's sizes, in tf32: exact,
+                   with the sampled gradient, with 64 penalized states; the last two
+                   compiled too
+    stacked/       16 runs on the quickstart's data at CORL's sizes, compiled
+    run/           one run likewise, towards a million updates with 200 evaluations;
+                   both are stopped when their time is up. timing.csv has rates, and the
+                   seconds of evaluations
 """
 
 import argparse
+import csv
+import itertools
 import os
 import signal
 import subprocess
@@ -26,13 +30,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 TESTS = "tests/test_graph.py tests/test_agent.py tests/test_runs.py -k".split()
-CASES = []
-for runs in (1, 4, 16):
-    CASES += [f"graph-R{runs}{kind}" for kind in ("", "-k1", "-k1-s64")]
-CASES += ["graph-R1-compiled", "graph-R16-k1-compiled"]
+FLAGS = {
+    "exact": {},
+    "k1": {"cql_backward_actions": 1},
+    "k1-s64": {"cql_backward_actions": 1, "cql_states": 64},
+}
 RUN = (
     "cql.py --env datasets/hopper-medium-small-v0 --max_timesteps 1000000 "
-    "--eval_freq 5000 --precision tf32 --cql_backward_actions 1 --device cuda"
+    "--eval_freq 5000 --precision tf32 --cql_backward_actions 1 --compile true "
+    "--device cuda"
 ).split()
 
 
@@ -61,29 +67,61 @@ def within(seconds: float, path: Path, *command: str) -> None:
     print(f"  ended with {status}:", *last, sep="\n  ", flush=True)
 
 
-def count_kernels() -> None:
-    """Of a fifth update, by torch's profiler."""
+def measure(path: Path, device: str, precision: str) -> None:
+    """speed.csv: of each case three rounds, after the graph's capture."""
+    import torch
+    from speed import Case, cql_py
+
+    gpu = torch.cuda.get_device_name() if device == "cuda" else ""
+    cases = [(*each, False) for each in itertools.product(FLAGS, (1, 4, 16))]
+    cases += [(name, n, True) for name in ("k1", "k1-s64") for n in (1, 16)]
+    rows = []
+    for name, n_runs, compiled in cases:
+        flags = {**FLAGS[name], "precision": precision, "compile": compiled}
+        case = Case(n_runs=n_runs, loading=True, flags=flags)
+        start = time.perf_counter()
+        version, _, step = cql_py(case, device)
+        run = timed(step, 10)  # captured at the third
+        started = time.perf_counter() - start
+        about = {"case": name, "runs": n_runs, "compiled": compiled}
+        about |= {"start_seconds": f"{started:.3g}", "precision": precision}
+        updates = max(5, round(10 * 0.4 / run))
+        rates = [updates / timed(step, updates) for _ in range(3)]
+        about |= kernels(step, 5)  # last, as the profiler slows what follows
+        about |= {"gpu": gpu, "torch": version}
+        for i, rate in enumerate(rates):
+            rows.append({**about, "round": i, "updates_per_s": f"{rate:.5g}"})
+        print(rows[-1], flush=True)
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def timed(step, n: int) -> float:
+    """Seconds of n updates, to the end of the last."""
     import torch
 
-    import cql
+    start = time.perf_counter()
+    for _ in range(n):
+        step()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
-    for k in (0, 1):
-        data_set = str(ROOT / "datasets/hopper-medium-small-v0")
-        config = cql.TrainConfig(env=data_set, cql_backward_actions=k)
-        data, task, _ = cql.load(config, None, torch.device("cuda"))
-        agent = cql.make_agent(config, task, "cuda", data.statistics())
-        for _ in range(5):
-            noise = agent.draw(config.batch_size)
-            batch = data.sample(noise.fractions)
-            activities = [torch.profiler.ProfilerActivity.CUDA]
-            with torch.profiler.profile(activities=activities) as profile:
-                agent.update(batch, noise)
-                torch.cuda.synchronize()
-        kernels = 0
-        for event in profile.key_averages():  # calls on the host are among them
-            if event.device_type == torch.autograd.DeviceType.CUDA:
-                kernels += event.count
-        print(f"cql_backward_actions {k}: {kernels} kernels and copies")
+
+def kernels(step, n: int) -> dict:
+    """Kernels and copies of an update, and their microseconds, by torch's profiler."""
+    import torch
+
+    with torch.profiler.profile(acc_events=True) as profile:
+        timed(step, n)
+    count, busy = 0, 0.0
+    for event in profile.events():  # calls on the host are among them
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            count += 1
+            busy += event.time_range.elapsed_us()
+    return {"kernels": f"{count / n:.4g}", "busy_us": f"{busy / n:.4g}"}
 
 
 def main() -> None:
@@ -92,10 +130,10 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("gpu"))
     parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--kernels", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.kernels:
-        return count_kernels()
+    if options.measure:
+        return measure(options.out, *options.measure)
     import pytest  # noqa: F401  # the first part would fail without it
     import torch
 
@@ -107,12 +145,13 @@ def main() -> None:
     end = time.monotonic() + 60 * options.minutes - 25  # left for the last to save
     share = (end - time.monotonic()) / 20
     tests = ["-m", "pytest", "-q", "-n", "8", *TESTS, "gpu or graph or block or device"]
-    within(6 * share, out / "tests.txt", *tests)
-    within(1 * share, out / "kernels.txt", "benchmarks/gpu.py", "--kernels")
-    speed = ["benchmarks/speed.py", "--peer", "none", "--device", "cuda"]
-    speed += ["--rounds", "3", "--seconds", "2", "--warmup", "20"]
-    speed += ["--out", str(out / "speed.csv"), "--cases", *CASES]
-    within(8 * share, out / "speed.txt", *speed)
+    within(5 * share, out / "tests.txt", *tests)
+    table = str(out / "speed.csv")
+    arguments = ["--measure", "cuda", "tf32", "--out", table]
+    within(6 * share, out / "speed.txt", "benchmarks/gpu.py", *arguments)
+    seeds = ["--seed", str(list(range(16)))]
+    stacked = [*RUN, *seeds, "--resume", str(out / "stacked")]
+    within(3 * share, out / "stacked.txt", *stacked)
     left = max(30.0, end - time.monotonic())
     within(left, out / "run.txt", *RUN, "--resume", str(out / "run"))
 

@@ -2,12 +2,11 @@
 
     python benchmarks/speed.py --peer-python PATH/TO/ITS/bin/python --peer d3rlpy
     python benchmarks/speed.py --peer-python ... --peer torchrl --cases hopper K50 R4
-    python benchmarks/speed.py --peer none --device cuda --cases graph-R1 graph-R16
     python benchmarks/speed.py --figure scaling.png --out results/scaling.csv  # draw one
 
 Each side has an interpreter and a process of its own and random data in memory; in a
-`-loading` case (and a `graph-` one, for GPUs) it also draws its batches from a dataset
-by its own means, cql.py as its `train` does, by CUDA graphs on a GPU. They take
+`-loading` case it also draws its batches from a dataset by its own means, cql.py as its
+`train` does, by CUDA graphs on a GPU (for which there is benchmarks/gpu.py). They take
 turns (A B A B ...), the idle one stopped, so that a slow spell hits both; the result is
 the median of the rounds' ratios. With `--peer none` cql.py is timed alone.
 
@@ -16,11 +15,10 @@ penalty weight, without Lagrange (alpha_learning_rate 0) and entropy in the targ
 GPU with compile_graph, its fastest mode. What its API has no switch for: its TD target
 takes the policy's mode, where cql.py samples an action. Its critics step before its
 actor, so the policy runs at s twice more. The proposals go through its critics in three
-calls, the data's actions in two; in cql.py all in one,
-but for a `-k1` case. Its actor's step also computes
-gradients of the critics and drops them. Its policy lacks the two scalars on log_std, its
-weights start as torch's default. It reads each loss back to the host. It has no stacked
-runs: with n_runs > 1 that many agents are updated in turn.
+calls, the data's actions in two; in cql.py all in one, but for a `-k1` case. Its actor's
+step also computes gradients of the critics and drops them. Its policy lacks the two
+scalars on log_std, its weights start as torch's default. It reads each loss back to the
+host. It has no stacked runs: with n_runs > 1 that many agents are updated in turn.
 
 torchrl's CQLLoss (0.14) is set likewise and stepped as in torchrl's own offline example:
 critics, then actor, then temperature. It evaluates the actions that the policy takes at
@@ -90,30 +88,15 @@ CASES = {
             "": {},
             "-bf16": {"precision": "bf16"},
             "-k1": {"cql_backward_actions": 1},
+            "-k1-s128": {"cql_backward_actions": 1, "cql_states": 128},
             "-k1-s64": {"cql_backward_actions": 1, "cql_states": 64},
+            "-compiled": {"compile": True},
+            "-k1-compiled": {"compile": True, "cql_backward_actions": 1},
         }.items()
     },
     # By torch.compile, whose minutes of start fall into the warm-up:
     "hopper-compiled": Case(flags={"compile": True}),
     "hopper-k1-compiled": Case(flags={"compile": True, "cql_backward_actions": 1}),
-    "quickstart-compiled": Case(n_actions=4, hidden=(128, 128), flags={"compile": True}),
-    # For GPUs: a CUDA graph from the drawing of the batch to the metrics' sums, whose
-    # capture falls into the warm-up.
-    **{
-        f"graph-R{n}{name}": Case(
-            n_runs=n, loading=True, flags={"precision": "tf32", **flags}
-        )
-        for n, (name, flags) in itertools.product(
-            (1, 4, 16),
-            {
-                "": {},
-                "-k1": {"cql_backward_actions": 1},
-                "-k1-s64": {"cql_backward_actions": 1, "cql_states": 64},
-                "-compiled": {"compile": True},
-                "-k1-compiled": {"cql_backward_actions": 1, "compile": True},
-            }.items(),
-        )
-    },
     # One size at a time, the others as in "hopper" (R = 1, K = 10, O = 11):
     **{f"R{n}": Case(n_runs=n) for n in (4, 16)},
     **{f"K{n}": Case(n_actions=n) for n in (4, 50)},
