@@ -182,7 +182,7 @@ class TrainConfig:
     cql_backward_actions: int = 0
     cql_states: int = 0  # States of the batch that are penalized; 0: all
     precision: str = "fp32"  # Of products: fp32, tf32 (GPU), bf16 (critics; avx512_bf16)
-    compile: bool = False  # torch.compile the losses: fewer kernels, a minute's start
+    compile: bool = False  # torch.compile: fewer kernels, a minute's start
 
     def __post_init__(self):
         if self.offline_iterations is not None:
@@ -1727,7 +1727,7 @@ def fitted_q_loss(agent, critic, target_critic, batch, bounds, config):
 # Every draw is a function of (stream, seed of the run, counter): nothing of it stands in
 # a checkpoint, and what a run draws does not depend on who shares the device. The stream
 # comes first, because SeedSequence takes [0, 1] and [0, 1, 0] for the same.
-INIT, UPDATE, EXPLORE, RESET, EVALUATE, FQE = range(6)
+INIT, UPDATE, EXPLORE, RESET, EVALUATE, FQE = range(6)  # new ones at the end
 
 
 def seed_from(numbers: List[int]) -> int:
@@ -2239,7 +2239,8 @@ class GraphedStep:
 
     def live_tensors(self) -> List[Tensor]:
         """All that an update changes."""
-        tensors = list(self.agent.parameters()) + [self.metrics.sums, self.metrics.count]
+        tensors = [*self.agent.parameters(), *self.agent.buffers()]
+        tensors += [self.metrics.sums, self.metrics.count]
         for state in self.agent.optimizer.state.values():
             tensors += state.values()
         return tensors
@@ -2364,40 +2365,39 @@ class Player:
             self.success = bool(told or self.success)
 
 
-def play(players: List[Player], orders: dict) -> dict:
-    """For some players, by index, a seed to begin an episode from, or an action. Returns
-    the observation that each now has; rewards and success where its episode is over."""
+def carry_out(players: List[Player], orders: dict) -> dict:
+    """For some players, by index: a method and its argument, ("reset", seed) or ("step",
+    action). Returns the observation that each now has, and where its episode is over,
+    its rewards and success."""
     views = {}
-    for index, order in orders.items():
+    for index, (method, argument) in orders.items():
         player = players[index]
-        if isinstance(order, int):
-            player.reset(order)
-        else:
-            player.step(order)
+        getattr(player, method)(argument)
         episode = (player.rewards, player.success) if player.over else None
         views[index] = player.observation, episode
     return views
 
 
-def play_elsewhere(players: List[Player], pipe, other_end) -> None:
-    """A process that plays what comes through its pipe, until whoever sends is gone."""
+def serve(players: List[Player], pipe, other_end) -> None:
+    """A process that carries out what comes through its pipe, until whoever sends it is
+    gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches all processes
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     other_end.close()
     with suppress(EOFError, OSError):
         while True:
+            orders = pipe.recv()
             try:
-                answer = play(players, pipe.recv())
-            except EOFError:
-                raise
+                answer = carry_out(players, orders)
             except Exception as error:  # of the environment
                 answer = brief(error)
             pipe.send(answer)
 
 
 class Evaluator:
-    """Deterministic episodes of every live run's policy, side by side; in as many
-    processes as torch has threads."""
+    """Deterministic episodes of every live run's policy, side by side. Policies act in
+    this process; environments step in as many others as torch has threads, and the
+    players here then stay as they were."""
 
     def __init__(self, config: TrainConfig, task: Task, probe: gym.Env):
         """`probe`, made to read its spaces, is the first environment; the others are
@@ -2432,33 +2432,37 @@ class Evaluator:
                 say(f"evaluation in {len(self.players)} at a time, as a further {error}")
 
     def start_processes(self) -> None:
-        """Copies of this one, with all players. For environments known not to use
-        torch alone, whose threads are not in a copy."""
+        """Copies of this one, with all players. Only for environments that are
+        Gymnasium's own to the last wrapper: torch's threads are not in a copy, and one
+        whose environment uses torch would wait for them for ever."""
         n = min(torch.get_num_threads(), len(self.players))
-        env = type(self.players[0].env.unwrapped)
-        known = env.__module__.startswith("gymnasium")
-        if self.pipes or n == 1 or not known or sys.platform != "linux":
+        ours = sys.platform == "linux"
+        env = self.players[0].env
+        while ours and env is not None:
+            ours = type(env).__module__.startswith("gymnasium")
+            env = getattr(env, "env", None)
+        if self.pipes or n == 1 or not ours:
             return
         context = multiprocessing.get_context("fork")
         for _ in range(n):
-            ours, theirs = context.Pipe()
-            arguments = self.players, theirs, ours
-            context.Process(target=play_elsewhere, args=arguments, daemon=True).start()
-            theirs.close()
-            self.pipes.append(ours)
+            here, there = context.Pipe()
+            arguments = self.players, there, here
+            context.Process(target=serve, args=arguments, daemon=True).start()
+            there.close()
+            self.pipes.append(here)
 
-    def play(self, orders: dict) -> dict:
-        """As `play`, each player in its process. Raises RuntimeError of one there."""
+    def carry_out(self, orders: dict) -> dict:
+        """As `carry_out`, by each player's process. Raises RuntimeError of one there."""
         if not self.pipes:
-            return play(self.players, orders)
+            return carry_out(self.players, orders)
         shares = [{} for _ in self.pipes]
         for index, order in orders.items():
             shares[index % len(shares)][index] = order
         for pipe, share in zip(self.pipes, shares):
             pipe.send(share)
+        answers = [pipe.recv() for pipe in self.pipes]
         views = {}
-        for pipe in self.pipes:
-            answer = pipe.recv()
+        for answer in answers:
             if isinstance(answer, str):
                 raise RuntimeError(answer)
             views |= answer
@@ -2485,12 +2489,14 @@ class Evaluator:
                 player = idle.pop(0)
                 playing[player] = r, i
                 numbers = [self.config.eval_seed, agent.runs[r]["seed"], step, i]
-                orders[player] = seed_from([EVALUATE] + numbers)
-            for player, (observation, _) in self.play(orders).items():
+                orders[player] = "reset", seed_from([EVALUATE] + numbers)
+            for player, (observation, _) in self.carry_out(orders).items():
                 observations[playing[player]] = observation
             actions = self.task.to_environment(agent.act(observations))
-            orders = {player: actions[r * n + i] for player, (r, i) in playing.items()}
-            for player, (observation, episode) in self.play(orders).items():
+            orders = {}
+            for player, (r, i) in playing.items():
+                orders[player] = "step", actions[r * n + i]
+            for player, (observation, episode) in self.carry_out(orders).items():
                 place = playing[player]
                 observations[place] = observation
                 if episode:
@@ -3590,7 +3596,7 @@ def train(config: TrainConfig) -> int:
 
     do_step = step
     if device.type == "cuda":
-        do_step = GraphedStep(step, agent, run.metrics)
+        do_step = GraphedStep(step, agent, run.metrics)  # keeps Python's numbers as now
     describe(config, task, data, evaluator)
 
     with stop_signals() as stop, run.opened(checkpoint if resumed else None):

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import gymnasium
 import pytest
 import torch
 from gymnasium.envs.classic_control import PendulumEnv
@@ -72,9 +73,17 @@ def test_processes_play_the_same_episodes(make):
     assert [len(part) for part in results[0]] == [6, 6, 3]
 
 
-def test_environments_of_others_stay_here(make):
+class Mine(gymnasium.Wrapper):
+    pass
+
+
+gymnasium.register("CqlMine-v0", lambda: Mine(PendulumEnv()), max_episode_steps=5)
+
+
+@pytest.mark.parametrize("name", ["CqlToy-v0", "CqlMine-v0"])
+def test_environments_of_others_stay_here(make, name):
     """Which may use torch: a copied process would wait for its threads for ever."""
-    evaluator, agent = make(3, eval_env="CqlToy-v0")
+    evaluator, agent = make(3, eval_env=name)
     assert len(evaluator.episodes(agent, 0, [0, 1], [])) == 6
     assert evaluator.pipes == []
 
