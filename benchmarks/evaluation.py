@@ -7,8 +7,7 @@ Ten episodes, in HalfCheetah-v5, which never ends early, of 1,000 steps each: on
 cql.py evaluates (networks of the default size, untrained), once with the same actions
 ready-made, and once with them ready-made and the policy called beside them for nothing:
 the least that an evaluation of these networks can take, since a forward pass also cools
-the caches that the environments live in. In alternating rounds on one thread; a fourth
-time as cql.py evaluates where torch has --threads of them, in as many processes. Prints
+the caches that the environments live in. In alternating rounds on one thread. Prints
 each round, then the medians of the ratios.
 """
 
@@ -25,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import cql  # noqa: E402
 
-COLUMNS = "evaluation", "environments", "environments_and_policy", "in_processes"
+COLUMNS = "evaluation", "environments", "environments_and_policy"
 EPISODES = 10
 
 
@@ -62,7 +61,6 @@ def main() -> None:
     )
     parser.add_argument("--env", default="HalfCheetah-v5", help="the environment")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", default="evaluation.csv", help="the table to write")
     options = parser.parse_args()
     name = options.env
@@ -71,11 +69,7 @@ def main() -> None:
     flags = {"env": None, "max_timesteps": 0, "normalize": False}
     config = cql.TrainConfig(eval_env=name, n_episodes=EPISODES, **flags)
     _, task, evaluator = cql.load(config, None, torch.device("cpu"))
-    _, _, spread_out = cql.load(config, None, torch.device("cpu"))
     agent = cql.make_agent(config, task)
-    torch.set_num_threads(options.threads)
-    spread_out.episodes(agent, 0, [0], [])  # starts the processes
-    torch.set_num_threads(1)
     actions, rows = record(evaluator, agent), []
     envs = [player.env for player in evaluator.players]
     numbers = [cql.EVALUATE, config.eval_seed, config.seed, 0]
@@ -88,11 +82,10 @@ def main() -> None:
         end = time.perf_counter()
         alone(envs, seeds, actions, agent.act)
         last = time.perf_counter()
-        spread_out.episodes(agent, 0, [0], [])
-        seconds = middle - start, end - middle, last - end, time.perf_counter() - last
+        seconds = middle - start, end - middle, last - end
         rows.append({"round": i, **dict(zip(COLUMNS, seconds))})
         print(f"round {i}:", *(f"{each:.2f} s" for each in seconds), flush=True)
-    for column in ("evaluation", "environments_and_policy", "in_processes"):
+    for column in COLUMNS[::2]:
         ratios = [row[column] / row["environments"] for row in rows]
         spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
         print(f"{name}: {column}: median ratio {np.median(ratios):.3f} ({spread})")

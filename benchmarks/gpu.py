@@ -68,34 +68,44 @@ def within(seconds: float, path: Path, *command: str) -> None:
 
 
 def measure(path: Path, device: str, precision: str) -> None:
-    """speed.csv: of each case three rounds, after the graph's capture."""
+    """speed.csv: of each case three rounds, after the graph's capture; then the kernels
+    of each, since the profiler slows what comes after it."""
     import torch
     from speed import Case, cql_py
 
     gpu = torch.cuda.get_device_name() if device == "cuda" else ""
     cases = [(*each, False) for each in itertools.product(FLAGS, (1, 4, 16))]
     cases += [(name, n, True) for name in ("k1", "k1-s64") for n in (1, 16)]
-    rows = []
+    rows, steps = [], []
     for name, n_runs, compiled in cases:
         flags = {**FLAGS[name], "precision": precision, "compile": compiled}
         case = Case(n_runs=n_runs, loading=True, flags=flags)
         start = time.perf_counter()
         version, _, step = cql_py(case, device)
-        run = timed(step, 10)  # captured at the third
+        seconds = timed(step, 10) / 10  # captured at the third
         started = time.perf_counter() - start
+        updates = max(5, round(0.4 / seconds))
         about = {"case": name, "runs": n_runs, "compiled": compiled}
         about |= {"start_seconds": f"{started:.3g}", "precision": precision}
-        updates = max(5, round(10 * 0.4 / run))
-        rates = [updates / timed(step, updates) for _ in range(3)]
-        about |= kernels(step, 5)  # last, as the profiler slows what follows
-        about |= {"gpu": gpu, "torch": version}
-        for i, rate in enumerate(rates):
+        about |= {"kernels": "", "busy_us": "", "gpu": gpu, "torch": version}
+        for i in range(3):
+            rate = updates / timed(step, updates)
             rows.append({**about, "round": i, "updates_per_s": f"{rate:.5g}"})
+        steps.append(step)
         print(rows[-1], flush=True)
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write(path, rows)
+    for i, step in enumerate(steps):
+        counts = kernels(step, 5)
+        for row in rows[3 * i : 3 * i + 3]:
+            row.update(counts)
+        write(path, rows)
+
+
+def write(path: Path, rows: list) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def timed(step, n: int) -> float:
