@@ -226,23 +226,14 @@ def probe_rows(arrays: dict):
     return arrays["observations"][rows], arrays["actions"][rows]
 
 
-def read_rows(path: Path) -> list:
-    with open(path) as file:
-        return list(csv.DictReader(file))
-
-
-def results(directory: Path):
-    """Of a run of cql.py or of a peer: mean scores of the last three evaluations by
-    seed, and the seconds of all seeds."""
+def last_three(directory: Path) -> list:
+    """Mean scores of the last three evaluations by seed, of runs of cql.py or a peer."""
     scores = {}
-    for row in read_rows(directory / "evaluations.csv"):
-        scores.setdefault(row["run"], []).append(float(row["d4rl_normalized_score"]))
-    means = [np.mean(values[-3:]) for values in scores.values()]
-    timing = read_rows(directory / "timing.csv")
-    last = {
-        row.get("run"): float(row["seconds"]) for row in timing
-    }  # of stacked runs one
-    return means, sum(last.values())
+    with open(directory / "evaluations.csv") as file:
+        for row in csv.DictReader(file):
+            score = float(row["d4rl_normalized_score"])
+            scores.setdefault(row["run"], []).append(score)
+    return [np.mean(values[-3:]) for values in scores.values()]
 
 
 def show(options) -> None:
@@ -252,21 +243,25 @@ def show(options) -> None:
     fig, panels = plt.subplots(
         1, len(options.show), figsize=(3.6 * len(options.show), 3), squeeze=False
     )
-    print("| data | | mean of last three | by seed | seconds |\n|---|---|---|---|---|")
+    print("| data | | mean of last three | by seed |\n|---|---|---|---|")
+    names = []
+    for name in NAMES:
+        if any((directory / name).is_dir() for directory in options.show):
+            names.append(name)
     for panel, directory in zip(panels[0], options.show):
-        names = [name for name in NAMES if (directory / name).is_dir()]
-        for y, name in enumerate(reversed(names)):
-            means, _ = results(directory / name)
-            panel.plot(means, [y] * len(means), "o", alpha=0.6)
-            panel.plot(np.mean(means), y, "k|", markersize=14)
-        for name in names:
-            means, seconds = results(directory / name)
+        for y, name in enumerate(names):
+            if not (directory / name).is_dir():
+                continue
+            means = last_three(directory / name)
+            panel.plot(means, [-y] * len(means), "o", color="C0", alpha=0.5)
+            panel.plot(np.mean(means), -y, "k|", markersize=14)
             cells = [directory.name, NAMES[name], f"{np.mean(means):.1f}"]
-            cells += [", ".join(f"{x:.1f}" for x in means), f"{seconds:.0f}"]
+            cells.append(", ".join(f"{x:.1f}" for x in means))
             print(f"| {' | '.join(cells)} |")
-        labels = [NAMES[name] for name in reversed(names)]
+        labels = [NAMES[name] for name in names]
         panel.set(title=directory.name, xlabel="normalized score")
-        panel.set_yticks(range(len(names)), labels if panel is panels[0, 0] else [])
+        panel.set_yticks(range(0, -len(names), -1), labels)
+        panel.tick_params(labelleft=panel is panels[0, 0])
         panel.margins(y=0.15)
     fig.tight_layout()
     fig.savefig(options.figure, dpi=120)

@@ -144,9 +144,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.measure:
         return measure(options.out, *options.measure)
-    import pytest  # noqa: F401  # the first part would fail without it
-    import torch
-
+    try:
+        import torch
+        import xdist  # noqa: F401  # pytest's; the first part would fail without it
+    except ImportError as error:
+        parser.error(f"{error}: pip install -r requirements-dev.txt")
     if not torch.cuda.is_available():
         parser.error("there is no GPU here")
     os.environ["WANDB_MODE"] = "disabled"
