@@ -2,7 +2,6 @@
 
     python benchmarks/speed.py --peer-python PATH/TO/ITS/bin/python --peer d3rlpy
     python benchmarks/speed.py --peer-python ... --peer torchrl --cases hopper K50 R4
-    python benchmarks/speed.py --figure scaling.png --out results/scaling.csv  # draw one
 
 Each side has an interpreter and a process of its own and random data in memory; in a
 `-loading` case it also draws its batches from a dataset by its own means, cql.py as its
@@ -101,10 +100,6 @@ CASES = {
     **{f"R{n}": Case(n_runs=n) for n in (4, 16)},
     **{f"K{n}": Case(n_actions=n) for n in (4, 50)},
     **{f"O{n}": Case(observation_dim=n) for n in (17, 111, 348)},
-}
-GRID = {  # --cases grid: every combination of them
-    f"R{r}-K{k}-O{o}": Case(n_runs=r, n_actions=k, observation_dim=o)
-    for r, k, o in itertools.product((1, 4, 16), (4, 10, 50), (11, 17, 111, 348))
 }
 
 
@@ -333,7 +328,7 @@ def compare(name: str, options):
     if options.peer != "none":
         peers[options.peer] = options.peer_python
     workers, abouts, updates, ratios = {}, {}, {}, []
-    case = dataclasses.asdict({**CASES, **GRID}[name])
+    case = dataclasses.asdict(CASES[name])
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     env = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
     try:
@@ -368,42 +363,10 @@ def compare(name: str, options):
         print(f"{name}: median ratio {np.median(ratios):.3f} ({spread})")
 
 
-def draw(table: Path, figure: Path) -> None:
-    """Milliseconds an update against runs, actions and observations."""
-    import matplotlib.pyplot as plt
-
-    with open(table) as file:
-        rows = list(csv.DictReader(file))
-    axes = {"R": "runs in one process", "K": "cql_n_actions", "O": "observation dims"}
-    fig, panels = plt.subplots(1, 3, figsize=(10, 3), sharey=True)
-    for panel, (letter, label) in zip(panels, axes.items()):
-        ticks = set()
-        for peer in dict.fromkeys(row["peer"] for row in rows):
-            points = {}
-            for row in (row for row in rows if row["peer"] == peer):
-                size = re.fullmatch(rf"{letter}(\d+)", row["case"])
-                base = {"R": 1, "K": 10, "O": 11}[letter]
-                if size or row["case"] == "hopper":
-                    x = int(size[1]) if size else base
-                    points.setdefault(x, []).append(1000 / float(row["updates_per_s"]))
-            xs = sorted(points)
-            ticks.update(xs)
-            panel.plot(xs, [np.median(points[x]) for x in xs], "o-", label=peer)
-        ticks = sorted(ticks)
-        panel.set(xscale="log", yscale="log", xlabel=label)
-        panel.set(xticks=ticks, xticklabels=ticks)
-        panel.minorticks_off()
-    panels[0].set_ylabel("ms an update of all runs")
-    panels[0].legend()
-    fig.tight_layout()
-    fig.savefig(figure, dpi=120)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = [*CASES, "grid"]
     add = parser.add_argument
     add("--peer", default="d3rlpy", choices=["d3rlpy", "torchrl", "none"])
     add("--peer-python", default=sys.executable, help="interpreter that has the peer")
@@ -411,9 +374,9 @@ def main() -> None:
         "--cases",
         nargs="+",
         default=["hopper"],
-        choices=names,
+        choices=CASES,
         metavar="CASE",
-        help=f"of {', '.join(names)}",
+        help=f"of {', '.join(CASES)}",
     )
     add("--threads", type=int, default=os.cpu_count(), help="of each side")
     add("--device", default="cpu")
@@ -421,15 +384,10 @@ def main() -> None:
     add("--warmup", type=int, default=5, help="updates, twice, before the rounds")
     add("--seconds", type=float, default=5.0, help="of a turn, about")
     add("--out", type=Path, default=Path("speed.csv"), help="the table to write")
-    add("--figure", type=Path, help="draw --out's table instead of measuring")
     add("--work", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
         return work(*options.work)
-    if options.figure:
-        if not options.out.exists():
-            parser.error(f"--out {options.out}: there is no such table to draw")
-        return draw(options.out, options.figure)
     peer = options.peer if options.peer != "none" else "sys"
     check = [options.peer_python, "-c", f"import {peer}"]
     try:
@@ -445,10 +403,9 @@ def main() -> None:
     about = {"device": options.device, "threads": options.threads, "cpu": cpu}
     about |= {"cores": os.cpu_count(), "commit": commit}
     print(about)
-    cases = [x for n in options.cases for x in (GRID if n == "grid" else [n])]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     rows = []
-    for name in cases:  # the table after each case, for who stops in the middle
+    for name in options.cases:  # the table after each case, for who stops in the middle
         rows += [row | about for row in compare(name, options)]
         with open(options.out, "w", newline="") as file:
             writer = csv.DictWriter(file, rows[0], lineterminator="\n")
