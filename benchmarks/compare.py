@@ -7,7 +7,7 @@
 OTHER_ENV holds d3rlpy 2.8.1, mujoco 3.11.0 and imageio; DATASET is a Minari dataset's
 directory, or several. --train writes the columns of cql.py's tables that both have, by
 the same protocol: ten deterministic episodes every 2,000 updates, from cql.py's own
-evaluation seeds, on one thread. Q of the data is the critics' mean over 10,000
+evaluation seeds. Q of the data is the critics' mean over 10,000
 transitions, the same each time and those of --probe. Networks are of the quickstart's
 sizes; actions are scaled from the environment's bounds.
 
@@ -26,7 +26,9 @@ torch's default; its policy lacks the two scalars on log_std; an episode's last 
 before a time limit is left out.
 
 --figure takes directories of datasets, in which the runs are called as above, and those
-of cql.py `exact` and `fast`. It prints a table and draws scores, a panel each.
+of cql.py `exact` and `fast`. It prints a table and draws scores, a panel each. The
+table's seconds are those of 12,000 updates, evaluations left out: the median over other
+runs, on an idle machine, which lie in DIR/seconds/ROUND/DATASET under the same names.
 """
 
 import argparse
@@ -181,7 +183,7 @@ def train(options) -> None:
     dataset = d3rlpy.dataset.MDPDataset(**arrays, **ends)
     if options.train == "alike":
         CQLImpl._compute_deterministic_target = sampled_target
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     envs = [gym.make(task) for _ in range(EPISODES)]
     options.out.mkdir(parents=True, exist_ok=True)
     tables = {"evaluations": [], "metrics": [], "timing": []}
@@ -236,6 +238,14 @@ def last_three(directory: Path) -> list:
     return [np.mean(values[-3:]) for values in scores.values()]
 
 
+def seconds_of(directory: Path) -> float:
+    """Of 12,000 updates at a run's rate, evaluations left out."""
+    with open(directory / "timing.csv") as file:
+        last = [*csv.DictReader(file)][-1]
+    training = float(last["seconds"]) - float(last["evaluation_seconds"])
+    return 12_000 / int(last["step"]) * training
+
+
 def show(options) -> None:
     """The table, and the figure: a panel for each dataset, seeds as points."""
     import matplotlib.pyplot as plt
@@ -243,7 +253,7 @@ def show(options) -> None:
     fig, panels = plt.subplots(
         1, len(options.show), figsize=(3.6 * len(options.show), 3), squeeze=False
     )
-    print("| data | | mean of last three | by seed |\n|---|---|---|---|")
+    print("| data | | mean of last three | by seed | seconds |\n" + "|---" * 5 + "|")
     names = []
     for name in NAMES:
         if any((directory / name).is_dir() for directory in options.show):
@@ -257,6 +267,9 @@ def show(options) -> None:
             panel.plot(np.mean(means), -y, "k|", markersize=14)
             cells = [directory.name, NAMES[name], f"{np.mean(means):.1f}"]
             cells.append(", ".join(f"{x:.1f}" for x in means))
+            rounds = directory.parent.glob(f"seconds/*/{directory.name}/{name}")
+            seconds = [seconds_of(each) for each in rounds]
+            cells.append(f"{np.median(seconds):.0f}" if seconds else "")
             print(f"| {' | '.join(cells)} |")
         labels = [NAMES[name] for name in names]
         panel.set(title=directory.name, xlabel="normalized score")
@@ -279,6 +292,7 @@ def main() -> None:
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--cql_alpha", type=float, default=20.0)
     add("--max_timesteps", type=int, default=12_000)
+    add("--threads", type=int, default=1)
     add("--probe", help="a run of cql.py, whose Q to tell")
     add("--figure", type=Path, help="the figure to draw")
     add("show", type=Path, nargs="*", help="of --figure: directories of runs")
