@@ -1906,17 +1906,17 @@ class Agent(nn.Module):
         return cloning, (self.updates + 1) % self.config.target_update_period == 0
 
     @torch.inference_mode()
-    def act(self, observations, noise: Optional[Tensor] = None) -> np.ndarray:
+    def act(self, observations, normals: Optional[Tensor] = None) -> np.ndarray:
         """Environment actions [R, n, A] for raw observations [R, n, O]; without the
-        leading dimensions (R = 1), actions without them. With noise, standard normals
-        [R, n, A], they are sampled from the policy, else its mode."""
+        leading dimensions (R = 1), actions without them. With standard normals
+        [R, n, A] they are sampled from the policy, else its mode."""
         x = torch.as_tensor(observations, dtype=self.observation_mean.dtype)
         n_runs = x.shape[0] if x.ndim == 3 else 1
         if n_runs != len(self.runs) or x.shape[-1:] != self.column_sizes["observations"]:
             expected = f"{len(self.runs)} runs of {self.column_sizes['observations']}"
             raise ValueError(f"observations {tuple(x.shape)} for {expected}")
         rows = x.reshape(n_runs, -1, x.shape[-1]).to(self.device)
-        actions = self.choose(rows, noise)
+        actions = self.choose(rows, normals)
         return actions.reshape(*x.shape[:-1], self.action_dim).cpu().numpy()
 
     def get_extra_state(self) -> dict:
@@ -2035,11 +2035,11 @@ class ContinuousCQL(Agent):
         mean, _ = self.policy(observations)
         return mean.tanh()
 
-    def choose(self, observations: Tensor, noise: Optional[Tensor] = None) -> Tensor:
+    def choose(self, observations: Tensor, normals: Optional[Tensor] = None) -> Tensor:
         """`act` on the device: raw [R, n, O] -> the environment's [R, n, A]."""
         x, log_std = self.policy(self.standardize(observations))
-        if noise is not None:
-            x = x + log_std.exp() * noise.to(x)
+        if normals is not None:
+            x = x + log_std.exp() * normals.to(x)
         actions = self.center + (self.action_high - self.center) * x.tanh()
         return actions.clamp(self.action_low, self.action_high)
 
@@ -2103,7 +2103,7 @@ class DiscreteCQL(Agent):
         """The greedy actions [R, n, 1], from 0, at standardized observations."""
         return self.critic(observations).mean(1).argmax(-1, keepdim=True)
 
-    def choose(self, observations: Tensor, noise: Optional[Tensor] = None) -> Tensor:
+    def choose(self, observations: Tensor, normals: Optional[Tensor] = None) -> Tensor:
         """`act` on the device: raw [R, n, O] -> the environment's [R, n, 1]."""
         best = self.best_actions(self.standardize(observations))
         return best + self.action_low.long()
@@ -2523,8 +2523,8 @@ class Online:
         size = (1, self.agent.action_dim)
         ready = self.replay.ready()
         if ready and not self.task.discrete:
-            noise = [torch.randn(size, generator=each) for each in generators]
-            return self.agent.act(observations, torch.stack(noise))[:, 0]
+            normals = [torch.randn(size, generator=each) for each in generators]
+            return self.agent.act(observations, torch.stack(normals))[:, 0]
         uniforms = [torch.rand(size, generator=each) for each in generators]
         explored = self.uniform_actions(torch.cat(uniforms).numpy())
         if not ready:
@@ -2860,11 +2860,11 @@ class TrainedPolicy:
     def __call__(self, observation, deterministic: bool = True) -> np.ndarray:
         """The environment's action, or several; else sampled from the policy."""
         x, one = self.rows(observation)
-        noise = None
+        normals = None
         if not deterministic:
             size = (*x.shape[:2], self.agent.action_dim)
-            noise = torch.randn(size, generator=self.generator)
-        actions = self.task.to_environment(self.agent.act(x, noise)[self.run])
+            normals = torch.randn(size, generator=self.generator)
+        actions = self.task.to_environment(self.agent.act(x, normals)[self.run])
         return actions[0] if one else actions
 
     def q(self, observation, action=None) -> QValues:

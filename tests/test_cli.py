@@ -192,9 +192,8 @@ def test_help_has_the_groups_of_flags_and_fits_a_terminal(monkeypatch):
         heading = title or heading
         if flag:
             found.setdefault(heading.lower(), set()).add(flag)
-    assert {name: found[name] for name in GROUPS} == {
-        k: set(v) for k, v in GROUPS.items()
-    }
+    for name, flags in GROUPS.items():  # and a fork's own
+        assert set(flags) <= found[name]
     assert max(map(len, out.splitlines())) <= 80
 
 
