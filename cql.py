@@ -1174,8 +1174,6 @@ class Replay:
         self.added = np.zeros(n_runs, int)  # steps of each run in all
         self.filled = torch.zeros(n_runs, 1, dtype=torch.long, device=device)  # present
         self.offline_rows = offline_places(config, agent.device)
-        if config.compile:
-            self.sample = torch.compile(self.sample)
 
     def ready(self) -> bool:
         """Whether every run has a batch; updates are joint, so they wait for all."""

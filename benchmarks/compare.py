@@ -7,9 +7,9 @@
 OTHER_ENV holds d3rlpy 2.8.1, mujoco 3.11.0 and imageio; DATASET is a Minari dataset's
 directory, or several. --train writes the columns of cql.py's tables that both have, by
 the same protocol: ten deterministic episodes every 2,000 updates, from cql.py's own
-evaluation seeds. Q of the data is the critics' mean over 10,000
-transitions, the same each time and those of --probe. Networks are of the quickstart's
-sizes; actions are scaled from the environment's bounds.
+evaluation seeds. Q of the data is the critics' mean over 10,000 transitions, the same
+each time and those of --probe. Networks are of the quickstart's sizes; actions are
+scaled from the environment's bounds.
 
     ours      CQL at the quickstart's settings, as far as d3rlpy has them: batch size,
               Adam and its rates, discount, target rate, K, penalty weight, importance
@@ -292,7 +292,7 @@ def main() -> None:
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--cql_alpha", type=float, default=20.0)
     add("--max_timesteps", type=int, default=12_000)
-    add("--threads", type=int, default=1)
+    add("--threads", type=int, default=1, help="torch's, of --train; 1 if left out")
     add("--probe", help="a run of cql.py, whose Q to tell")
     add("--figure", type=Path, help="the figure to draw")
     add("show", type=Path, nargs="*", help="of --figure: directories of runs")

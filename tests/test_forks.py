@@ -83,8 +83,8 @@ def recorded_actions(module, monkeypatch):
     """What evaluations ask `act` for, and its answers, in a list that fills."""
     act, calls = module.Agent.act, []
 
-    def spy(agent, observations, noise=None):
-        actions = act(agent, observations, noise)
+    def spy(agent, observations, normals=None):
+        actions = act(agent, observations, normals)
         calls.append((agent.updates, np.array(observations), actions))
         return actions
 

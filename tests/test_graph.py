@@ -493,7 +493,6 @@ def test_kernels_of_an_update(files, flags, most):
 
 FEW = [  # since compiling takes its time
     dict(cql_backward_actions=1, cql_lagrange=True, cal_ql=True, **STAGES),
-    {**ONLINE, "mixing_ratio": 0.5},
     {**REDQ, "discrete": True},
 ]
 
@@ -517,13 +516,9 @@ def test_losses_compile_whole(files, flags, compiling):
     compiling(backend="eager", fullgraph=True)
     compiled = trainer_of(files, **flags, compile=True)
     torch._dynamo.config.suppress_errors = False
-    other = trainer_of(files, **flags)
-    for trainer in (compiled, other):
-        run(trainer, 7)  # on into another stage
-        if "online_iterations" in flags:
-            go_online(trainer)
-            run(trainer, 3)
+    run(compiled, 7)  # on into another stage
     # Not to the last bit: compiled, a layer's bias is added after the product.
+    other = run(trainer_of(files, **flags), 7)
     assert_same(compiled, other, rtol=1e-4, atol=1e-6)
 
 
@@ -545,15 +540,20 @@ def test_where_nothing_compiles_updates_go_on(files, compiling, capsys):
 @pytest.mark.parametrize("flags", [*FEW, dict(precision="bf16")], ids=str)
 def test_compiled_equals_eager(files, flags, compiling):
     """By Inductor, whose kernels round otherwise. In bf16 that may change the sign of a
-    gradient near zero, for which Adam steps as far as for any: metrics are compared."""
+    gradient near zero, for which Adam steps as far as for any."""
     compiled = trainer_of(files, **flags, compile=True)
     torch._dynamo.config.suppress_errors = False
     run(compiled, 4)
     eager = run(trainer_of(files, **flags), 4)
     if "precision" not in flags:
         assert_same(compiled, eager, rtol=1e-3, atol=1e-4)
+        return
     sums = compiled.metrics.sums, eager.metrics.sums
     torch.testing.assert_close(*sums, rtol=2**-8, atol=2**-8)  # bf16's last bit
+    states = compiled.agent.optimizer.state, eager.agent.optimizer.state
+    for state, other in zip(*(each.values() for each in states)):
+        gradient, expected = state["exp_avg"], other["exp_avg"]
+        assert (gradient - expected).norm() <= 0.1 * expected.norm()
 
 
 # --- on a GPU -------------------------------------------------------------------------

@@ -208,7 +208,7 @@ def mean_return(env, act):
 def test_measured_references(tmp_path, capsys, monkeypatch):
     """Of a policy that holds still, which is better than a random one."""
     directory = trained(toy_dataset(tmp_path), tmp_path / "run")
-    still = lambda self, x, noise=None: torch.zeros(*x.shape[:-1], 2)  # noqa: E731
+    still = lambda self, x, normals=None: torch.zeros(*x.shape[:-1], 2)  # noqa: E731
     monkeypatch.setattr(cql.ContinuousCQL, "choose", still)
     argv = [directory, "--steps", 30, "--noise", 1]
     episodes, task = recorded(tmp_path / "m-v0", *argv)
@@ -230,7 +230,7 @@ def test_measured_references(tmp_path, capsys, monkeypatch):
 
 def test_a_policy_no_better_than_random_measures_nothing(tmp_path, monkeypatch, capsys):
     directory = trained(toy_dataset(tmp_path), tmp_path / "run")
-    away = lambda self, x, noise=None: torch.ones(*x.shape[:-1], 2)  # noqa: E731
+    away = lambda self, x, normals=None: torch.ones(*x.shape[:-1], 2)  # noqa: E731
     monkeypatch.setattr(cql.ContinuousCQL, "choose", away)
     _, task = recorded(tmp_path / "m-v0", directory, "--steps", 30)
     assert task.reference is None
