@@ -1,4 +1,4 @@
-"""Record a policy's episodes as a Minari dataset, for cql.py to train on.
+"""Record a policy's episodes as a Minari dataset that cql.py can train on.
 
     python scripts/record.py runs/sac --env Pendulum-v1 --steps 20000 \\
         --noise 0.3 --out datasets/medium-v0
@@ -6,11 +6,12 @@
         --out datasets/random-v0
     python cql.py --env '[datasets/medium-v0, datasets/random-v0]'
 
-The policy is a run's directory or a checkpoint, or the word `random` for
-uniform actions. The dataset holds everything that the environment told, but
-for its infos, and returns to score by. The same command records the same
-episodes. As Python: `play_episode` and `write_dataset`, with an `act` of your
-own.
+The policy is a run's directory, a checkpoint, or the word `random` for uniform
+actions. The dataset holds observations, actions, rewards, terminations and
+truncations, but no infos. It also holds the reference returns that normalize a
+score, where they are known or can be measured. The same command records the
+same episodes. From Python, call `play_episode` and `write_dataset` with your
+own `act`.
 """
 
 import argparse
@@ -38,13 +39,13 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cql
 
-# Streams of random numbers, beside cql.py's own.
+# Streams of random numbers. cql.py's own streams have numbers below 10.
 START, DRAW, MEASURE = range(10, 13)
-MEASURED = 20  # episodes for a reference return
+REFERENCE_EPISODES = 20  # episodes that measure one reference return
 
 
 def stack(space: gym.Space, values: list):
-    """Values of a space as one array, or as a dictionary or tuple of arrays."""
+    """Stack values of a space into one array, or a dictionary or tuple of arrays."""
     return concatenate(space, values, create_empty_array(space, len(values)))
 
 
@@ -52,23 +53,28 @@ def play_episode(
     env: gym.Env,
     act: Callable,
     seed: int,
-    most_steps: float = math.inf,
+    max_steps: float = math.inf,
     observation_space: Optional[gym.Space] = None,
 ) -> EpisodeBuffer:
-    """One episode of act(observation) -> action. One that is cut after most_steps is
-    truncated. observation_space: how observations are kept, if not as in env's."""
+    """Play one episode of T steps with act(observation) -> action.
+
+    The result holds T + 1 observations and T actions, rewards, terminations and
+    truncations. An episode that reaches max_steps without a termination is truncated.
+    observation_space sets the space, and thus the dtype, of the stored observations;
+    the default is the environment's own."""
     observation, _ = env.reset(seed=seed)
-    observations = [copy.deepcopy(observation)]  # some environments change theirs
+    # Some environments reuse the array that they return, so each one is copied.
+    observations = [copy.deepcopy(observation)]
     actions = []
     rewards = []
-    over = False
-    while not over:
+    done = False
+    while not done:
         action = act(observation)
         observation, reward, terminated, truncated, _ = env.step(action)
         observations.append(copy.deepcopy(observation))
         actions.append(action)
         rewards.append(float(reward))
-        over = terminated or truncated or len(actions) >= most_steps
+        done = terminated or truncated or len(actions) >= max_steps
     last = np.arange(len(actions)) == len(actions) - 1
     return EpisodeBuffer(
         seed=seed,
@@ -82,13 +88,15 @@ def play_episode(
 
 
 def check_space(directory: Path, episodes: List[EpisodeBuffer]) -> None:
-    """Raise OSError where they may not fit: HDF5 ends badly on a full disk."""
+    """Raise OSError if the disk may be too small for the episodes.
+
+    The check comes before writing because HDF5 does not fail cleanly on a full disk."""
     n_bytes = sum(len(pickle.dumps(episode)) for episode in episodes)
     needed = 2 * n_bytes + 20_000 * len(episodes)
     free = shutil.disk_usage(directory).free
     if free < needed:
-        sizes = f"{free / 1e6:,.2f} MB free, {needed / 1e6:,.2f} MB may be needed"
-        raise OSError(f"{directory}: {sizes}")
+        sizes = f"{free / 1e6:,.2f} MB free, up to {needed / 1e6:,.2f} MB needed"
+        raise OSError(f"{directory}: {sizes}; free some disk space")
 
 
 def write_dataset(
@@ -98,9 +106,10 @@ def write_dataset(
     observation_space: Optional[gym.Space] = None,
     **metadata,
 ) -> None:
-    """Write the Minari dataset out/data of episodes in env, or nothing; one that is
-    there is replaced. metadata: by Minari's names, such as description. Raises OSError,
-    RuntimeError or ValueError where the disk fails."""
+    """Write the episodes as the Minari dataset out/data, replacing an existing one.
+
+    metadata holds entries under Minari's names, for example description. Raises
+    OSError, RuntimeError or ValueError if the disk fails; nothing is then written."""
     check_space(out.parent, episodes)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:
         new = Path(beside) / "data"
@@ -120,28 +129,34 @@ def write_dataset(
 
 
 def check_out(out: Path, overwrite: bool) -> None:
-    """Make the directory above. Raises UserError where no dataset can be put."""
+    """Make the parent directory of the dataset.
+
+    Raises UserError if the dataset cannot be written to out."""
     where = f"--out {out}"
+    hint = "choose another directory"
     if out.exists() and not overwrite:
-        raise cql.UserError(f"{where}: is there already; --overwrite replaces it")
+        raise cql.UserError(f"{where}: already exists; {hint} or pass --overwrite")
     if out.exists() and not (out / "data" / "metadata.json").exists():
-        raise cql.UserError(f"{where}: no dataset, so --overwrite leaves it as it is")
+        problem = "exists but is not a dataset, so it is not overwritten"
+        raise cql.UserError(f"{where}: {problem}; {hint}")
     with cql.errors_as(cql.UserError, where, OSError):
         out.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(out.parent, os.W_OK):
-            raise cql.UserError(f"{where}: that directory cannot be written")
+            raise cql.UserError(f"{where}: {out.parent} is not writable; {hint}")
 
 
 def make_env(options, policy: Optional[Callable]) -> Tuple[gym.Env, cql.Task, str]:
-    """The environment, with observations as it gives them, its task, and its name as
-    given. Raises UserError."""
+    """Return the environment, its task, and its name as given.
+
+    Observations are not flattened. Raises UserError if no environment is known or if
+    it cannot be made."""
     name = options.env
     if policy is not None and name is None:
         name = policy.agent.config.eval_env
         if name in (None, "none"):
             name = policy.task.env_id
     if name is None:
-        raise cql.UserError(f"{options.policy}: of no known environment; pass --env")
+        raise cql.UserError(f"{options.policy}: records no environment; pass --env")
     if policy is None:
         env = cql.make_env(cql.TrainConfig(eval_env=name))
         settings = dict(env.spec.kwargs)
@@ -156,20 +171,26 @@ def make_env(options, policy: Optional[Callable]) -> Tuple[gym.Env, cql.Task, st
         config = dataclasses.replace(policy.agent.config, eval_env=name)
         env = cql.make_env(config, task)
         cql.check_match(task, env, name)
-    if isinstance(env, TransformObservation):  # which flattens, outermost
+    # The dataset keeps the original observations, so the wrapper that flattens them,
+    # which is the outermost one, is removed.
+    if isinstance(env, TransformObservation):
         env = env.env
     return env, task, name
 
 
 def random_act(env: gym.Env, seed: int) -> Callable:
-    """Uniform actions: a function of an observation."""
+    """Return a function that samples uniform actions."""
     env.action_space.seed(seed)
     return lambda observation: env.action_space.sample()
 
 
 def policy_act(policy: Callable, run: int, seed: int, noise=0.0, stochastic=False):
-    """The policy's actions, with noise: a function of an observation. Its draws are the
-    seed's, where those of load_policy with deterministic=False are always the same."""
+    """Return a function observation -> action of a stacked run's policy.
+
+    Continuous actions get Gaussian noise with a standard deviation of noise times half
+    the action range, and are clipped to the bounds. Discrete actions are uniform with
+    probability noise. stochastic samples continuous actions from the policy. All
+    random numbers depend on the seed."""
     rng = np.random.default_rng(seed)
     agent = policy.agent
     task = policy.task
@@ -184,8 +205,8 @@ def policy_act(policy: Callable, run: int, seed: int, noise=0.0, stochastic=Fals
         if stochastic:
             normals = torch.as_tensor(rng.standard_normal((1, len(low))))
         row = gym.spaces.flatten(space, observation)
-        everywhere = np.stack([row[None]] * len(agent.runs))  # [R, 1, O]
-        action = agent.act(everywhere, normals)[run, 0]
+        rows = np.stack([row[None]] * len(agent.runs))  # [R, 1, O]
+        action = agent.act(rows, normals)[run, 0]
         if noise and not task.discrete:
             spread = noise * (high - low) / 2
             action = action + spread * rng.standard_normal(len(low))
@@ -196,7 +217,7 @@ def policy_act(policy: Callable, run: int, seed: int, noise=0.0, stochastic=Fals
 
 
 def record(env: gym.Env, act: Callable, steps: int, seed: int) -> List[EpisodeBuffer]:
-    """Episodes of so many steps in all; the last one is cut there."""
+    """Record episodes with a total number of steps; the last episode is truncated."""
     episodes = []
     left = steps
     with tqdm(total=steps, unit=" steps", disable=None) as bar:
@@ -210,49 +231,57 @@ def record(env: gym.Env, act: Callable, steps: int, seed: int) -> List[EpisodeBu
 
 
 def mean_return(env: gym.Env, act: Callable, seed: int) -> float:
+    """Return the mean undiscounted return over REFERENCE_EPISODES episodes."""
     returns = []
-    for number in range(MEASURED):
+    for number in range(REFERENCE_EPISODES):
         episode = play_episode(env, act, cql.seed_from([MEASURE, seed, number]))
         returns.append(episode.rewards.sum())
     return float(np.mean(returns))
 
 
 def find_reference(options, env: gym.Env, task: cql.Task, policy):
-    """Returns scored 0 and 100, or None, and a line that says whose they are."""
+    """Find the returns with the normalized scores 0 and 100.
+
+    Returns them as [low, high], or None if there are none, and a line that says where
+    they come from. Measures them if they are unknown and there is a policy."""
     if options.reference:
-        return options.reference, "scored by the --reference given"
+        return options.reference, "scored by the returns of --reference"
     name = env.spec.id
     if task.env_id not in (None, name):
-        task = dataclasses.replace(task, reference=None)  # another environment's
-    reference, whose = cql.reference_returns(task, name)
+        # The recorded reference returns belong to another environment.
+        task = dataclasses.replace(task, reference=None)
+    reference, source = cql.reference_returns(task, name)
     if reference is None and policy is None:
-        whose += "; --reference LOW HIGH records some"
+        source += "; pass --reference LOW HIGH to record some"
     if reference is not None or policy is None:
-        return reference, whose
+        return reference, source
     print("measuring reference returns", flush=True)
     seed = options.seed
     low = mean_return(env, random_act(env, cql.seed_from([MEASURE, seed])), seed)
     high = mean_return(env, policy_act(policy, options.run, seed), seed)
     measured = f"random actions return {low:.1f}, the policy without noise {high:.1f}"
     if not low < high:
-        return None, f"not scored, as no better than random: {measured}"
-    return [low, high], f"scored by {MEASURED} episodes each: {measured}"
+        return None, f"not scored: the policy is no better than random: {measured}"
+    source = f"scored by returns measured in {REFERENCE_EPISODES} episodes each"
+    return [low, high], f"{source}: {measured}"
 
 
 def describe(options) -> str:
-    """What chose the actions, for metadata.json."""
+    """Describe the policy that chose the actions, for metadata.json."""
     if options.policy == "random":
         return "uniform random actions"
-    text = f"cql.py's policy of {options.policy}, run {options.run}"
+    text = f"policy of {options.policy} (cql.py), run {options.run}"
     if options.stochastic:
-        text += ", sampled"
+        text += ", sampled actions"
     if options.noise:
         text += f", noise {options.noise:g}"
     return text
 
 
 def record_dataset(options) -> None:
-    """What the command line asks for. Raises cql.UserError."""
+    """Record, write and summarize the dataset that the options describe.
+
+    Raises cql.UserError for invalid options and cql.MachineError if the disk fails."""
     policy = None
     if options.policy != "random":
         policy = cql.load_policy(options.policy, options.run)
@@ -267,7 +296,7 @@ def record_dataset(options) -> None:
         act = policy_act(policy, options.run, seed, options.noise, options.stochastic)
     print(f"recording in {name}: {describe(options)}", flush=True)
     episodes = record(env, act, options.steps, options.seed)
-    reference, whose = find_reference(options, env, task, policy)
+    reference, source = find_reference(options, env, task, policy)
     metadata = {
         "algorithm_name": describe(options),
         "description": f"{options.steps} steps in {name}, seed {options.seed}",
@@ -276,19 +305,24 @@ def record_dataset(options) -> None:
     if reference is not None:
         metadata["ref_min_score"] = reference[0]
         metadata["ref_max_score"] = reference[1]
-    where = f"could not write {options.out}"
+    where = f"cannot write {options.out}"
     with cql.errors_as(cql.MachineError, where, (OSError, RuntimeError, ValueError)):
         write_dataset(options.out.absolute(), episodes, env, **metadata)
     env.close()
-    print_summary(options, episodes, env, reference, whose)
+    print_summary(options, episodes, env, reference, source)
     command = f"python cql.py --env {options.out}"
     if ":" in name:
         command += f" --eval_env {name}"
     print(f"train on it: {command}")
 
 
-def print_summary(options, episodes: List[EpisodeBuffer], env, reference, whose) -> None:
-    """Counts, and return and score of the episodes that --steps did not cut."""
+def print_summary(
+    options, episodes: List[EpisodeBuffer], env, reference, source: str
+) -> None:
+    """Print the numbers of episodes and steps, and the mean return and score.
+
+    Returns and scores are those of complete episodes: an episode that --steps
+    truncated does not count."""
     last = episodes[-1]
     cut = last.truncations[-1] and len(last) < env.spec.max_episode_steps
     whole = episodes[:-1] if cut else episodes
@@ -300,28 +334,29 @@ def print_summary(options, episodes: List[EpisodeBuffer], env, reference, whose)
         if reference is not None:
             text += f", score {cql.normalized_score(mean, reference):.1f}"
     print(text)
-    print(whose)
+    print(source)
 
 
 def check_options(options, policy: Optional[Callable]) -> None:
-    """Raise cql.UserError for numbers out of range and options that do not fit."""
+    """Raise cql.UserError for numbers out of range and options that do not apply."""
     discrete = policy is not None and policy.task.discrete
     low, high = options.reference or (0.0, 1.0)
     mistakes = {
         f"--steps {options.steps}: must be at least 1": options.steps < 1,
         f"--seed {options.seed}: must be at least 0": options.seed < 0,
-        f"--noise {options.noise}: must be finite, at least 0": (
+        f"--noise {options.noise}: must be finite and at least 0": (
             not 0 <= options.noise < math.inf
         ),
-        f"--noise {options.noise}: a share of discrete actions, so at most 1": (
+        f"--noise {options.noise}: a probability for discrete actions, at most 1": (
             discrete and options.noise > 1
         ),
-        "--stochastic: a discrete policy is greedy; pass --noise": (
+        "--stochastic: a discrete policy is always greedy; pass --noise instead": (
             discrete and options.stochastic
         ),
-        "random: takes neither --noise nor --stochastic": policy is None
-        and (options.noise > 0 or options.stochastic),
-        f"--reference {low:g} {high:g}: LOW must be below HIGH, both finite": (
+        "random: --noise and --stochastic need a trained policy; leave them out": (
+            policy is None and (options.noise > 0 or options.stochastic)
+        ),
+        f"--reference {low:g} {high:g}: LOW and HIGH must be finite, LOW below HIGH": (
             not -math.inf < low < high < math.inf
         ),
     }
@@ -331,50 +366,57 @@ def check_options(options, policy: Optional[Callable]) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage."""
+    """Argument parser that raises UserError with one line, without the usage text."""
 
     def error(self, message: str):
         raise cql.UserError(message)
 
 
 def parse(argv: Optional[List[str]]) -> argparse.Namespace:
-    """The options. Raises cql.UserError."""
+    """Return the parsed options. Raises cql.UserError for invalid ones."""
     parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("policy", help="a run's directory, a checkpoint, or the word random")
     add("--out", required=True, type=Path, help="directory of the new dataset")
-    add("--overwrite", action="store_true", help="replace a dataset that is there")
-    add("--env", help="id or module:id; left out: where the policy was evaluated")
-    add("--steps", type=int, default=10_000, help="the last episode is cut there")
-    add("--seed", type=int, default=0, help="of starts and noise")
-    add("--run", type=int, default=0, help="of a stacked run's policies")
+    add("--overwrite", action="store_true", help="replace an existing dataset")
+    text = "id or module:id; default: the environment that evaluated the policy"
+    add("--env", help=text)
+    text = "total number of steps; the last episode is truncated"
+    add("--steps", type=int, default=10_000, help=text)
+    add("--seed", type=int, default=0, help="seed of the initial states and the noise")
+    add("--run", type=int, default=0, help="index of the policy in a stacked run")
     add(
         "--noise",
         type=float,
         default=0.0,
-        help="standard deviation of Gaussian noise, in halves of the action range; for "
-        "discrete actions the share of uniform ones",
+        help="standard deviation of Gaussian noise, in units of half the action range; "
+        "for discrete actions: the probability of a uniform action",
     )
-    add("--stochastic", action="store_true", help="sample from the policy")
+    text = "sample continuous actions from the policy"
+    add("--stochastic", action="store_true", help=text)
     add(
         "--reference",
         type=float,
         nargs=2,
         metavar=("LOW", "HIGH"),
-        help="returns scored 0 and 100; left out: those known of the environment, else "
-        f"measured, {MEASURED} episodes each of random actions and of the policy",
+        help="returns with the scores 0 and 100; default: the known ones of the "
+        f"environment, otherwise the mean returns of {REFERENCE_EPISODES} episodes of "
+        f"random actions and {REFERENCE_EPISODES} of the policy without noise",
     )
     return parser.parse_args(argv)
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line and return its exit status.
+
+    The status is 0 when done, 1 if the disk failed, 2 for invalid input, 130 if
+    interrupted."""
     try:
         record_dataset(parse(argv))
     except cql.UserError as error:
-        # cql.py's messages are about training.
+        # cql.py's messages name its own flag and the dataset of a training run.
         text = str(error).replace("--eval_env", "--env")
         text = text.replace("match the data's", "match the policy's")
         print(f"record.py: error: {text}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""scripts/record.py: what it records beside plain loops over the environment."""
+"""Tests of scripts/record.py, against plain loops over the environment."""
 
 import importlib
 import json
@@ -22,7 +22,7 @@ TOY = "make_data:CqlToy-v0"
 
 
 def trained(data, directory, **flags):
-    """A run directory of two stacked runs, whose networks are then made to differ."""
+    """Train two stacked runs, perturb their networks, and return the directory."""
     status, _, err = run(env=data, resume=directory, seed="[0,1]", **flags)
     assert status == 0, err
     payload = torch.load(directory / "checkpoint.pt", weights_only=True)
@@ -36,7 +36,7 @@ def trained(data, directory, **flags):
 
 @pytest.fixture(scope="module")
 def toy_run(tmp_path_factory):
-    """Of policies in CqlToy-v0 with bounds of its own and observations in parts."""
+    """Two runs in CqlToy-v0 with other action bounds and dictionary observations."""
     root = tmp_path_factory.mktemp("toy")
     settings = {"low": [-2.0, 0.0], "high": [1.0, 4.0], "layout": "dict"}
     return trained(toy_dataset(root, env_kwargs=settings), root / "run")
@@ -44,6 +44,7 @@ def toy_run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cart_run(tmp_path_factory):
+    """Two discrete runs in CartPole-v1, on data with reference returns."""
     root = tmp_path_factory.mktemp("cart")
     env = gym.make("CartPole-v1")
     references = {"ref_min_score": 20.0, "ref_max_score": 500.0}
@@ -52,25 +53,28 @@ def cart_run(tmp_path_factory):
 
 
 def recorded(out, *argv):
-    """Episodes and task of what the command records."""
+    """Record with the command line, and return the episodes and the task."""
     assert record.main([*map(str, argv), "--out", str(out)]) == 0
     return cql.read_episodes(str(out))
 
 
 def plain_loop(env, act, steps, seed):
-    """What record.py should hold: flat observations, actions, ..., of each episode."""
+    """Play the episodes that record.py should record.
+
+    Return for each its flattened observations, actions, rewards, and whether it
+    terminated."""
     episodes = []
     while steps:
         start = cql.seed_from([record.START, seed, len(episodes)])
         observation, _ = env.reset(seed=start)
         flat = [gym.spaces.flatten(env.observation_space, observation)]
-        actions, rewards, over = [], [], False
-        while steps and not over:
+        actions, rewards, done = [], [], False
+        while steps and not done:
             actions.append(act(observation))
             observation, reward, terminated, truncated, _ = env.step(actions[-1])
             flat.append(gym.spaces.flatten(env.observation_space, observation))
             rewards.append(reward)
-            over = terminated or truncated
+            done = terminated or truncated
             steps -= 1
         episodes.append((np.array(flat), np.array(actions), np.array(rewards)))
         episodes[-1] += (bool(terminated),)
@@ -85,17 +89,17 @@ def check_equal(episodes, expected):
         np.testing.assert_array_equal(episode.rewards, rewards)
         assert not episode.terminations[:-1].any()
         assert bool(episode.terminations[-1]) == terminated
-        assert episode.whole  # terminated or truncated, also where --steps cut it
+        assert episode.whole  # terminated or truncated, also the last one
 
 
 def actions_of(episodes):
-    """All observations acted on and all actions."""
+    """Return all observations with an action, and all actions."""
     observations = np.concatenate([each.observations[:-1] for each in episodes])
     return observations, np.concatenate([each.actions for each in episodes])
 
 
 def test_a_policys_episodes(toy_run, tmp_path):
-    """In the environment of its data, with its settings."""
+    """A policy acts in the environment of its data, with the recorded settings."""
     argv = [toy_run, "--run", 1, "--steps", 50, "--seed", 3]
     episodes, task = recorded(tmp_path / "toy-v0", *argv)
     policy = cql.load_policy(toy_run, run=1)
@@ -129,12 +133,12 @@ def test_the_last_episode_is_truncated(tmp_path):
     assert not last.truncations[:-1].any()
     metadata = json.loads((out / "data" / "metadata.json").read_text())
     assert metadata["total_steps"] == 7
-    # An environment without a time limit gets one, as in cql.py.
+    # cql.py also gives a time limit to an environment without one.
     assert json.loads(metadata["env_spec"])["max_episode_steps"] == 1000
 
 
 def test_seeds(toy_run, tmp_path):
-    """The same command records the same numbers, another seed others."""
+    """The same command records the same numbers; another seed records other numbers."""
 
     def numbers(name, seed, *argv):
         argv = [toy_run, "--steps", 60, "--seed", seed, *argv]
@@ -148,7 +152,9 @@ def test_seeds(toy_run, tmp_path):
 
 
 def test_noise(toy_run, tmp_path):
-    """Its standard deviation is in halves of the range; bounds hold."""
+    """Noise is in units of half the action range.
+
+    Noisy actions stay within the bounds."""
     argv = [toy_run, "--steps", 1000, "--noise", 0.05]
     observations, actions = actions_of(recorded(tmp_path / "n-v0", *argv)[0])
     low, high = np.array([-2.0, 0.0]), np.array([1.0, 4.0])
@@ -166,7 +172,10 @@ def test_noise(toy_run, tmp_path):
 
 
 def test_sampled_actions(toy_run, tmp_path):
-    """Standard normals remain when the policy's mean and deviation are taken out."""
+    """Sampled actions are normally distributed around the policy's mean.
+
+    Standardized by the policy's mean and standard deviation they have mean 0 and
+    standard deviation 1."""
     argv = [toy_run, "--run", 1, "--steps", 500, "--stochastic"]
     observations, actions = actions_of(recorded(tmp_path / "s-v0", *argv)[0])
     agent = cql.load_policy(toy_run).agent
@@ -181,7 +190,9 @@ def test_sampled_actions(toy_run, tmp_path):
 
 
 def test_discrete_actions(cart_run, tmp_path):
-    """Noise is the share of uniform actions, half of them the greedy one."""
+    """Noise is the probability of a uniform action.
+
+    Half of the uniform actions equal the greedy one, because there are two."""
     policy = cql.load_policy(cart_run)
     for noise, share in ((0, 0), (0.4, 0.2), (1, 0.5)):
         argv = [cart_run, "--steps", 1000, "--noise", noise]
@@ -193,20 +204,23 @@ def test_discrete_actions(cart_run, tmp_path):
 
 
 def mean_return(env, act):
+    """Return the mean return of 20 episodes with record.py's seeds."""
     returns = []
     for number in range(20):
         observation, _ = env.reset(seed=cql.seed_from([record.MEASURE, 0, number]))
         returns.append(0.0)
-        over = False
-        while not over:
+        done = False
+        while not done:
             observation, reward, terminated, truncated, _ = env.step(act(observation))
             returns[-1] += reward
-            over = terminated or truncated
+            done = terminated or truncated
     return np.mean(returns)
 
 
 def test_measured_references(tmp_path, capsys, monkeypatch):
-    """Of a policy that holds still, which is better than a random one."""
+    """Reference returns are measured with random actions and with the policy.
+
+    The policy here does not move, which is better than random actions."""
     directory = trained(toy_dataset(tmp_path), tmp_path / "run")
     still = lambda self, x, normals=None: torch.zeros(*x.shape[:-1], 2)  # noqa: E731
     monkeypatch.setattr(cql.ContinuousCQL, "choose", still)
@@ -221,7 +235,7 @@ def test_measured_references(tmp_path, capsys, monkeypatch):
     assert f"random actions return {low:.1f}, the policy without noise {high:.1f}" in (
         printed
     )
-    # The mean is over episodes that --steps did not cut.
+    # The printed mean excludes the last episode, which --steps truncates.
     returns = [each.rewards.sum() for each in episodes[:-1]]
     score = cql.normalized_score(np.mean(returns), [low, high])
     assert len(episodes) > 1 and f"return {np.mean(returns):.1f} +- " in printed
@@ -234,13 +248,13 @@ def test_a_policy_no_better_than_random_measures_nothing(tmp_path, monkeypatch, 
     monkeypatch.setattr(cql.ContinuousCQL, "choose", away)
     _, task = recorded(tmp_path / "m-v0", directory, "--steps", 30)
     assert task.reference is None
-    assert (
-        "not scored, as no better than random: random actions" in capsys.readouterr().out
-    )
+    assert "not scored: the policy is no better than random: " in capsys.readouterr().out
 
 
 def test_known_references(cart_run, tmp_path):
-    """Given ones, then the data's own of the same environment, then D4RL's."""
+    """Reference returns come from --reference, the dataset, or D4RL, in this order.
+
+    Those of the dataset count only in the same environment."""
     argv = [cart_run, "--steps", 50]
     assert recorded(tmp_path / "a-v0", *argv)[1].reference == [20, 500]
     _, task = recorded(tmp_path / "b-v0", *argv, "--reference", -1, 2.5)
@@ -283,9 +297,8 @@ def test_overwriting(tmp_path, capsys):
     before = (out / "data" / "main_data.hdf5").read_bytes()
     assert record.main([*argv, "--seed", "1"]) == 2
     error = capsys.readouterr().err
-    assert error == f"record.py: error: --out {out}: is there already; " + (
-        "--overwrite replaces it\n"
-    )
+    hint = "choose another directory or pass --overwrite"
+    assert error == f"record.py: error: --out {out}: already exists; {hint}\n"
     assert (out / "data" / "main_data.hdf5").read_bytes() == before
     assert record.main([*argv, "--seed", "1", "--overwrite"]) == 0
     assert (out / "data" / "main_data.hdf5").read_bytes() != before
@@ -293,7 +306,7 @@ def test_overwriting(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["toy-v0"]
 
 
-@pytest.mark.parametrize("kind", [OSError, RuntimeError, ValueError])  # h5py's
+@pytest.mark.parametrize("kind", [OSError, RuntimeError, ValueError])  # from h5py
 def test_nothing_is_half_written(kind, tmp_path, capsys, monkeypatch):
     def full(*_):
         raise kind("No space left on device")
@@ -306,23 +319,23 @@ def test_nothing_is_half_written(kind, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(storage, "update_episodes", full)
     assert record.main([*argv, "--seed", "1"]) == 1
     error = capsys.readouterr().err
-    assert (
-        error == f"record.py: failed: could not write {out}: No space left on device\n"
-    )
+    assert error == f"record.py: failed: cannot write {out}: No space left on device\n"
     assert (out / "data" / "main_data.hdf5").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["toy-v0"]
 
 
 def test_a_disk_without_room(tmp_path, capsys, monkeypatch):
-    """Seen before anything is written: ten steps and 20 kB for their one episode."""
+    """A full disk is detected before anything is written.
+
+    One episode of ten steps needs a little more than 20 kB."""
     usage = namedtuple("Usage", "free")(20_000)
     monkeypatch.setattr(record.shutil, "disk_usage", lambda _: usage)
     out = tmp_path / "toy-v0"
     argv = ["random", "--env", TOY, "--steps", "10", "--out", str(out)]
     assert record.main(argv) == 1
     error = capsys.readouterr().err
-    sizes = "0.02 MB free, 0.02 MB may be needed"
-    assert error == f"record.py: failed: could not write {out}: {tmp_path}: {sizes}\n"
+    sizes = "0.02 MB free, up to 0.02 MB needed; free some disk space"
+    assert error == f"record.py: failed: cannot write {out}: {tmp_path}: {sizes}\n"
     assert list(tmp_path.iterdir()) == []
     usage = namedtuple("Usage", "free")(30_000)
     assert record.main(argv) == 0
@@ -340,7 +353,7 @@ def test_help_fits_a_terminal(name, capsys, monkeypatch):
 
 
 class Reusing(Toy):
-    """Hands out one array, and changes it."""
+    """Toy environment that returns the same array at every step."""
 
     array = np.zeros(3, np.float32)
 
@@ -351,7 +364,7 @@ class Reusing(Toy):
 
 def test_observations_are_copied():
     action = np.array([0.2, 0.2])
-    episode = record.play_episode(Reusing(), lambda _: action, seed=0, most_steps=3)
+    episode = record.play_episode(Reusing(), lambda _: action, seed=0, max_steps=3)
     last_rewards = episode.observations[:, 2]
     assert last_rewards == pytest.approx([0, *episode.rewards])
     assert len(set(last_rewards)) == 4
@@ -359,6 +372,7 @@ def test_observations_are_copied():
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
+    """Change to a directory that holds a file and a directory that is no dataset."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     (tmp_path / "full").mkdir()
@@ -366,13 +380,13 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_bad_input_is_one_line(toy_run, cart_run, here, capsys):
+def test_invalid_input_gives_one_line(toy_run, cart_run, here, capsys):
     toy = ["random", "--env", TOY, "--out", "x"]
     policy = [str(toy_run), "--out", "x"]
     cases = {
         "checkpoint none: cannot be read": ["none", "--out", "x"],
         "holds runs 0 to 1, no 2": [*policy, "--run", "2"],
-        "random: of no known environment; pass --env": ["random", "--out", "x"],
+        "random: records no environment; pass --env": ["random", "--out", "x"],
         "--env No-v0: cannot be made": ["random", "--env", "No-v0", "--out", "x"],
         "--env CartPole-v1: .* do not match the policy's 3 and": (
             [*policy, "--env", "CartPole-v1"]
@@ -381,16 +395,16 @@ def test_bad_input_is_one_line(toy_run, cart_run, here, capsys):
         "--seed -1: must be at least 0": [*toy, "--seed", "-1"],
         "--noise -0.1: must be finite": [*policy, "--noise", "-0.1"],
         "--noise nan: must be finite": [*policy, "--noise", "nan"],
-        "--noise 1.5: a share of discrete": (
+        "--noise 1.5: a probability for discrete actions": (
             [str(cart_run), "--out", "x", "--noise", "1.5"]
         ),
-        "--stochastic: a discrete policy is greedy": (
+        "--stochastic: a discrete policy is always greedy": (
             [str(cart_run), "--out", "x", "--stochastic"]
         ),
-        "random: takes neither": [*toy, "--noise", "1"],
-        "--reference 2 1: LOW must be below HIGH": [*toy, "--reference", "2", "1"],
+        "random: --noise and --stochastic need": [*toy, "--noise", "1"],
+        "--reference 2 1: LOW and HIGH must be finite": [*toy, "--reference", "2", "1"],
         "invalid int value: 'many'": [*toy, "--steps", "many"],
-        "--out full: no dataset, so --overwrite leaves it": (
+        "--out full: exists but is not a dataset": (
             ["random", "--env", TOY, "--out", "full", "--overwrite"]
         ),
         "--out file/x: ": ["random", "--env", TOY, "--out", "file/x"],
