@@ -1,25 +1,25 @@
-"""Train a product of flags as trials of Ray Tune, on one machine or a cluster.
+"""Train a sweep over cql.py flags with Ray Tune, on one machine or a cluster.
 
     pip install -r requirements-sweep.txt
     python scripts/sweep.py --config_path configs/hopper.yaml \\
         --seed '[0,1,2,3]' --cql_alpha '[1,5,10,20]' --per_trial seed \\
         --gpus 0.25 --dir runs/sweep
 
-A flag of cql.py that holds a list (of numbers, or of words such as penalty's)
-is swept: there is a trial for each combination, but the values of the flags
-that --per_trial names are trained together, stacked, in one trial (here four
-trials of four seeds). Every other flag is cql.py's own. A trial is the ordinary
-command `python cql.py ... --resume DIR/TRIAL`, run in the present directory.
-One that is killed, or whose machine goes away, is tried again, three times at
-most, and goes on from its last checkpoint. After Ctrl-C the same command goes
-on as well.
+A flag of cql.py whose value is a list (of numbers, or of words such as those of
+--penalty) is swept: each combination of values is one trial. The values of the
+flags named by --per_trial are stacked in one trial instead (here: four trials
+of four seeds). All other flags are passed to cql.py. A trial is the ordinary
+command `python cql.py ... --resume DIR/TRIAL`, run in the current directory. A
+trial that is killed, or whose machine is lost, is retried at most three times
+and continues from its last checkpoint. After Ctrl-C, run the same command again
+to continue.
 
-On a cluster pass `--address auto`; DIR, this project and its Python must lie
-under the same paths on every machine. In the end DIR holds evaluations.csv and
-metrics.csv of the command's runs, numbered as if one process had trained them,
-besides each trial's directory (DIR/TRIAL) and what it printed (DIR/TRIAL.log).
+On a cluster, pass `--address auto`. DIR, this project and its Python must have
+the same paths on every machine. The results are DIR/evaluations.csv and
+DIR/metrics.csv, in which runs are numbered as if one process had trained them
+all. DIR/TRIAL is a trial's run directory and DIR/TRIAL.log its output.
 
-Exit status: 0 done, 1 a trial failed for good, 2 the input is at fault, 3 a
+Exit status: 0 done, 1 a trial failed after all retries, 2 invalid input, 3 a
 run diverged, 130 interrupted.
 """
 
@@ -47,8 +47,8 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cql
 
-os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # the tables are cql.py's
-os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # one table of all trials
+os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # cql.py writes the tables
+os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # print one table of all trials
 try:
     import pandas as pd
     import ray
@@ -60,45 +60,50 @@ except ModuleNotFoundError as missing:
     sys.exit(2)
 
 SCORE = "d4rl_normalized_score"
-TRIES_AGAIN = 3
-STOPPED = "stopped early"  # in place of an exit status
-# Flags of text that are no lists to sweep.
-WHOLE = "env eval_env name group project device checkpoints_path load_model".split()
+MAX_RETRIES = 3
+STOPPED = "stopped early"  # recorded instead of an exit status
+# Text flags that are never swept: a list of env is one dataset.
+NOT_SWEPT = "env eval_env name group project device checkpoints_path load_model".split()
 
 
 @dataclass
 class Trial:
-    """One command of the sweep."""
+    """One cql.py command of the sweep."""
 
     name: str
     directory: Path
     command: List[str]
-    config: str  # what the command means, as JSON
-    numbers: List[int]  # of its runs, in the whole product
-    extra: Dict[str, object]  # swept flags that cql.py's tables do not hold
+    config: str  # cql.py's configuration for the command, as JSON
+    numbers: List[int]  # index of each of its runs among all combinations
+    extra: Dict[str, object]  # swept flags that are not columns of cql.py's tables
 
-    def record(self) -> Path:
-        """The file that tells how the trial ended."""
+    def end_file(self) -> Path:
+        """Return the path of the file that records how the trial ended."""
         return self.directory.with_name(self.name + ".json")
 
     def end(self, asha: bool = True):
-        """Exit status of such a training, or STOPPED (which counts under ASHA alone);
-        None if it is still to run."""
-        if not self.record().exists():
+        """Return how the trial ended: cql.py's exit status or STOPPED.
+
+        Returns None if the trial has to run: it has not ended, it ended with another
+        configuration, or ASHA stopped it and asha is now False."""
+        if not self.end_file().exists():
             return None
-        record = json.loads(self.record().read_text())
-        if record["config"] != self.config or (record["end"] == STOPPED and not asha):
+        recorded = json.loads(self.end_file().read_text())
+        if recorded["config"] != self.config:
             return None
-        return record["end"]
+        if recorded["end"] == STOPPED and not asha:
+            return None
+        return recorded["end"]
 
     def write_end(self, end) -> None:
-        temporary = self.record().with_suffix(".tmp")
+        """Record how the trial ended: cql.py's exit status or STOPPED."""
+        temporary = self.end_file().with_suffix(".tmp")
         temporary.write_text(json.dumps({"config": self.config, "end": end}))
-        os.replace(temporary, self.record())
+        os.replace(temporary, self.end_file())
 
 
-def without(argv: List[str], names) -> List[str]:
-    """The command line without these flags and their values."""
+def remove_flags(argv: List[str], names) -> List[str]:
+    """Return the command line without the named flags and their values."""
     names = set(names)
     if "max_timesteps" in names:
         names.add("offline_iterations")
@@ -112,44 +117,52 @@ def without(argv: List[str], names) -> List[str]:
     return kept
 
 
-def with_flags(argv: List[str], flags: Dict[str, object]) -> List[str]:
-    """The command line with these values in place of its own."""
-    command = without(argv, flags)
+def replace_flags(argv: List[str], flags: Dict[str, object]) -> List[str]:
+    """Return the command line with the given values of flags instead of its own."""
+    command = remove_flags(argv, flags)
     for name, value in flags.items():
         word = value if isinstance(value, str) else json.dumps(value)
         command.append(f"--{name}={word}")
     return command
 
 
-def other_lists(argv: List[str]) -> Dict[str, list]:
-    """The lists of flags that cql.py does not stack. Raises cql.UserError."""
+def unstacked_lists(argv: List[str]) -> Dict[str, list]:
+    """Return the swept values of the flags that cql.py cannot stack.
+
+    Raises cql.UserError for an invalid, empty or repeated value."""
     lists = {}
     for name, value in cql.read_command_line(argv).items():
-        if name in WHOLE or name in cql.SWEPT or not str(value).startswith("["):
+        if name in NOT_SWEPT or name in cql.SWEPT or not str(value).startswith("["):
             continue
-        if isinstance(value, str):  # cql.py leaves a text flag's as it stands
+        if isinstance(value, str):  # cql.py does not parse the list of a text flag
             with cql.errors_as(cql.UserError, f"--{name} {value}"):
                 value = yaml.safe_load(value)
         values = [getattr(cql.make_config({name: each}), name) for each in value]
         if not values or len(set(values)) < len(values):
-            raise cql.UserError(f"--{name} {value}: empty, or the same value twice")
+            problem = "the list is empty or repeats a value"
+            raise cql.UserError(f"--{name} {value}: {problem}; pass distinct values")
         lists[name] = values
     return lists
 
 
 def plan(argv: List[str], per_trial: List[str], directory: Path) -> List[Trial]:
-    """The trials of cql.py's flags. Raises cql.UserError for what cql.py refuses."""
+    """Split the combinations of cql.py's flags into trials.
+
+    Raises cql.UserError for invalid flags."""
     if cql.read_command_line(argv).get("resume"):
-        raise cql.UserError("--resume: every trial has its own, under --dir")
+        problem = "each trial has its own directory below --dir"
+        raise cql.UserError(f"--resume: {problem}; leave --resume out")
     for name in per_trial:
         if name not in cql.SWEPT:
-            raise cql.UserError(f"--per_trial {name}: one of {', '.join(cql.SWEPT)}")
-    axes = other_lists(argv)
-    others = list(axes)
+            choices = ", ".join(cql.SWEPT)
+            problem = "cql.py cannot stack this flag"
+            raise cql.UserError(f"--per_trial {name}: {problem}; choose from {choices}")
+    axes = unstacked_lists(argv)
+    unstacked = list(axes)
     first = {name: values[0] for name, values in axes.items()}
-    whole = cql.read_config(with_flags(argv, first))
+    config_of_first = cql.read_config(replace_flags(argv, first))
     for name in cql.SWEPT:
-        values = getattr(whole, name)  # the command's, or a loaded model's
+        values = getattr(config_of_first, name)  # from the command or a loaded model
         if isinstance(values, list):
             axes[name] = values
     split = [name for name in axes if name not in per_trial]
@@ -161,34 +174,39 @@ def plan(argv: List[str], per_trial: List[str], directory: Path) -> List[Trial]:
         name = "-".join(words) or "all"
         if name not in trials:
             folder = directory / name
-            command = with_flags(argv, {**chosen, "resume": str(folder)})
+            command = replace_flags(argv, {**chosen, "resume": str(folder)})
             config = json.dumps(asdict(cql.read_config(command)))
-            extra = {key: run[key] for key in others}
+            extra = {key: run[key] for key in unstacked}
             trials[name] = Trial(name, folder, command, config, [], extra)
         trials[name].numbers.append(number)
     return list(trials.values())
 
 
-def end_with_parent() -> None:
-    """Let the system end this process with the one that started it, whatever ends
-    that; cql.py then saves first."""
+def terminate_with_parent() -> None:
+    """Make Linux send this process SIGTERM when its parent ends for any reason.
+
+    On SIGTERM cql.py saves a checkpoint."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 class Training(tune.Trainable):
-    """A trial's process. Each result is its latest evaluation: step and mean score."""
+    """Tune trainable that runs one cql.py process.
+
+    Each result is an evaluation: its step and the mean score over the trial's runs."""
 
     def setup(self, config, commands, root, caller, environment):
         name = config["trial"]
         environment = dict(environment)
-        for variable in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):  # Ray's share
+        # Ray sets these to the trial's share of the machine.
+        for variable in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):
             if variable in os.environ:
                 environment[variable] = os.environ[variable]
         self.directory = root / name
         self.directory.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(self.directory / ".lock")
-        with lock.acquire(timeout=120):  # until one of before has saved and ended
+        # A process of an earlier try may still be saving its checkpoint.
+        with lock.acquire(timeout=120):
             pass
         self.output = root / f"{name}.log"
         with open(self.output, "ab") as log:
@@ -199,33 +217,36 @@ class Training(tune.Trainable):
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                preexec_fn=end_with_parent,
+                preexec_fn=terminate_with_parent,
             )
         self.latest = {"step": 0, "score": math.nan}
 
     def step(self) -> dict:
-        """The next evaluation; the latest again if there is none for two seconds, so
-        that Tune can stop the trial in between."""
+        """Wait for the next evaluation and return it.
+
+        After two seconds without one, return the latest again, so that Tune can stop the
+        trial."""
         waited = 0.0
         while waited < 2:
-            status = self.process.poll()  # before the tables, which end before it does
+            # Polled before the table is read: an ended process has written all its rows.
+            status = self.process.poll()
             if self.read_next():
                 return self.latest
             if status is not None:
-                return self.ended(status)
+                return self.final_result(status)
             time.sleep(0.2)
             waited += 0.2
         return self.latest
 
     def read_next(self) -> bool:
-        """Whether there is a further evaluation; it becomes the latest."""
+        """Read the next evaluation into self.latest. Return False if there is none."""
         path = self.directory / "evaluations.csv"
         if not path.exists():
             return False
         scores = defaultdict(list)
         with open(path, newline="") as file:
             for row in csv.DictReader(file):
-                if None not in row.values():  # else it is still being written
+                if None not in row.values():  # an incomplete row is still being written
                     score = row[SCORE] or row["return_mean"] or "nan"
                     scores[int(row["step"])].append(float(score))
         for step in sorted(scores):
@@ -235,8 +256,11 @@ class Training(tune.Trainable):
                 return True
         return False
 
-    def ended(self, status: int) -> dict:
-        """The last result. Raises RuntimeError where another try may help."""
+    def final_result(self, status: int) -> dict:
+        """Return the trial's last result.
+
+        Raises RuntimeError, upon which Tune retries the trial, unless cql.py succeeded
+        (0), refused its input (2) or diverged (3)."""
         lines = self.output.read_text().splitlines()
         line = lines[-1] if lines else ""
         if status not in (0, 2, 3):
@@ -244,7 +268,7 @@ class Training(tune.Trainable):
         return {**self.latest, "status": status, "line": line, "done": True}
 
     def cleanup(self) -> None:
-        """Let it save, wherever it is."""
+        """Stop the process with SIGTERM, so that it saves a checkpoint first."""
         self.process.terminate()
         try:
             self.process.wait(60)
@@ -253,7 +277,9 @@ class Training(tune.Trainable):
 
 
 class StopAtBadInput(tune.Stopper):
-    """Ends the sweep at an exit status of 2, which every other trial would have."""
+    """Stopper that ends the sweep when a trial exits with status 2.
+
+    Its input is invalid, and every other trial would fail in the same way."""
 
     line = None
 
@@ -266,9 +292,11 @@ class StopAtBadInput(tune.Stopper):
         return self.line is not None
 
 
-class Record(tune.Callback):
-    """Notes how each trial ended, for the same command later on; says which is tried
-    again."""
+class RecordEnds(tune.Callback):
+    """Callback that records how each trial ended.
+
+    The same command can then continue the sweep later. Prints a line when a trial is
+    retried."""
 
     def __init__(self, trials: Dict[str, Trial]):
         self.trials = trials
@@ -276,28 +304,33 @@ class Record(tune.Callback):
     def on_trial_complete(self, iteration, trials, trial, **info) -> None:
         ended = self.trials[trial.config["trial"]]
         end = trial.last_result.get("status", STOPPED)
-        if end != 2:
+        if end != 2:  # invalid input is checked again by the next command
             ended.write_end(end)
 
     def on_trial_recover(self, iteration, trials, trial, **info) -> None:
         name = trial.config["trial"]
-        print(f"{name} broke off and goes on from its checkpoint ({name}.log)")
+        print(f"{name} failed; retrying from its last checkpoint (see {name}.log)")
 
 
 def connect(options) -> dict:
-    """Start Ray here, or join the cluster; returns what a trial takes of it. Raises
-    cql.UserError where no machine has as much."""
+    """Start Ray on this machine or join a cluster.
+
+    Return the resources of one trial. Raises cql.UserError if Ray is not found or no
+    machine has these resources."""
+    where = "cannot start Ray"
     if options.address:
-        print(f"joining Ray at {options.address}", flush=True)  # it may wait minutes
-    with cql.errors_as(cql.UserError, f"--address {options.address}: no Ray there"):
+        where = f"--address {options.address}: cannot connect to Ray"
+        # Printed first, because a failing connection may wait for minutes.
+        print(f"joining Ray at {options.address}", flush=True)
+    with cql.errors_as(cql.UserError, where):
         ray.init(
             address=options.address or "local",
             include_dashboard=None if options.address else False,
             log_to_driver=False,
             logging_level="ERROR",
         )
-    logging.getLogger("ray.tune").setLevel("CRITICAL")  # tracebacks of trials
-    # Tune knows Ctrl-C's signal alone.
+    logging.getLogger("ray.tune").setLevel("CRITICAL")  # hide tracebacks of trials
+    # Tune handles SIGINT only.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus = max(machine.get("CPU", 0) for machine in machines)
@@ -305,28 +338,33 @@ def connect(options) -> dict:
     if options.gpus is None:
         options.gpus = min(1, gpus)
     if options.cpus > cpus or options.gpus > gpus:
-        what = f"--cpus {options.cpus:g} --gpus {options.gpus:g}"
-        raise cql.UserError(f"{what}: a machine has {cpus:g} and {gpus:g} at most")
+        where = f"--cpus {options.cpus:g} --gpus {options.gpus:g}"
+        found = f"a machine has at most {cpus:g} CPUs and {gpus:g} GPUs"
+        raise cql.UserError(f"{where}: {found}; pass smaller numbers")
     return {"cpu": options.cpus, "gpu": options.gpus}
 
 
 def make_scheduler(config: cql.TrainConfig) -> ASHAScheduler:
-    """Of the trials that reach a ninth, a third and all of the steps, a third goes
-    on (ASHA, arXiv 1810.05934)."""
+    """Make the ASHA scheduler (arXiv 1810.05934).
+
+    At a ninth, a third and all of the steps, the third of the trials with the highest
+    latest scores continues."""
     total = config.max_timesteps + config.online_iterations
     return ASHAScheduler(
         time_attr="step",
         metric="score",
         mode="max",
-        max_t=total + 1,  # the last step ends by itself
+        max_t=total + 1,  # at the last step cql.py ends by itself
         grace_period=max(config.eval_freq, total // 9),
         reduction_factor=3,
     )
 
 
 def run_trials(trials: List[Trial], options) -> Dict[str, str]:
-    """Train these trials; returns what is wrong with those that failed for good, by
-    name. Raises cql.UserError for bad input."""
+    """Train the trials.
+
+    Return the error of each trial that failed after all retries, by its name. Raises
+    cql.UserError for invalid input."""
     resources = connect(options)
     script = str(Path(cql.__file__).resolve())
     commands = {each.name: [sys.executable, script, *each.command] for each in trials}
@@ -352,9 +390,9 @@ def run_trials(trials: List[Trial], options) -> Dict[str, str]:
             name=".ray",
             storage_path=str(options.dir),
             stop=stopper,
-            failure_config=tune.FailureConfig(max_failures=TRIES_AGAIN),
+            failure_config=tune.FailureConfig(max_failures=MAX_RETRIES),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            callbacks=[Record({each.name: each for each in trials})],
+            callbacks=[RecordEnds({each.name: each for each in trials})],
             progress_reporter=tune.CLIReporter(
                 metric_columns=columns, max_report_frequency=30
             ),
@@ -373,7 +411,10 @@ def run_trials(trials: List[Trial], options) -> Dict[str, str]:
 
 
 def join_tables(trials: List[Trial], name: str) -> pd.DataFrame:
-    """A table of all trials, as texts, with runs numbered over the whole product."""
+    """Join the tables of this name of all trials.
+
+    Cells are text, and runs are numbered over all combinations. The result is empty if
+    no trial has the table."""
     parts = []
     for trial in trials:
         path = trial.directory / name
@@ -391,7 +432,10 @@ def join_tables(trials: List[Trial], name: str) -> pd.DataFrame:
 
 
 def summary(evaluations: pd.DataFrame, extra: List[str]) -> str:
-    """Last and best evaluations, a line for each combination but of the seeds."""
+    """Return a table of the last and best evaluations as text.
+
+    It has one row for each combination of the swept flags except seed, averaged over
+    the runs of that combination."""
     names = [*extra, *[name for name in cql.SWEPT if name != "seed"]]
     shown = [name for name in names if evaluations[name].nunique() > 1]
     column = "return_mean"
@@ -416,56 +460,65 @@ def summary(evaluations: pd.DataFrame, extra: List[str]) -> str:
     counts = groups.agg({"runs": "sum", "last step": "min"})
     table = counts.join(means).reset_index()
     text = table.to_string(index=False, float_format=lambda x: f"{x:.1f}")
-    return f"{column}, means over the runs of a line:\n{text}"
+    return f"{column}, mean over the runs of each row:\n{text}"
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage."""
+    """Argument parser that raises UserError with one line, without the usage text."""
 
     def error(self, message: str):
         raise cql.UserError(message)
 
 
 def parse(argv: Optional[List[str]]) -> tuple:
-    """The options, and cql.py's flags. Raises cql.UserError."""
+    """Return the parsed options and the list of cql.py's flags.
+
+    Raises cql.UserError for invalid options."""
     parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="sweep.py --dir DIR [options] [flags of cql.py, lists are swept]",
+        usage="sweep.py --dir DIR [options] [flags of cql.py; lists are swept]",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--dir", type=Path, required=True, help="the sweep's directory")
-    add("--per_trial", default="", help="swept flags, with commas, stacked in a trial")
-    add("--cpus", type=float, default=1, help="of a trial (default: 1)")
-    add("--gpus", type=float, help="of a trial, also parts (default: 1, if there are)")
-    add("--address", help="a Ray cluster; auto: the one of this machine")
-    add("--asha", action="store_true", help="stop trials whose last score is poor")
+    add("--dir", type=Path, required=True, help="directory of the sweep")
+    text = "swept flags to stack in one trial, separated by commas"
+    add("--per_trial", default="", help=text)
+    add("--cpus", type=float, default=1, help="CPUs of a trial (default: 1)")
+    text = "GPUs of a trial, also a fraction (default: 1 if the machine has one)"
+    add("--gpus", type=float, help=text)
+    add("--address", help="address of a Ray cluster; auto: the one of this machine")
+    text = "stop trials early (ASHA) if their latest score is low"
+    add("--asha", action="store_true", help=text)
     return parser.parse_known_args(argv)
 
 
 def write_tables(trials: List[Trial], directory: Path) -> None:
-    """Join evaluations.csv and metrics.csv, and print what they come to."""
+    """Write the joined metrics.csv and evaluations.csv, and print a summary."""
     for name in ("metrics.csv", "evaluations.csv"):
         table = join_tables(trials, name)
         if len(table):
             table.to_csv(directory / name, index=False, lineterminator="\n")
-    if len(table):
+    if len(table):  # the evaluations
         print(summary(table, list(trials[0].extra)))
 
 
 def sweep(options, argv: List[str]) -> int:
-    """Returns the exit status. Raises cql.UserError."""
+    """Run or continue the sweep and return the exit status.
+
+    Raises cql.UserError for invalid input."""
     options.dir = options.dir.absolute()
     per_trial = [name for name in options.per_trial.split(",") if name]
     trials = plan(argv, per_trial, options.dir)
     if (options.dir / "config.yaml").exists():
-        raise cql.UserError(f"--dir {options.dir}: a run's, not a sweep's")
+        problem = "holds a run of cql.py, not a sweep"
+        raise cql.UserError(f"--dir {options.dir}: {problem}; choose another directory")
     failures = {}
     with cql.lock_directory(options.dir):
         waiting = [trial for trial in trials if trial.end(options.asha) is None]
         if waiting:
-            shutil.rmtree(options.dir / ".ray", ignore_errors=True)  # of a call before
+            # Delete what Tune wrote in an earlier command.
+            shutil.rmtree(options.dir / ".ray", ignore_errors=True)
             failures = run_trials(waiting, options)
         write_tables(trials, options.dir)
     ends = [trial.end(options.asha) for trial in trials]
@@ -475,24 +528,25 @@ def sweep(options, argv: List[str]) -> int:
         elif end == STOPPED:
             print(f"{trial.name}: {STOPPED}")
     for name, error in failures.items():
-        print(f"{name} failed {1 + TRIES_AGAIN} times: {error}; see {name}.log")
+        print(f"{name} failed {1 + MAX_RETRIES} times: {error}; see {name}.log")
     print(f"files: {options.dir}")
     if failures:
         return 1
     if None in ends:
-        print("interrupted; the same command goes on")
+        print("interrupted; run the same command to continue")
         return 130
     return 3 if 3 in ends else 0
 
 
 def main(argv: Optional[List[str]] = None) -> int:
+    """Run the command line and return its exit status."""
     try:
         options, rest = parse(argv)
         return sweep(options, rest)
     except cql.UserError as error:
         print("sweep.py: error:", error, file=sys.stderr)
         return 2
-    except KeyboardInterrupt:  # before there is a trial
+    except KeyboardInterrupt:  # before Tune has started
         return 130
 
 

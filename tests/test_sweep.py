@@ -1,5 +1,6 @@
-"""scripts/sweep.py: how it splits a product, joins the tables, and what it makes of a
-killed trial, a lost machine and bad input, on a real Ray of two nodes."""
+"""Tests of scripts/sweep.py.
+
+Killed trials and lost machines are tested on a real Ray cluster of two nodes."""
 
 import json
 import os
@@ -37,7 +38,9 @@ def plan(line, per_trial=(), directory=Path("/sweep")):
 
 
 def test_a_product_is_split_into_trials():
-    """Numbers are those of one process; what is not swept goes through as it is."""
+    """Runs have the numbers that one process gives them.
+
+    Flags that are not swept are passed on unchanged."""
     trials = plan("--seed '[3,4]' --cql_alpha='[1,0.5]' --cql_lagrange --env data")
     assert [trial.name for trial in trials] == [
         "seed_3-cql_alpha_1",
@@ -57,7 +60,7 @@ def test_a_product_is_split_into_trials():
 
 
 def test_flags_of_one_trial_stay_stacked():
-    """The numbers of a trial's runs are those of the same runs in one process."""
+    """The runs of a stacked trial have the numbers that one process gives them."""
     line = "--env data --seed '[0,1,2]' --cql_alpha '[1,5]' --cql_temp '[1,2]'"
     trials = plan(line, ["seed", "cql_temp"])
     whole = cql.product_of_runs(cql.read_config(shlex.split(line)))
@@ -70,7 +73,9 @@ def test_flags_of_one_trial_stay_stacked():
 
 
 def test_any_other_flag_may_be_swept(tmp_path):
-    """But env, whose list is one dataset. A config file's list counts as well."""
+    """A list is swept also in a config file.
+
+    A list of env is one dataset, so it is not swept."""
     (tmp_path / "c.yaml").write_text("qf_lr: [0.001, 0.0001]\nenv: [a, b]\nseed: [0, 1]")
     trials = plan(f"--config_path {tmp_path}/c.yaml --penalty '[mean, logsumexp]'")
     assert len(trials) == 8
@@ -96,7 +101,7 @@ def test_any_other_flag_may_be_swept(tmp_path):
         ("--config_path nowhere.yaml", "nowhere.yaml"),
     ],
 )
-def test_bad_flags_are_one_line(line, fragment, tmp_path, capsys):
+def test_invalid_flags_give_one_line(line, fragment, tmp_path, capsys):
     argv = ["--dir", str(tmp_path / "sweep"), *shlex.split(line)]
     assert sweep.main(argv) == 2
     error = capsys.readouterr().err
@@ -110,20 +115,21 @@ def test_per_trial_names_a_swept_flag(tmp_path, capsys):
     assert "--per_trial qf_lr" in capsys.readouterr().err
 
 
-def test_the_record_is_of_the_same_command(tmp_path):
-    """A longer training of a sweep is no ended one."""
+def test_an_end_counts_for_the_same_command_only(tmp_path):
+    """A trial that ended has to run again if the command trains it for longer."""
     (trial,) = plan("--env data --max_timesteps 10", directory=tmp_path)
     trial.write_end(3)
     assert trial.end() == 3
     (longer,) = plan("--env data --max_timesteps 20", directory=tmp_path)
-    assert longer.record() == trial.record() and longer.end() is None
+    assert longer.end_file() == trial.end_file() and longer.end() is None
     trial.write_end(sweep.STOPPED)
     assert trial.end(asha=True) == sweep.STOPPED and trial.end(asha=False) is None
 
 
-def test_what_a_config_file_says_counts(tmp_path):
-    """The same command with another file is another training; a run's own config.yaml,
-    which says `resume: null`, may be given."""
+def test_an_end_counts_for_the_same_config_file_only(tmp_path):
+    """A trial has to run again if the config file changes.
+
+    A run's config.yaml, which holds `resume: null`, is accepted."""
     file = tmp_path / "config.yaml"
     file.write_text("resume: null\nmax_timesteps: 10\nenv: data")
     (trial,) = plan(f"--config_path {file}", directory=tmp_path / "sweep")
@@ -140,13 +146,13 @@ def test_a_loaded_model_s_lists_are_split(toy, tmp_path):
     assert [trial.numbers for trial in trials] == [[0, 2], [1, 3]]
 
 
-def test_an_alias_is_swept_as_the_flag_it_stands_for():
+def test_an_alias_is_swept_like_its_flag():
     trials = plan("--env data --offline_iterations '[10,20]'")
     configs = [cql.read_config(trial.command) for trial in trials]
     assert [config.max_timesteps for config in configs] == [10, 20]
 
 
-def test_a_run_s_directory_is_no_sweep_s(tmp_path, capsys):
+def test_a_run_directory_is_refused(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("seed: 0")
     assert sweep.main(["--dir", str(tmp_path), "--env", "data"]) == 2
     assert "--dir" in capsys.readouterr().err
@@ -180,7 +186,7 @@ def test_tables_are_joined_by_step_and_number(tmp_path):
     ]
 
 
-def test_the_summary_is_by_combination():
+def test_the_summary_has_a_row_for_each_combination():
     columns = "run step cql_alpha cql_temp cql_target_action_gap".split()
     rows = [(0, 5, 1, 1, -1, 2.0), (1, 5, 9, 1, -1, 7.0), (2, 5, 1, 1, -1, 3.0)]
     rows += [(0, 10, 1, 1, -1, 6.0), (1, 10, 9, 1, -1, 1.0), (2, 10, 1, 1, -1, 5.0)]
@@ -193,37 +199,37 @@ def test_the_summary_is_by_combination():
     assert lines[3].split() == ["9", "1", "10", "1.0", "4.0", "7.0"]
 
 
-# ---- A real Ray ----
+# ---- Sweeps on a real Ray cluster ----
 
 
 def flags_of(toy, **more):
+    """Return the flags of a short training on the toy dataset."""
     given = {"env": toy, "eval_env": "make_data:CqlToy-v0", "log_freq": 100}
     return {**given, "max_timesteps": 2000, "eval_freq": 100, **more}
 
 
 def start(directory, flags, *options):
-    """The sweep as its user starts it."""
+    """Start the sweep as a user does, in its own process."""
     argv = [sys.executable, str(SCRIPT), "--dir", str(directory), *options]
     log = open(f"{directory}.out", "ab")
     argv += arguments(**flags)
     return subprocess.Popen(argv, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
 
 
-def wait_for(what, seconds=120):
-    """Until what() holds, which is returned."""
+def wait_for(condition, seconds=120):
+    """Wait until condition() is true."""
     end = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < end, "waited in vain"
+    while not condition():
+        assert time.monotonic() < end, "the condition did not become true"
         time.sleep(0.1)
-    return found
 
 
 def process_of(directory):
-    """The cql.py process of a trial's directory, or none."""
+    """Return the id of the cql.py process of a trial's directory, or None."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = path.read_bytes().split(b"\0")
-        except OSError:  # it has just ended
+        except OSError:  # the process has just ended
             continue
         if f"--resume={directory}".encode() in words:
             return int(path.parent.name)
@@ -231,9 +237,11 @@ def process_of(directory):
 
 
 def is_like_one_process(directory, toy, tmp_path, **more):
-    """The sweep's tables are those of the product in one process: to float order, which
-    grows with the updates, so of the first ones; and later those of each trial in one
-    go, to the byte."""
+    """Assert that the sweep's tables equal those of uninterrupted training.
+
+    All runs stacked in one process give the same numbers up to rounding errors. These
+    grow with the number of updates, so only the first 400 updates are compared. Each
+    trial in one uninterrupted process gives the same bytes."""
     flags = flags_of(toy, **PRODUCT, max_timesteps=400)
     status, _, error = run(resume=tmp_path / "one", **flags)
     assert status == 0, error
@@ -252,8 +260,10 @@ def is_like_one_process(directory, toy, tmp_path, **more):
 
 
 def test_a_killed_trial_and_a_lost_machine(toy, tmp_path):
-    """Two nodes, a trial on each. One node goes, the other trial's process gets SIGKILL:
-    both go on from their checkpoints, and the tables are as if nothing had been."""
+    """Each of two nodes has a trial.
+
+    One node is removed, and the other trial's process gets SIGKILL. Both trials continue
+    from their checkpoints, and the tables equal those of uninterrupted training."""
     from ray.cluster_utils import Cluster
 
     directory = tmp_path / "sweep"
@@ -267,7 +277,7 @@ def test_a_killed_trial_and_a_lost_machine(toy, tmp_path):
         for trial in trials:
             wait_for((trial / "checkpoint.pt").exists)
         before = [process_of(trial) for trial in trials]
-        assert None not in before, "a trial ended too soon"
+        assert None not in before, "a trial ended before it could be killed"
         cluster.remove_node(node, allow_graceful=False)
         wait_for(lambda: None in [process_of(trial) for trial in trials])
         if process_of(trials[0]) == before[0]:
@@ -284,8 +294,10 @@ def test_a_killed_trial_and_a_lost_machine(toy, tmp_path):
 
 
 @pytest.mark.slow
-def test_divergence_is_a_result_and_a_machine_too_small_is_said(toy, tmp_path):
-    """A trial that diverges ends with 3, is named, and is not tried again."""
+def test_a_diverged_trial_and_a_machine_that_is_too_small(toy, tmp_path):
+    """A diverged trial gives exit status 3, is named, and is not retried.
+
+    A trial that needs more CPUs than any machine has gives exit status 2."""
     directory = tmp_path / "sweep"
     flags = flags_of(toy, qf_lr=[1e-3, 1e30], max_timesteps=200)
     assert start(directory, flags).wait(120) == 3
@@ -300,7 +312,9 @@ def test_divergence_is_a_result_and_a_machine_too_small_is_said(toy, tmp_path):
 
 @pytest.mark.slow
 def test_poor_trials_are_stopped_early(toy, tmp_path):
-    """ASHA, by the last scores; without it the same command goes on with them."""
+    """ASHA stops trials with low scores.
+
+    The same command without --asha completes them."""
     directory = tmp_path / "sweep"
     flags = flags_of(toy, seed=[0, 1, 2, 3], max_timesteps=900, eval_freq=100)
     assert start(directory, flags, "--asha").wait(200) == 0
@@ -315,8 +329,10 @@ def test_poor_trials_are_stopped_early(toy, tmp_path):
 
 
 @pytest.mark.slow
-def test_interrupted_and_killed_sweeps_go_on(toy, tmp_path):
-    """The whole sweep gets SIGINT, SIGKILL and SIGTERM at random moments."""
+def test_interrupted_and_killed_sweeps_continue(toy, tmp_path):
+    """The sweep's process gets SIGINT, SIGKILL and SIGTERM at random times.
+
+    The same command continues the sweep after each of them."""
     directory = tmp_path / "sweep"
     trials = [directory / "cql_alpha_1", directory / "cql_alpha_5"]
     flags = flags_of(toy, **PRODUCT, max_timesteps=8000)
@@ -337,4 +353,4 @@ def test_interrupted_and_killed_sweeps_go_on(toy, tmp_path):
     assert process.wait(300) == 0
     again = start(directory, flags, "--per_trial", "seed")
     assert again.wait(180) == 0
-    assert starts() == [4, 4]  # nothing was left to do
+    assert starts() == [4, 4]  # the last command had nothing left to train
