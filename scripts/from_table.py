@@ -1,4 +1,4 @@
-"""Turn a log (CSV, Parquet or npz) into a Minari dataset, which cql.py reads.
+"""Convert a log (CSV, Parquet or npz) to a Minari dataset that cql.py can read.
 
     pip install pandas==3.1.1 pyarrow==26.0.1
     python scripts/from_table.py log.csv --out datasets/mine-v0 \\
@@ -6,27 +6,27 @@
         --categorical sex --actions dose --rewards r --terminal died
     python cql.py --config_path configs/table.yaml --env datasets/mine-v0
 
-A row is one step: what was observed, the action then taken, and the reward
-that followed. What is observed next is in the episode's row below. Below its
-last row there is nothing: if the task ended there (--terminal), nothing is
-missing and the row counts; if only the log ended there, the last row is the
-final observation, and its action and reward are left out.
+A row is one step: the observation, the action taken then, and the reward that
+followed. The next observation is in the next row of the episode. The last row
+of an episode has no next row. If the task ended there (--terminal), the row is
+a transition like the others. If only the log ended there, the row is the final
+observation, and its action and reward are dropped.
 
-Columns are named one by one or by a pattern, separated by commas; a pattern
-passes over columns that other flags name, or nobody did ("Unnamed: 0"), so
---observations '*' is all the rest. An array [n, k] of an npz file is k columns,
-name_0 to name_{k-1}. An action of one column of integers or of names is
-discrete, others are a box. In a CSV file's columns of numbers "NA", "nan" and
-the like are missing; among names only what is empty is. Messages count rows
-from 1, the header left out.
+Flags take column names or patterns, separated by commas. A pattern skips the
+columns that other flags name and columns without a name ("Unnamed: 0"), so
+--observations '*' selects all the others. An array [n, k] of an npz file
+becomes k columns, name_0 to name_{k-1}. A single action column of integers or
+of text is discrete; other actions are a box. In the numeric columns of a CSV
+file, "NA", "nan" and similar words are missing values; in text columns only an
+empty cell is. Messages count rows from 1, without the header.
 
-Beside the data, columns.json says how a row becomes an observation. To ask a
-trained policy, with cql.py's directory and scripts/ on the path:
+The file columns.json beside the data describes the encoding of observations. To
+query a trained policy, with cql.py's directory and scripts/ on the path:
 
     columns = json.loads(Path("datasets/mine-v0/columns.json").read_text())
     observations = from_table.encode(pandas.DataFrame([row]), columns)
     action = cql.load_policy("runs/mine")(observations)[0]
-    # named actions: columns["action_values"][action]
+    # for text actions: columns["action_values"][action]
 """
 
 import argparse
@@ -53,20 +53,20 @@ from minari.dataset.minari_storage import MinariStorage
 try:
     import pandas as pd
     from pandas import DataFrame, Series
-except ModuleNotFoundError:  # `main` says so; --help works without
+except ModuleNotFoundError:  # `main` reports it, so that --help works without pandas
     pd = DataFrame = Series = None
 
 
-LARGEST = 3e38  # about float32's
+LARGEST = 3e38  # close to the largest float32
 
 
 class UserError(Exception):
-    """The user's input is at fault: one line on stderr, exit status 2."""
+    """Error in the user's input, reported in one line on stderr with exit status 2."""
 
 
 @dataclass
 class Rows:
-    """The log, episode by episode."""
+    """The n rows of the log, sorted by episode."""
 
     observations: np.ndarray  # [n, O]
     actions: np.ndarray  # [n, A]; discrete: [n]
@@ -75,7 +75,10 @@ class Rows:
     terminal: np.ndarray  # [n] bool: the task ended after this row
 
     def known(self) -> np.ndarray:
-        """[n] bool: what followed the row is known; the others are left out."""
+        """Return a mask [n] of the rows that are transitions.
+
+        Their next observation is known, or the task ended. The other rows only hold a
+        final observation."""
         return ~self.ends | self.terminal
 
 
@@ -83,11 +86,16 @@ class Rows:
 
 
 class Parser(argparse.ArgumentParser):
+    """Argument parser that raises UserError with one line, without the usage text."""
+
     def error(self, message):
-        raise UserError(f"{message} (--help shows an example)")
+        raise UserError(f"{message} (see --help for an example)")
 
 
 def floats(text: str) -> List[float]:
+    """Parse numbers separated by commas.
+
+    Raises ArgumentTypeError unless they are finite in float32."""
     values = [float(part) for part in text.split(",")]
     if not (np.abs(values) < LARGEST).all():
         raise argparse.ArgumentTypeError(f"{text}: must be finite in float32")
@@ -95,58 +103,75 @@ def floats(text: str) -> List[float]:
 
 
 def read_flags(argv: Optional[List[str]]) -> Namespace:
-    """Raises UserError."""
+    """Return the parsed command line. Raises UserError for invalid flags."""
     style = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=style, allow_abbrev=False)
     add = parser.add_argument
     add("table", type=Path, help=".csv, .csv.gz, .parquet or .npz")
     add("--out", type=Path, required=True, help="directory of the new dataset")
-    add("--overwrite", action="store_true", help="replace the dataset that is there")
+    add("--overwrite", action="store_true", help="replace an existing dataset")
     episodes = parser.add_mutually_exclusive_group(required=True)
-    episodes.add_argument("--episode", help="column that is the same in an episode")
-    episodes.add_argument("--done", help="or: column true on each episode's last row")
-    add("--time", help="column to sort an episode's rows by; default: as in the file")
+    episodes.add_argument("--episode", help="column that identifies the episode")
+    text = "alternative to --episode: column that is true on each episode's last row"
+    episodes.add_argument("--done", help=text)
+    add("--time", help="column that sorts an episode's rows; default: file order")
     ends = parser.add_mutually_exclusive_group()
-    text = "column true on a last row where the task ended; may be --done's"
+    text = "column that is true on a last row where the task ended; --done's is allowed"
     ends.add_argument("--terminal", help=text)
     text = "the task ended at the last row of every episode"
     ends.add_argument("--all-terminal", action="store_true", help=text)
-    add("--observations", required=True, help="columns that the policy sees")
-    add("--actions", required=True, help="one column or, of numbers, several")
+    add("--observations", required=True, help="columns that the policy observes")
+    add("--actions", required=True, help="one column, or several numeric columns")
     add("--rewards", required=True, help="column of the reward after the action")
-    add("--categorical", help="columns to make one-hot; of an action: discrete")
-    add("--center", help="columns to subtract the mean of, as of times")
-    text = "missing observations become the value in the episode's row above"
+    text = "observation columns to encode one-hot; an action column to make discrete"
+    add("--categorical", help=text)
+    text = "columns whose mean is subtracted, for example timestamps"
+    add("--center", help=text)
+    text = "fill a missing observation with the value in the episode's previous row"
     add("--fill", choices=["forward"], help=text)
-    text = "an action of one column of integers is a box, not discrete"
+    text = "a single action column of integers is a box instead of discrete"
     add("--continuous", action="store_true", help=text)
-    text = "a number, or one for each column of actions, as in --action-low=-1,0"
-    text = f"lower bound: {text}; default: the data's least"
+    text = "one number, or one for each action column, for example --action-low=-1,0"
+    text = f"lower bound of the actions: {text}; default: the data's minimum"
     add("--action-low", type=floats, help=text)
-    text = "upper bound, likewise; default: the data's largest"
+    text = "upper bound of the actions, in the same form; default: the data's maximum"
     add("--action-high", type=floats, help=text)
     flags = parser.parse_args(argv)
     if flags.done and flags.time:
-        raise UserError("--time goes with --episode; --done takes the file's order")
+        problem = "cannot be combined with --done, which uses the file's order"
+        raise UserError(f"--time: {problem}; pass --episode instead of --done")
     return flags
 
 
 def unknown_column(name: str, columns: List[str], flag: str) -> UserError:
+    """Make the error for a name or pattern that matches no column.
+
+    columns are those that the flag may select."""
+    expected = "column"
+    if flag == "center":
+        expected = "numeric column of --observations"
+    elif flag == "categorical":
+        expected = "column of --observations or --actions"
+    hint = ""
     near = difflib.get_close_matches(name, columns, 1, 0)
-    return UserError(f"--{flag}: no column {name!r} (nearest: {', '.join(near)})")
+    if near:
+        hint = f"; did you mean {near[0]!r}?"
+    return UserError(f"--{flag}: no {expected} matches {name!r}{hint}")
 
 
-def choose(columns: List[str], text: str, flag: str, passed_over=()) -> List[str]:
-    """The columns that names and patterns stand for, in the order given. Raises
-    UserError for one that stands for none."""
+def choose(columns: List[str], text: str, flag: str, skipped=()) -> List[str]:
+    """Return the columns that the names and patterns in text select, in order.
+
+    Patterns do not match skipped columns. Raises UserError if one of them selects
+    nothing."""
     chosen = []
     for pattern in text.split(","):
         pattern = pattern.strip()
         found = [pattern]
         if pattern not in columns:
-            rest = [name for name in columns if name not in passed_over]
+            rest = [name for name in columns if name not in skipped]
             found = [name for name in rest if fnmatchcase(name, pattern)]
-            # A column without a name, such as the index that pandas writes.
+            # pandas gives this name to a column without one, such as a saved index.
             found = [name for name in found if not name.startswith("Unnamed: ")]
         if not found:
             raise unknown_column(pattern, columns, flag)
@@ -155,7 +180,9 @@ def choose(columns: List[str], text: str, flag: str, passed_over=()) -> List[str
 
 
 def choose_columns(table: DataFrame, flags: Namespace) -> dict:
-    """What columns.json holds, as far as the flags say it. Raises UserError."""
+    """Return the content of columns.json as far as the flags determine it.
+
+    learn_columns adds the rest. Raises UserError for unknown or conflicting columns."""
     names = list(table.columns)
     single = []
     for flag in ("episode", "done", "time", "terminal", "rewards"):
@@ -168,8 +195,8 @@ def choose_columns(table: DataFrame, flags: Namespace) -> dict:
     observations = choose(names, flags.observations, "observations", single + actions)
     for name in observations:
         if name in (flags.done, flags.terminal, flags.rewards, *actions):
-            what = f"{name!r} is the action, or known only after it"
-            raise UserError(f"--observations: {what}")
+            problem = "is an action, or known only after the action"
+            raise UserError(f"--observations: {name!r} {problem}; leave it out")
     categorical = []
     centered = []
     if flags.categorical:
@@ -178,17 +205,18 @@ def choose_columns(table: DataFrame, flags: Namespace) -> dict:
     if len(actions) == 1 and is_text(table[actions[0]]) and not flags.continuous:
         categorical += actions
     if len(actions) > 1 and set(actions) & set(categorical):
-        raise UserError("--actions: of several columns none can be categorical")
+        problem = "a categorical action needs a single column"
+        raise UserError(f"--actions: {len(actions)} columns, but {problem}; pass one")
     if flags.center:
         numeric = [name for name in observations if name not in categorical]
         centered = choose(numeric, flags.center, "center")
     return {
         "observations": observations,
-        "names": [],  # of what they become: a categorical one has one for each value
+        "names": [],  # of the encoded observation; one for each value of a category
         "categories": dict.fromkeys(categorical),
         "centers": dict.fromkeys(centered, 0.0),
         "actions": actions,
-        "action_values": None,  # of named actions
+        "action_values": None,  # of categorical actions, in the order of their numbers
     }
 
 
@@ -196,7 +224,7 @@ def choose_columns(table: DataFrame, flags: Namespace) -> dict:
 
 
 def read_npz(path: Path) -> DataFrame:
-    """An array [n] as a column, [n, k] as k columns."""
+    """Read an npz file. An array [n] becomes one column, an array [n, k] k columns."""
     columns = {}
     with np.load(path, allow_pickle=False) as arrays:
         for name, array in arrays.items():
@@ -210,12 +238,15 @@ def read_npz(path: Path) -> DataFrame:
 
 
 def read_csv(path: Path) -> DataFrame:
-    """Among numbers "NA", "nan" and the like are missing; among names they are names,
-    and only what is empty is missing. Raises UserError."""
+    """Read a CSV file.
+
+    The words "NA", "nan" and similar ones are missing values in a numeric column, but
+    text in a text column. Raises UserError if the header is too short."""
     settings = {"skipinitialspace": True, "low_memory": False}
     table = pd.read_csv(path, **settings)
     if not isinstance(table.index, pd.RangeIndex):
-        raise UserError(f"{path}: rows have more fields than the header")
+        problem = "rows have more fields than the header"
+        raise UserError(f"{path}: {problem}; name every column")
     literal = pd.read_csv(path, keep_default_na=False, na_values=[""], **settings)
     for name in table:
         if pd.api.types.is_string_dtype(table[name]):
@@ -224,7 +255,9 @@ def read_csv(path: Path) -> DataFrame:
 
 
 def read_table(path: Path) -> DataFrame:
-    """The file's rows, indexed from 1. Raises UserError."""
+    """Return the rows of a file, indexed from 1.
+
+    Raises UserError if the file is missing, empty, unreadable or of another type."""
     if not path.exists():
         raise UserError(f"{path}: no such file")
     try:
@@ -242,28 +275,31 @@ def read_table(path: Path) -> DataFrame:
     except UserError:
         raise
     except ImportError:
-        raise UserError("Parquet needs pyarrow: pip install pyarrow==26.0.1") from None
+        install = "pip install pyarrow==26.0.1"
+        raise UserError(f"{path}: reading Parquet needs pyarrow: {install}") from None
     except Exception as error:
         raise UserError(f"{path}: cannot be read: {str(error)[:200]}") from None
     if len(table) == 0:
-        raise UserError(f"{path}: no rows")
+        raise UserError(f"{path}: no rows; expected one row for each step")
     table.columns = table.columns.astype(str)
     table.index = pd.RangeIndex(1, len(table) + 1)
     return table
 
 
 def numbers(column: Series) -> np.ndarray:
+    """Return a column as float64 [n], with NaN for missing values."""
     return column.to_numpy(float, na_value=np.nan)
 
 
-def is_number(column: Series) -> bool:
-    """Whether it is stored as numbers or truth values."""
+def is_numeric(column: Series) -> bool:
+    """Return whether a column is stored as numbers or booleans."""
     return pd.api.types.is_numeric_dtype(column)
 
 
-def no_number(column: Series) -> np.ndarray:
-    """[n] bool: what keeps a column from being stored as numbers; all of it, if every
-    entry could be one."""
+def not_numeric(column: Series) -> np.ndarray:
+    """Return a mask [n] of the entries that keep a column from being numeric.
+
+    If every entry could be a number, all entries are in the mask."""
     other = pd.to_numeric(column, errors="coerce").isna() & column.notna()
     if not other.any():
         return np.ones(len(column), bool)
@@ -271,110 +307,137 @@ def no_number(column: Series) -> np.ndarray:
 
 
 def is_text(column: Series) -> bool:
-    """Whether it holds names, and not numbers with a few words among them."""
-    return not is_number(column) and no_number(column).mean() > 0.5
+    """Return whether a column holds mostly text.
+
+    A few words in a column of numbers are mistakes to report, not text."""
+    return not is_numeric(column) and not_numeric(column).mean() > 0.5
 
 
-def refuse(column: Series, wrong, what: str) -> None:
-    """Raise UserError that names the file's first row where wrong [n] is true."""
+def refuse(column: Series, wrong, problem: str) -> None:
+    """Raise UserError if the mask wrong [n] is true anywhere.
+
+    The message names the first such row of the file and the number of such rows."""
     rows = sorted(column.index[np.asarray(wrong, bool)])
     if rows:
         where = f"row {rows[0]}, column {column.name}"
-        raise UserError(f"{where}: {column[rows[0]]} {what}; such rows: {len(rows):,}")
+        found = f"{column[rows[0]]} {problem}"
+        raise UserError(f"{where}: {found}; rows affected: {len(rows):,}")
 
 
 def check(
     column: Series,
     categorical: bool = False,
-    if_missing: str = "is missing",
-    if_text: str = "is no number",
+    if_missing: str = "is a missing value; complete the column",
+    if_text: str = "is not a number; make the column numeric",
 ) -> None:
-    """Raise UserError for what is missing, and for text, unless it may be."""
+    """Raise UserError if a column has values that cannot be used.
+
+    These are missing and infinite values, and text if the column is not categorical.
+    if_missing and if_text are the messages."""
     refuse(column, column.isna(), if_missing)
-    if is_number(column):
+    if is_numeric(column):
         sizes = np.abs(numbers(column))
-        refuse(column, np.isinf(sizes), "is infinite")
-        refuse(column, sizes >= LARGEST, "is too large for float32")
+        refuse(column, np.isinf(sizes), "is infinite; replace it by a finite number")
+        refuse(column, sizes >= LARGEST, "is too large for float32; scale the column")
     elif not categorical:
-        refuse(column, no_number(column), if_text)
+        refuse(column, not_numeric(column), if_text)
 
 
 def check_observations(table: DataFrame, columns: dict, flags: Namespace) -> None:
-    """Raises UserError, with a hint at the flag that helps."""
-    if_missing = "is missing (--fill forward takes the value in the row above)"
+    """Raise UserError for missing, infinite or text values in observation columns.
+
+    The message names the flag that helps."""
+    if_missing = "is a missing value; --fill forward uses the value in the previous row"
     if flags.fill:
-        if_missing = "is missing, and nothing above it in its episode"
-    if_text = "is no number (--categorical makes it one-hot)"
+        if_missing = "is a missing value, and no earlier row of its episode has one"
+        if_missing += " to fill it with; complete the column"
+    if_text = "is not a number; pass --categorical to encode the column one-hot"
     for name in columns["observations"]:
         check(table[name], name in columns["categories"], if_missing, if_text)
 
 
 def check_resolution(name: str, values: np.ndarray) -> None:
-    """Raise UserError for values [n] that float32 would flatten: cql.py's own rule."""
+    """Raise UserError if float32 cannot resolve the variation of values [n].
+
+    The rule is the same as in cql.py."""
     std = values.std()
     size = np.abs(values).mean()
     if 1e-3 < std < 1e-5 * size:
-        what = f"column {name} is {size:.6g} in size and moves by {std:.3g}"
-        hint = f"--center {name} subtracts its mean"
-        raise UserError(f"{what}: float32 would lose it; {hint}")
+        found = f"mean size {size:.6g} and standard deviation {std:.3g}"
+        problem = "float32 cannot resolve the differences"
+        hint = f"pass --center {name} to subtract the mean"
+        raise UserError(f"column {name}: {found}, so {problem}; {hint}")
 
 
 # ---- From rows to episodes ----
 
 
 def times(column: Series) -> Series:
-    """A column of numbers or times, sortable. Raises UserError for other text."""
+    """Return a column of numbers or ISO 8601 times in a sortable form.
+
+    Raises UserError for other text."""
     if not pd.api.types.is_string_dtype(column):
         return column
     parsed = pd.to_datetime(column, format="ISO8601", utc=True, errors="coerce")
-    what = "is neither a number nor a time like 2024-12-31 23:59"
-    refuse(column, parsed.isna(), what)
+    problem = "is neither a number nor a time; expected a form like 2024-12-31 23:59"
+    refuse(column, parsed.isna(), problem)
     return parsed
 
 
 def sort_rows(table: DataFrame, flags: Namespace) -> Series:
-    """Each row's episode, counted in the order of the file. Rows come episode by
-    episode, and the index tells which rows of the file they are. Raises UserError."""
+    """Sort the rows by episode and time, and return the episode of each row.
+
+    Episodes are numbered in the order of the file. The index of the result holds the
+    rows' numbers in the file. Raises UserError for a time that occurs twice."""
     if flags.episode:
         episode = pd.factorize(table[flags.episode])[0]
     else:
         done = (numbers(table[flags.done]) != 0).astype(int)
-        episode = np.cumsum(done) - done  # a row that is done is of what it ends
+        episode = np.cumsum(done) - done  # a done row belongs to the episode it ends
     keys = DataFrame({"episode": episode}, index=table.index)
     if flags.time:
         keys["time"] = times(table[flags.time])
-        again = keys.duplicated()
-        refuse(table[flags.time], again, "occurs twice in its episode")
+        repeated = keys.duplicated()
+        problem = "occurs twice in its episode; times must differ"
+        refuse(table[flags.time], repeated, problem)
     return keys.sort_values(list(keys), kind="stable")["episode"]
 
 
 def read_terminal(table: DataFrame, ends: np.ndarray, flags: Namespace) -> np.ndarray:
-    """[n] bool: the task ended after this row. Raises UserError if rows follow."""
+    """Return a mask [n] of the rows after which the task ended.
+
+    Raises UserError for a row that is not the last one of its episode."""
     if flags.all_terminal:
         return ends
     if not flags.terminal:
         return np.zeros(len(ends), bool)
     terminal = numbers(table[flags.terminal]) != 0
-    what = "before the last row of its episode, where alone it may be"
-    refuse(table[flags.terminal], terminal & ~ends, what)
+    problem = "marks an end before the last row of its episode; check --episode"
+    refuse(table[flags.terminal], terminal & ~ends, problem)
     return terminal
 
 
 def categories_of(column: Series) -> list:
-    """Its values in order, as what JSON keeps. Raises UserError for others."""
+    """Return the sorted distinct values of a column.
+
+    Raises UserError for a value that is neither text nor a number, because JSON could
+    not store it."""
     values = []
     for value in column.unique():
         if isinstance(value, np.generic):
             value = value.item()
         if not isinstance(value, (str, int, float)):
-            kind = type(value).__name__
-            raise UserError(f"column {column.name}: {value} is a {kind}, no category")
+            found = f"{value} has the type {type(value).__name__}"
+            problem = "a category must be text or a number; convert the column"
+            raise UserError(f"column {column.name}: {found}; {problem}")
         values.append(value)
     return sorted(values)
 
 
 def learn_columns(table: DataFrame, columns: dict) -> None:
-    """Fill in what the data say: categories, centers, names. Raises UserError."""
+    """Add the categories, centers and names that the data determine to columns.
+
+    Raises UserError for values that cannot be encoded."""
     for name in columns["categories"]:
         columns["categories"][name] = categories_of(table[name])
     for name in columns["observations"]:
@@ -392,16 +455,18 @@ def learn_columns(table: DataFrame, columns: dict) -> None:
 
 
 def encode(table: DataFrame, columns: dict) -> np.ndarray:
-    """Observations [n, O] of a table's rows, as columns.json describes them. Raises
-    UserError for a category that is not in it."""
+    """Encode the rows of a table as observations, float32 [n, O].
+
+    The argument columns is the content of columns.json. Raises UserError for an
+    unknown category."""
     parts = []
     for name in columns["observations"]:
         if name in columns["categories"]:
             known = columns["categories"][name]
             unknown = table[name][~table[name].isin(known)]
             if len(unknown):
-                what = f"is none of its {len(known):,} categories"
-                raise UserError(f"column {name}: {unknown.iloc[0]} {what}")
+                problem = f"is not one of the {len(known):,} categories in columns.json"
+                raise UserError(f"column {name}: {unknown.iloc[0]} {problem}")
             for value in known:
                 parts.append((table[name] == value).to_numpy(float))
         else:
@@ -412,34 +477,46 @@ def encode(table: DataFrame, columns: dict) -> np.ndarray:
 def bounds(
     actions: np.ndarray, table: DataFrame, names: List[str], flags: Namespace
 ) -> Tuple[np.ndarray, np.ndarray]:
-    """The least and the largest of each column of actions [n, A], as given or as in
-    the data. Raises UserError."""
+    """Return the lower and upper bounds [A] of actions [n, A].
+
+    They come from the flags, otherwise from the data. Raises UserError if they do not
+    fit the actions."""
     low = flags.action_low or actions.min(axis=0)
     high = flags.action_high or actions.max(axis=0)
     for flag, given in ("--action-low", low), ("--action-high", high):
         if len(given) not in (1, len(names)):
-            raise UserError(f"{flag}: expected one number or {len(names)}")
-    kind = np.result_type(actions, np.float32)  # float32 would blur large integers
+            expected = "one number"
+            if len(names) > 1:
+                expected += f", or one for each of the {len(names)} action columns"
+            raise UserError(f"{flag}: {len(given)} numbers; pass {expected}")
+    kind = np.result_type(actions, np.float32)  # float32 cannot hold large integers
     low = np.broadcast_to(low, len(names)).astype(kind)
     high = np.broadcast_to(high, len(names)).astype(kind)
     for k, name in enumerate(names):
         outside = (actions[:, k] < low[k]) | (actions[:, k] > high[k])
-        refuse(table[name], outside, f"is outside {low[k]:g} to {high[k]:g}")
+        problem = f"is outside [{low[k]:g}, {high[k]:g}]"
+        hint = "change --action-low or --action-high"
+        refuse(table[name], outside, f"{problem}; {hint}")
         if not low[k] < high[k]:
-            raise UserError(f"--actions: {name} is the same in every row: no choice")
+            problem = f"{name} is the same in every row, so there is no choice to learn"
+            raise UserError(f"--actions: {problem}; pass another column")
     return low, high
 
 
 def read_actions(
     table: DataFrame, columns: dict, flags: Namespace
 ) -> Tuple[np.ndarray, gym.Space]:
-    """Actions, [n] integers or [n, A], and their space. Raises UserError."""
+    """Return the actions and their space.
+
+    They are integers [n] of a Discrete, or float32 [n, A] of a Box. Raises UserError
+    for actions that fit neither."""
     names = columns["actions"]
     single = table[names[0]]
     discrete = len(names) == 1 and single.dtype.kind in "iub" and not flags.continuous
     if columns["action_values"] is not None:
         if flags.action_low or flags.action_high:
-            raise UserError("--action-low, --action-high: not for categorical actions")
+            problem = "categorical actions have no bounds; leave these flags out"
+            raise UserError(f"--action-low, --action-high: {problem}")
         numbered = {value: i for i, value in enumerate(columns["action_values"])}
         table = DataFrame({names[0]: single.astype(object).map(numbered)})
         discrete = True
@@ -453,13 +530,16 @@ def read_actions(
     start = int(np.ceil(low[0]))
     n = int(np.floor(high[0])) - start + 1
     if n > 100_000:
-        hint = f"--categorical {names[0]} takes those alone that occur"
+        hint = f"pass --categorical {names[0]} to use only those in the data"
         raise UserError(f"--actions: {names[0]} spans {n:,} integers; {hint}")
     return actions[:, 0], gym.spaces.Discrete(n, start=start)
 
 
 def read_rows(flags: Namespace) -> Tuple[Rows, gym.Space, dict]:
-    """Rows, the space of their actions, and columns.json. Raises UserError."""
+    """Read the table.
+
+    Return its rows, the action space and the content of columns.json. Raises UserError
+    for invalid data."""
     table = read_table(flags.table)
     columns = choose_columns(table, flags)
     observed = columns["observations"]
@@ -492,9 +572,12 @@ def read_rows(flags: Namespace) -> Tuple[Rows, gym.Space, dict]:
     return rows, space, columns
 
 
-def cut(rows: Rows) -> List[EpisodeBuffer]:
-    """Episodes of one more observation than actions: after a terminal row, which
-    nothing follows, its own; else that of the last row. One without an action goes."""
+def split_episodes(rows: Rows) -> List[EpisodeBuffer]:
+    """Split the rows into episodes of T actions and T + 1 observations.
+
+    A terminal row has no next observation, so its own observation is repeated. Without
+    a terminal row, the last row only gives the final observation. An episode without
+    an action is dropped."""
     episodes = []
     first = 0
     for last in np.flatnonzero(rows.ends).tolist():
@@ -518,25 +601,29 @@ def cut(rows: Rows) -> List[EpisodeBuffer]:
 
 
 def check_space(directory: Path, episodes: List[EpisodeBuffer]) -> None:
-    """Raise OSError where they may not fit: HDF5 ends badly on a full disk."""
+    """Raise OSError if the disk may be too small for the episodes.
+
+    The check comes before writing because HDF5 does not fail cleanly on a full disk."""
     n_bytes = sum(len(pickle.dumps(episode)) for episode in episodes)
     needed = 2 * n_bytes + 20_000 * len(episodes)
     free = shutil.disk_usage(directory).free
     if free < needed:
-        sizes = f"{free / 1e6:,.2f} MB free, {needed / 1e6:,.2f} MB may be needed"
-        raise OSError(f"{directory}: {sizes}")
+        sizes = f"{free / 1e6:,.2f} MB free, up to {needed / 1e6:,.2f} MB needed"
+        raise OSError(f"{directory}: {sizes}; free some disk space")
 
 
 def write(
     out: Path, episodes: List[EpisodeBuffer], space: gym.Space, columns: dict
 ) -> None:
-    """Make the dataset's data/ and columns.json, both of them before either replaces an
-    old one; what else is in the directory stays. Raises OSError."""
-    name = re.sub(r"[^-\w]", "_", out.name)  # what Minari takes for an id
+    """Write data/ and columns.json of the dataset into out.
+
+    Both are complete before they replace existing ones. Other files in the directory
+    stay. Raises OSError if the disk fails."""
+    name = re.sub(r"[^-\w]", "_", out.name)  # Minari allows no other characters
     if not re.search(r"-v\d+$", name):
         name += "-v0"
     n = len(columns["names"])
-    out = out.absolute()  # Minari mistakes relative paths
+    out = out.absolute()  # Minari does not handle relative paths correctly
     out.parent.mkdir(parents=True, exist_ok=True)
     check_space(out.parent, episodes)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".from_table-") as temporary:
@@ -551,7 +638,7 @@ def write(
         storage.update_metadata({"dataset_id": name, "minari_version": version})
         try:
             storage.update_episodes(episodes)
-        except (RuntimeError, ValueError) as error:  # h5py's, of a failing disk
+        except (RuntimeError, ValueError) as error:  # from h5py if the disk fails
             raise OSError(str(error)) from None
         (new / "columns.json").write_text(json.dumps(columns, indent=2) + "\n")
         out.mkdir(exist_ok=True)
@@ -561,11 +648,13 @@ def write(
             os.replace(new / part, out / part)
 
 
-# ---- What was read ----
+# ---- Summary ----
 
 
-def describe_columns(rows: Rows, space: gym.Space, columns: dict, reward: str) -> None:
-    """A line for each column and each discrete action, for the user to recognize."""
+def print_columns(rows: Rows, space: gym.Space, columns: dict, reward: str) -> None:
+    """Print statistics of each column and the counts of discrete actions.
+
+    The user can thus check how the table was read."""
     known = rows.known()
     names = columns["actions"]
     actions = rows.actions[known]
@@ -578,63 +667,72 @@ def describe_columns(rows: Rows, space: gym.Space, columns: dict, reward: str) -
     summary = table.describe(percentiles=[0.01, 0.99]).T[shown]
     print(summary.to_string(max_rows=24, float_format="{:.4g}".format))
     for name, center in columns["centers"].items():
-        print(f"{name} is less its mean, {center!r}")
+        print(f"{name}: its mean {center!r} is subtracted")
     if discrete:
         counts = Series(actions).value_counts()
-        print(f"action {names[0]}: {space.n:,} discrete, {len(counts):,} of them occur:")
+        used = f"{len(counts):,} of them in the data"
+        print(f"action {names[0]}: {space.n:,} discrete actions, {used}:")
         values = columns["action_values"]
         if values is not None:
             counts.index = [f"{i} ({values[i]})" for i in counts.index]
         print(counts.to_string(max_rows=10))
 
 
-def describe_episodes(rows: Rows, episodes: List[EpisodeBuffer]) -> None:
-    """What became of the rows, and what of them is left out."""
+def print_episodes(rows: Rows, episodes: List[EpisodeBuffer]) -> None:
+    """Print the numbers of steps, episodes and ends, and of the rows left out."""
     n = len(episodes)
     n_terminal = int(rows.terminal.sum())
     lengths = [len(each.rewards) for each in episodes]
     returns = [each.rewards.sum() for each in episodes]
-    print(f"{sum(lengths):,} steps in {n:,} episodes, {min(lengths)} to", end=" ")
-    print(f"{max(lengths)} long, median {np.median(lengths):g}", end="; ")
+    print(f"{sum(lengths):,} steps in {n:,} episodes of {min(lengths)} to", end=" ")
+    print(f"{max(lengths)} steps, median {np.median(lengths):g}", end="; ")
     print(f"mean return {np.mean(returns):.4g}")
-    print(f"  {n_terminal:,} ended (terminal); {n - n_terminal:,} only stop", end=" ")
-    print("(truncated: they bootstrap)")
+    print(f"  {n_terminal:,} episodes terminate; {n - n_terminal:,} are", end=" ")
+    print("truncated, so their last targets are bootstrapped")
     left_out = ~rows.known()
     if left_out.any():
         n_rewarded = np.count_nonzero(rows.rewards[left_out])
         n_dropped = int(rows.ends.sum()) - n
-        print(
-            f"left out: {left_out.sum():,} last rows of episodes that only stop", end=""
-        )
-        print(f" ({n_dropped:,} had no other),")
-        print(f"  {n_rewarded:,} of them with a reward; where the task did end there,")
-        print("  say so by --terminal or --all-terminal")
+        print(f"left out: the last rows of {left_out.sum():,} truncated", end=" ")
+        print(f"episodes ({n_dropped:,} episodes had no other row);")
+        print(f"  {n_rewarded:,} of these rows have a nonzero reward; if the task")
+        print("  ended there, pass --terminal or --all-terminal")
 
 
 def convert(flags: Namespace) -> None:
-    """Read, write, describe. Raises UserError before anything is written."""
+    """Read the table, write the dataset and print a summary.
+
+    Raises UserError for invalid input before anything is written, and OSError if the
+    disk fails."""
     if flags.out.exists():
+        where = f"--out {flags.out}"
+        hint = "choose another directory"
         if not (flags.out / "data" / "metadata.json").exists():
-            raise UserError(f"--out {flags.out}: exists, and is no dataset")
+            raise UserError(f"{where}: exists but is not a dataset; {hint}")
         if not flags.overwrite:
-            raise UserError(f"--out {flags.out}: exists; --overwrite replaces it")
+            raise UserError(f"{where}: already exists; {hint} or pass --overwrite")
     rows, space, columns = read_rows(flags)
-    episodes = cut(rows)
+    episodes = split_episodes(rows)
     if not episodes:
-        raise UserError(f"{flags.table}: no step of which it is known what followed")
+        problem = "no transitions, because each episode is one row that is not terminal"
+        hint = "check the flags that mark episodes and terminal rows"
+        raise UserError(f"{flags.table}: {problem}; {hint}")
     write(flags.out, episodes, space, columns)
-    describe_columns(rows, space, columns, flags.rewards)
-    describe_episodes(rows, episodes)
-    print(f"wrote {flags.out}; columns.json in it says how rows become observations")
+    print_columns(rows, space, columns, flags.rewards)
+    print_episodes(rows, episodes)
+    print(f"wrote {flags.out}; its columns.json describes the observations")
     print(f"next: python cql.py --config_path configs/table.yaml --env {flags.out}")
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """The command line; returns the exit status (0, 1 or 2)."""
+    """Run the command line and return its exit status.
+
+    The status is 0 when done, 1 if the disk failed, 2 for invalid input."""
     try:
         flags = read_flags(argv)
         if pd is None:
-            raise UserError("needs pandas: pip install pandas==3.1.1 pyarrow==26.0.1")
+            install = "pip install pandas==3.1.1 pyarrow==26.0.1"
+            raise UserError(f"pandas is not installed: {install}")
         convert(flags)
     except UserError as error:
         print("from_table.py: error:", " ".join(str(error).split()), file=sys.stderr)

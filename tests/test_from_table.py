@@ -1,4 +1,4 @@
-"""scripts/from_table.py: made-up logs (CSV, Parquet, npz) against loops over rows."""
+"""Tests of scripts/from_table.py, with synthetic logs and loops over their rows."""
 
 import csv
 import io
@@ -29,7 +29,7 @@ CLINICAL = (
 
 
 def convert(path, *flags, out):
-    """from_table.main -> exit status, stdout, stderr."""
+    """Run from_table.main, and return its exit status, stdout and stderr."""
     stdout, stderr = io.StringIO(), io.StringIO()
     with redirect_stdout(stdout), redirect_stderr(stderr):
         status = from_table.main([str(path), *map(str, flags), "--out", str(out)])
@@ -37,7 +37,7 @@ def convert(path, *flags, out):
 
 
 def converted(path, *flags, out):
-    """The dataset's episodes and task as cql.py reads them, and what was printed."""
+    """Convert a log. Return episodes and task as cql.py reads them, and stdout."""
     status, stdout, stderr = convert(path, *flags, out=out)
     assert status == 0 and stderr == "", stderr
     episodes, task = cql.read_episodes(str(out))
@@ -55,7 +55,9 @@ def write_csv(path, rows):
 
 
 def patients(n=150, seed=0):
-    """Rows of n patients' stays, 1 to 50 long, shuffled; a third of them die."""
+    """Return the shuffled rows of n patients, each with 1 to 50 rows.
+
+    One third of the patients die."""
     rng = random.Random(seed)
     rows = []
     for patient in range(n):
@@ -80,8 +82,10 @@ def patients(n=150, seed=0):
 
 
 def expected_episodes(rows, episode_of, observe, act, reward, terminal):
-    """By plain loops: rows of an episode, in their order, as lists; the last row is
-    the final observation, or, if it is terminal, a transition."""
+    """Compute the expected episodes with plain loops over ordered rows.
+
+    The last row of an episode is a transition if it is terminal, otherwise the final
+    observation."""
     by_episode = {}
     for row in rows:
         by_episode.setdefault(episode_of(row), []).append(row)
@@ -117,7 +121,9 @@ def assert_same(episodes, expected):
 
 
 def test_a_clinical_log(tmp_path):
-    """Shuffled rows with id and time, a pattern, a categorical column, a real dose."""
+    """Convert a log with shuffled rows and a continuous action.
+
+    It has an id, a time, a column pattern and a categorical column."""
     rows = patients()
     path = write_csv(tmp_path / "log.csv", rows)
     out = tmp_path / "deep" / "mine-v0"
@@ -149,11 +155,11 @@ def test_a_clinical_log(tmp_path):
     assert len(rows) > 3000 and n_died == 50 and lengths.count(1) > 0
     for text in (
         f"log.csv: {len(rows):,} rows, 150 episodes\n",
-        f"{sum(lengths):,} steps in {len(lengths)} episodes, 1 to 50 long, median",
+        f"{sum(lengths):,} steps in {len(lengths)} episodes of 1 to 50 steps, median",
         f"mean return {mean_return:.4g}\n",
-        f"50 ended (terminal); {len(lengths) - 50} only stop",
-        "left out: 100 last rows of episodes that only stop (2 had no other),\n",
-        "  100 of them with a reward;",
+        f"50 episodes terminate; {len(lengths) - 50} are truncated, so their last",
+        "left out: the last rows of 100 truncated episodes (2 episodes had no other",
+        "  100 of these rows have a nonzero reward;",
         f"next: python cql.py --config_path configs/table.yaml --env {out}",
     ):
         assert text in printed, text
@@ -163,7 +169,7 @@ def test_a_clinical_log(tmp_path):
 
 
 def sessions(n=300, seed=1):
-    """Rows of n sessions in the order of the file, then of one that is not done."""
+    """Return the ordered rows of n sessions, and of one more that is not done."""
     rng = random.Random(seed)
     rows = []
     for session in range(n + 1):
@@ -184,7 +190,7 @@ def sessions(n=300, seed=1):
 
 @pytest.mark.parametrize("name", ["item", "title"])
 def test_a_recommender_log(name, tmp_path):
-    """Parquet with a done column that is terminal too; an integer and a text action."""
+    """A Parquet log whose done column is also terminal; an integer or text action."""
     rows = sessions()
     path = tmp_path / "log.parquet"
     types = {"title": "category", "hour": "Int64"}
@@ -208,7 +214,7 @@ def test_a_recommender_log(name, tmp_path):
     values = json.loads((out / "columns.json").read_text())["action_values"]
     if name == "item":
         assert (task.action_low, task.action_high) == ([3], [9]) and values is None
-        assert "action item: 7 discrete, 4 of them occur" in printed
+        assert "action item: 7 discrete actions, 4 of them in the data:\n" in printed
         n = sum(row["item"] == 6 for row in kept)
         assert f"\n6    {n}\n" in printed
     else:
@@ -229,8 +235,10 @@ def arrays(n=2000, seed=2):
 
 
 def test_npz_arrays(tmp_path):
-    """Arrays [n, k] as columns, several actions, the file's order, all that is left as
-    observations; with given bounds and without."""
+    """Convert an npz log with arrays [n, k] and several action columns.
+
+    Rows are in file order and all other columns are observations; with given bounds
+    and without."""
     data = arrays()
     path = tmp_path / "log.npz"
     np.savez(path, **data)
@@ -275,8 +283,9 @@ FLAGS = {
 
 
 def small(tmp_path, text=SMALL, **changed):
-    """The small log's path, and FLAGS with changes: None leaves a flag out, "" gives
-    it no value."""
+    """Write the small log, and return its path and FLAGS with changes.
+
+    None removes a flag, and "" gives it no value."""
     path = tmp_path / "small.csv"
     path.write_text(text)
     flags = []
@@ -293,7 +302,9 @@ def read_small(tmp_path, **changed):
 
 
 def test_fill_forward(tmp_path):
-    """Inside the episode in its order; v's x of time 2 is that of time 1."""
+    """A missing value is filled with the previous one of its episode in time order.
+
+    The x of v at time 2 is its x at time 1."""
     (u, v), _, printed = read_small(tmp_path, observations="x", fill="forward")
     assert u.observations.tolist() == [[3.5], [1.5], [1.5]]
     assert v.observations.tolist() == [[2.5], [2.5], [4.5]]
@@ -301,7 +312,7 @@ def test_fill_forward(tmp_path):
 
 
 def test_center(tmp_path):
-    """The mean of all rows is subtracted, recorded and printed."""
+    """The mean over all rows is subtracted, recorded and printed."""
     flags = {"observations": "t,far", "center": "f*"}
     (u, v), _, printed = read_small(tmp_path, **flags)
     mean = 1700000003.2
@@ -309,11 +320,13 @@ def test_center(tmp_path):
     np.testing.assert_allclose(v.observations[:, 1], [-2.2, 0.8, 2.8], atol=1e-6)
     columns = json.loads((tmp_path / "small-v0" / "columns.json").read_text())
     assert columns["centers"] == {"far": mean}
-    assert f"far is less its mean, {mean}\n" in printed
+    assert f"far: its mean {mean} is subtracted\n" in printed
 
 
 def test_integer_actions(tmp_path):
-    """Discrete; by request numbered, a box, or with given bounds."""
+    """Integer actions are discrete.
+
+    Flags make them categorical or a box, or set their bounds."""
     _, task, _ = read_small(tmp_path)
     assert task.discrete and (task.action_low, task.action_high) == ([4], [7])
     flags = {"overwrite": ""}
@@ -332,7 +345,7 @@ def test_integer_actions(tmp_path):
 
 
 def test_nullable_columns_and_unknown_categories(tmp_path):
-    """columns.json holds values as they are, so `encode` knows them again."""
+    """columns.json keeps the types of categories, so that `encode` recognizes them."""
     rows = {"id": [1] * 4, "ward": [3, 1, 2, 3], "on": [True, False, True, True]}
     frame = pd.DataFrame({**rows, "a": [5, 6, 5, 6], "r": [0, 1, 2, 3]})
     frame = frame.astype({"ward": "Int64", "on": "boolean", "a": "Int64"})
@@ -348,12 +361,12 @@ def test_nullable_columns_and_unknown_categories(tmp_path):
     assert from_table.encode(frame, columns).tolist() == expected
     assert episode.observations.tolist() == expected
     frame.loc[2, "ward"] = 7
-    with pytest.raises(from_table.UserError, match="^column ward: 7 is none of its 3 c"):
+    with pytest.raises(from_table.UserError, match="^column ward: 7 is not one of "):
         from_table.encode(frame, columns)
 
 
-def test_names_that_look_missing(tmp_path):
-    """NA, None and null are names among names; among numbers NA is missing."""
+def test_text_that_looks_missing(tmp_path):
+    """NA, None and null are text in a text column. NA is missing in a numeric column."""
     text = SMALL.replace("ann", "None").replace(",,", ",NA,").replace("F", "NA")
     text = text.replace("4,0.3,bob", "4,0.3,null")
     flags = {"text": text, "actions": "who", "fill": "forward", "categorical": "sex"}
@@ -367,7 +380,7 @@ def test_names_that_look_missing(tmp_path):
 
 
 def test_columns_without_a_name(tmp_path):
-    """The index that pandas writes is no part of a pattern; by name it is taken."""
+    """A pattern does not match the index that pandas writes; its name selects it."""
     frame = pd.read_csv(io.StringIO(SMALL))[["id", "t", "a", "r", "end"]]
     frame = frame.iloc[[4, 2, 3, 1, 0]].assign(x=1.5)
     frame.to_csv(tmp_path / "small.csv")
@@ -384,25 +397,28 @@ def test_columns_without_a_name(tmp_path):
 
 
 def test_without_terminal(tmp_path):
-    """No episode terminates; the last rows of both are left out. Spaces after the
-    commas are none of the names'."""
+    """Without --terminal no episode terminates, and both last rows are left out.
+
+    Spaces after commas are not part of names."""
     text = SMALL.replace(",", ", ")
     (u, v), _, printed = read_small(tmp_path, text=text, terminal=None)
     assert u.rewards.tolist() == [3] and v.rewards.tolist() == [2, 4]
     assert not u.terminations.any() and not v.terminations.any()
-    assert "0 ended (terminal); 2 only stop (truncated: they bootstrap)\n" in printed
+    assert "  0 episodes terminate; 2 are truncated, so their last targets" in printed
 
 
 def test_times_as_text(tmp_path):
-    """ISO 8601, sorted as times: v's second row is an hour before its first."""
+    """ISO 8601 text is sorted as times: v's second row is one hour before its first."""
     (u, v), _, _ = read_small(tmp_path, time="when")
     assert u.rewards.tolist() == [3, 1] and v.rewards.tolist() == [4, 2]
 
 
 @pytest.fixture
 def refused_line(tmp_path):
-    """refused_line(path, flags, *fragments): exit status 2, one line that holds them,
-    nothing written."""
+    """Return a function (path, flags, *fragments) that checks a refusal.
+
+    A refusal has exit status 2, prints one line that contains the fragments, and
+    writes no file."""
 
     def check(path, flags, *fragments):
         before = sorted(tmp_path.rglob("*"))
@@ -422,60 +438,120 @@ def edited(old, new, **flags):
 
 REFUSALS = [
     # Rows and columns
-    ({"observations": "t,x"}, "row 4, column x: nan is missing (--fill forward takes"),
+    (
+        {"observations": "t,x"},
+        "row 4, column x: nan is a missing value; --fill forward uses the value in the",
+    ),
     (
         edited(",,M", ",-inf,M", observations="x"),
-        "row 4, column x: -inf is infinite; such rows: 1",
+        "row 4, column x: -inf is infinite; replace it by a finite number; rows",
     ),
     (
         edited(",,M", ",1e39,M", observations="x"),
-        "row 4, column x: 1e+39 is too large for float32; such rows: 1",
+        "row 4, column x: 1e+39 is too large for float32; scale the column; rows",
     ),
-    (edited(",1.5", ",", observations="x"), "row 1, column x: nan", "; such rows: 2"),
+    (
+        edited(",1.5", ",", observations="x"),
+        "row 1, column x: nan is a missing value;",
+        "; rows affected: 2\n",
+    ),
     (
         edited(",2.5", ",", observations="x", fill="forward"),
-        "row 2, column x: nan is missing, and nothing above it in its episode; such",
+        "row 2, column x: nan is a missing value, and no earlier row of its episode",
     ),
-    ({"rewards": "x"}, "row 4, column x: nan is missing; such rows: 1"),
-    (edited("v,2,", ",2,"), "row 4, column id: nan is missing; such rows: 1"),
-    (edited("v,2,", "v,,"), "row 4, column t: nan is missing"),
+    (
+        {"rewards": "x"},
+        "row 4, column x: nan is a missing value; complete the column; rows affected: 1",
+    ),
+    (
+        edited("v,2,", ",2,"),
+        "row 4, column id: nan is a missing value; complete the column; rows affected:",
+    ),
+    (edited("v,2,", "v,,"), "row 4, column t: nan is a missing value"),
     (edited("2024-01-10", "10.1.24", time="when"), "row 1, column when: 10.1.24 is nei"),
-    (edited("v,3,", "v,2,"), "row 5, column t: 2 occurs twice in its episode"),
-    (edited("v,1,", "v,noon,"), "row 2, column t: noon is no number"),
-    (edited("2,0\n", "2,1\n"), "row 2, column end: 1 before the last row of its"),
-    (edited("0.2", "?", actions="dose"), "row 2, column dose: ? is no number"),
-    ({"observations": "t,sex"}, "row 1, column sex: F is no number (--categorical"),
-    ({"actions": "dose,who"}, "row 1, column who: ann is no number; such rows: 5"),
-    ({"actions": "who", "continuous": ""}, "row 1, column who: ann is no number"),
-    ({"actions": "dose", "action_high": "0.3"}, "row 3, column dose: 0.4 is outside"),
+    (edited("v,3,", "v,2,"), "row 5, column t: 2 occurs twice in its episode; times"),
+    (edited("v,1,", "v,noon,"), "row 2, column t: noon is not a number"),
+    (edited("2,0\n", "2,1\n"), "row 2, column end: 1 marks an end before the last row"),
+    (edited("0.2", "?", actions="dose"), "row 2, column dose: ? is not a number; make"),
+    (
+        {"observations": "t,sex"},
+        "row 1, column sex: F is not a number; pass --categorical to encode",
+    ),
+    ({"actions": "dose,who"}, "row 1, column who: ann is not a number", "affected: 5"),
+    ({"actions": "who", "continuous": ""}, "row 1, column who: ann is not a number"),
+    (
+        {"actions": "dose", "action_high": "0.3"},
+        "row 3, column dose: 0.4 is outside [0.1, 0.3]; change --action-low or",
+    ),
     # Columns
-    ({"observations": "t,far"}, "column far is 1.7e+09 in size", "--center far"),
-    ({"observations": "vital*"}, "--observations: no column 'vital*' (nearest: "),
-    ({"rewards": "reward"}, "--rewards: no column 'reward' (nearest: far)"),
-    ({"center": "far"}, "--center: no column 'far' (nearest: t)"),
-    ({"categorical": "sex"}, "--categorical: no column 'sex'"),
-    ({"observations": "t,a"}, "--observations: 'a' is the action, or known only after"),
-    ({"observations": "t,r"}, "--observations: 'r' is the action, or known only after"),
-    ({"actions": "dose,a", "categorical": "a"}, "of several columns none can be cat"),
-    ({"actions": "same"}, "--actions: same is the same in every row: no choice"),
-    (edited(",7,0.4", ",900000,0.4"), "a spans 899,997 integers; --categorical a takes"),
-    ({"actions": "dose", "action_low": "1,2"}, "--action-low: expected one number or 1"),
+    (
+        {"observations": "t,far"},
+        "column far: mean size 1.7e+09 and standard deviation",
+        "; pass --center far to subtract the mean",
+    ),
+    (
+        {"observations": "vital*"},
+        "--observations: no column matches 'vital*'; did you mean '",
+    ),
+    ({"rewards": "reward"}, "--rewards: no column matches 'reward'; did you mean 'far'"),
+    (
+        {"center": "far"},
+        "--center: no numeric column of --observations matches 'far'; did you mean 't'?",
+    ),
+    (
+        {"categorical": "sex"},
+        "--categorical: no column of --observations or --actions matches 'sex'",
+    ),
+    ({"observations": "t,a"}, "--observations: 'a' is an action, or known only after"),
+    ({"observations": "t,r"}, "--observations: 'r' is an action, or known only after"),
+    (
+        {"actions": "dose,a", "categorical": "a"},
+        "--actions: 2 columns, but a categorical action needs a single column; pass one",
+    ),
+    (
+        {"actions": "same"},
+        "--actions: same is the same in every row, so there is no choice to learn; pass",
+    ),
+    (
+        edited(",7,0.4", ",900000,0.4"),
+        "--actions: a spans 899,997 integers; pass --categorical a to use only those",
+    ),
+    (
+        {"actions": "dose", "action_low": "1,2"},
+        "--action-low: 2 numbers; pass one number\n",
+    ),
+    (
+        {"actions": "dose,a", "action_high": "1,2,3"},
+        "--action-high: 3 numbers; pass one number, or one for each of the 2 action",
+    ),
     ({"actions": "dose", "action_low": "low"}, "argument --action-low: invalid"),
     ({"actions": "dose", "action_low": "inf"}, "--action-low: inf: must be finite"),
     ({"actions": "dose", "action_high": "nan"}, "--action-high: nan: must be finite"),
-    ({"actions": "who", "action_low": "0"}, "--action-high: not for categorical acti"),
+    (
+        {"actions": "who", "action_low": "0"},
+        "--action-low, --action-high: categorical actions have no bounds; leave these",
+    ),
     # Flags
     ({"rewards": None}, "the following arguments are required: --rewards"),
     ({"episode": None}, "one of the arguments --episode --done is required"),
     ({"done": "end"}, "not allowed with argument --episode"),
-    ({"episode": None, "done": "end"}, "--time goes with --episode"),
+    (
+        {"episode": None, "done": "end"},
+        "--time: cannot be combined with --done, which uses the file's order; pass",
+    ),
     ({"all_terminal": ""}, "not allowed with argument --terminal"),
     ({"fill": "backward"}, "invalid choice: 'backward'"),
     # Files
     ({"text": ""}, "small.csv: cannot be read: No columns"),
-    ({"text": "id,t,a,r,end\n"}, "small.csv: no rows"),
-    ({"text": "t,a,r,end\nu,1,2,3,0\n"}, "small.csv: rows have more fields than the"),
-    ({"episode": "far", "terminal": None}, "small.csv: no step of which it is known"),
+    ({"text": "id,t,a,r,end\n"}, "small.csv: no rows; expected one row for each step"),
+    (
+        {"text": "t,a,r,end\nu,1,2,3,0\n"},
+        "small.csv: rows have more fields than the header; name every column",
+    ),
+    (
+        {"episode": "far", "terminal": None},
+        "small.csv: no transitions, because each episode is one row that is not",
+    ),
 ]
 
 
@@ -498,7 +574,7 @@ def test_files_refused(tmp_path, refused_line):
 
 
 def test_an_index_in_parquet(tmp_path):
-    """pandas writes a frame's index beside its columns; it is read as columns."""
+    """The index that pandas writes to a Parquet file is read as columns."""
     frame = pd.DataFrame(patients(6)).set_index(["patient_id", "t"])
     frame.to_parquet(tmp_path / "log.parquet")
     path = write_csv(tmp_path / "log.csv", patients(6))
@@ -509,20 +585,23 @@ def test_an_index_in_parquet(tmp_path):
 
 
 def test_out(tmp_path, monkeypatch):
-    """An existing directory is replaced only if asked, and only a dataset; a disk that
-    is full leaves what was there."""
+    """An existing dataset is replaced only with --overwrite.
+
+    Another directory is never replaced. If the disk fails, the old dataset stays."""
     path, flags = small(tmp_path)
     out = tmp_path / "mine-v0"
     out.mkdir()
     status, _, err = convert(path, *flags, "--overwrite", out=out)
-    assert status == 2 and f"--out {out}: exists, and is no dataset\n" in err
+    hint = "choose another directory"
+    assert status == 2 and f"--out {out}: exists but is not a dataset; {hint}\n" in err
     out.rmdir()
     episodes, _, _ = converted(path, *flags, out=out)
     with datasets_path(tmp_path):
         loaded = minari.load_dataset("mine-v0")
     assert (loaded.spec.dataset_id, loaded.total_steps) == ("mine-v0", 4)
     status, _, err = convert(path, *flags, out=out)
-    assert status == 2 and err.endswith("exists; --overwrite replaces it\n")
+    assert status == 2
+    assert err.endswith(f"--out {out}: already exists; {hint} or pass --overwrite\n")
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -546,8 +625,8 @@ def test_out(tmp_path, monkeypatch):
         usage = namedtuple("Usage", "free")(30_000)
         patch.setattr(from_table.shutil, "disk_usage", lambda _: usage)
         status, _, err = convert(path, *flags, out="mine-v0")
-    line = f"from_table.py: failed: {tmp_path}: 0.03 MB free, 0.04 MB may be needed\n"
-    assert (status, err) == (1, line)
+    sizes = "0.03 MB free, up to 0.04 MB needed; free some disk space"
+    assert (status, err) == (1, f"from_table.py: failed: {tmp_path}: {sizes}\n")
     unchanged, _ = cql.read_episodes(str(out))
     assert unchanged[0].rewards.tolist() == episodes[0].rewards.tolist() == [3, 1]
     (out / "thesis.tex").touch()
@@ -559,8 +638,8 @@ def test_out(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("action", ["dose", "who"])
-def test_training_on_it(action, tmp_path):
-    """cql.py trains on what was written, and its policy acts on a row of the log."""
+def test_training_on_the_dataset(action, tmp_path):
+    """cql.py trains on the dataset, and its policy acts on a row of the log."""
     rows = patients(20)
     for row in rows:
         row["who"] = "doctor" if row["dose"] < 3 else "nurse"
@@ -590,7 +669,9 @@ def test_training_on_it(action, tmp_path):
 
 @pytest.mark.parametrize("missing", ["pandas", "pyarrow"])
 def test_without_its_packages(missing, tmp_path):
-    """One line that says what to install; --help works without."""
+    """One line names the command that installs a missing package.
+
+    --help works without the package."""
     path = tmp_path / "log.parquet"
     pd.DataFrame(sessions(3)).to_parquet(path)
     code = f"import runpy, sys; sys.modules['{missing}'] = None; sys.argv = sys.argv[1:]"
