@@ -66,7 +66,7 @@ def compare(directories: list, out: Path, rates: Optional[list] = None) -> None:
     figure, panels = plt.subplots(
         n_rows, 3, figsize=(12, 3.8 * n_rows), sharey="col", squeeze=False
     )
-    colours = plot.choose_colours(directories)
+    colours = plot.choose_colors(directories)
     lines = {}
     exact = None
     print("| run | Q | to exact | gap | to exact | score |\n|---|---|---|---|---|---|")

@@ -1,30 +1,29 @@
-"""Draw and tabulate any number of runs.
+"""Draw learning curves of any number of runs, and tabulate their scores.
 
     pip install matplotlib==3.11.2 pandas==3.1.1
     python scripts/plot.py runs/a runs/b --out figures
     python scripts/plot.py runs/sweep --data-score 35.6
 
-Of a directory that holds runs, such as sweep.py's, each run is taken. Runs
-that differ only in their seed, by their config.yaml, are one group. Written to
---out, where there is something to show:
+DIR is the directory of a run, or one that contains runs, such as sweep.py's.
+Runs whose config.yaml differs only in the seed form one group. These files are
+written to --out if there are data for them:
 
-    curves.png   score (or return) in the course of training
-    drift.png    Q of the policy's actions, how far it and Q of uniform actions
-                 are above Q of the data's, and the penalized gap
-    weights.png  score, and Q of the policy's and the data's actions, against
-                 cql_alpha
-    table.md     interquartile mean over seeds and its 95% interval, a row per
-    table.csv    group, of the last evaluation, of the mean of the last three,
-                 and of the best
+    curves.png   score (or return) against the training step
+    drift.png    Q of policy actions; Q of policy and uniform actions minus Q of
+                 dataset actions; the conservative gap
+    weights.png  score, and Q of policy and dataset actions, against cql_alpha
+    table.md     for each group the interquartile mean over seeds and its 95%
+    table.csv    interval: of the last evaluation, the mean of the last three,
+                 and the best
 
-Lines are means over seeds, bands their 95% percentile bootstrap intervals,
-from five seeds on; fewer are drawn themselves, as thin lines. (That kind of
-interval is too narrow for few: of five normal numbers it holds the mean in some
-85 of 100 cases, of ten in 90.) The interquartile mean leaves out a quarter of
-the seeds, rounded down, at either end, as in Agarwal et al., arXiv 2108.13264.
-"Best" is chosen on the episodes that it is measured with, so it flatters. Runs
-that stopped before their group's last evaluation, diverged ones say, are drawn
-as far as they came and counted apart in the table.
+Lines are means over seeds. Bands are 95% percentile bootstrap intervals, drawn
+for five or more seeds; with fewer, each seed is a thin line. Such intervals are
+too narrow for few seeds: with five normally distributed values they cover the
+mean in about 85% of cases, with ten in 90%. The interquartile mean drops a
+quarter of the seeds, rounded down, at each end (Agarwal et al., arXiv
+2108.13264). "Best" is selected on the same episodes that measure it, so it is
+biased upward. A run that stopped before its group's last evaluation, for
+example because it diverged, is drawn until then; the table only counts it.
 """
 
 import argparse
@@ -49,23 +48,24 @@ except ModuleNotFoundError as missing:
     print(f"plot.py: error: {missing}: {install}", file=sys.stderr)
     sys.exit(2)
 
-# Flags that cql.py's tables hold, and those of config.yaml that make no difference.
+# KEYS are flags that are columns of evaluations.csv. IGNORED flags of config.yaml do not
+# separate groups.
 KEYS = ["cql_alpha", "cql_temp", "cql_target_action_gap"]
-IDLE = "seed name group project resume checkpoints_path device log_freq".split()
+IGNORED = "seed name group project resume checkpoints_path device log_freq".split()
 RESAMPLES = 2000
-LEAST = 5  # seeds that make an interval
+MIN_SEEDS = 5  # fewest seeds for a bootstrap interval
 SCORE = "d4rl_normalized_score"
 LABELS = {SCORE: "normalized score", "return_mean": "return"}
 EVALUATED = ["seed", *KEYS, "return_mean", SCORE]  # columns of evaluations.csv
-# Columns of metrics.csv whose means over the critics are drawn.
+# Columns of metrics.csv, one for each critic; their means over the critics are drawn.
 Q_COLUMNS = {
     "policy": r"cql_q\d+_current_actions",
     "data": r"average_qf\d+",
     "uniform": r"cql_q\d+_rand",
     "gap": r"cql_qf\d+_diff",
 }
-# Okabe and Ito's colours, which the colour-blind can tell apart.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+# Okabe and Ito's palette, which is safe for color-blind readers.
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 STYLE = {
     "axes.axisbelow": True,
     "axes.grid": True,
@@ -81,15 +81,17 @@ STYLE = {
 
 
 class UserError(Exception):
-    """The user's input is at fault: one line on stderr, exit status 2."""
+    """Error in the user's input, reported in one line on stderr with exit status 2."""
 
 
 # ---- Reading -------------------------------------------------------------------------
 
 
 def find_runs(paths: List[Path]) -> List[Path]:
-    """The directories of runs among those given and, for one that is no run's own,
-    below it. Raises UserError."""
+    """Return the run directories.
+
+    A path that is not a run stands for the runs one level below it. Raises UserError if
+    a path has no run or is given twice."""
     found = []
     for path in paths:
         below = sorted(table.parent for table in path.glob("*/evaluations.csv"))
@@ -98,33 +100,44 @@ def find_runs(paths: List[Path]) -> List[Path]:
         elif (path / "evaluations.csv").exists():
             found.append(path)
         else:
-            raise UserError(f"{path}: no evaluations.csv there (yet?)")
-    if len({path.resolve() for path in found}) < len(found):
-        raise UserError("a directory twice")
+            problem = "no evaluations.csv"
+            raise UserError(f"{path}: {problem}; pass a run that has been evaluated")
+    seen = set()
+    for path in found:
+        if path.resolve() in seen:
+            raise UserError(f"{path}: given twice; pass each directory once")
+        seen.add(path.resolve())
     return found
 
 
 def read_table(path: Path, columns=()) -> pd.DataFrame:
-    """A table of cql.py's, with a column `id` that tells all runs apart; without rows
-    if there is none. Raises UserError, also where it lacks some of the columns."""
+    """Read a table of cql.py and add the column `id`.
+
+    An id identifies a run among all directories. The result is empty if there is no
+    file or no row. Raises UserError if the file cannot be read or lacks one of the
+    columns."""
     if not path.exists():
         return pd.DataFrame()
     try:
         text = path.read_text()
-        whole = text[: text.rfind("\n") + 1]  # a row being written, or torn, is not
+        whole = text[: text.rfind("\n") + 1]  # without an incomplete last row
         if not whole:
             return pd.DataFrame()
         table = pd.read_csv(io.StringIO(whole))
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
-    if not {"step", "run", *columns} <= set(table):
-        raise UserError(f"{path}: not a table of cql.py's")
+    missing = [name for name in ("step", "run", *columns) if name not in table]
+    if missing:
+        problem = f"column {missing[0]} is missing"
+        raise UserError(f"{path}: {problem}; expected a table that cql.py wrote")
     table["id"] = str(path.parent) + "/" + table["run"].astype(str)
     return table
 
 
 def read_config(directory: Path) -> dict:
-    """Of config.yaml; empty without one. Raises UserError."""
+    """Return the flags in a run's config.yaml, or {} without one.
+
+    Raises UserError if the file does not hold flags."""
     path = directory / "config.yaml"
     if not path.exists():
         return {}
@@ -133,26 +146,30 @@ def read_config(directory: Path) -> dict:
     except (yaml.YAMLError, ValueError):
         config = None
     if not isinstance(config, dict):
-        raise UserError(f"{path}: not a config of cql.py's")
+        raise UserError(f"{path}: not a mapping; expected a config that cql.py wrote")
     return config
 
 
 def read_flags(directory: Path) -> Dict[str, str]:
-    """The flags in config.yaml that tell groups apart; the directory without one.
-    Raises UserError."""
+    """Return the flags of config.yaml that separate groups.
+
+    Without the file, each directory is its own group. Raises UserError if the file does
+    not hold flags."""
     config = read_config(directory)
     if not config:
         return {"directory": str(directory)}
     flags = {}
     for name, value in config.items():
-        if name not in IDLE + KEYS:
+        if name not in IGNORED + KEYS:
             text = str(value)
             flags[name] = text.lower() if isinstance(value, bool) else text
     return flags
 
 
 def count_seeds(directory: Path) -> int:
-    """How many seeds were to be trained; 0 if that is not known. Raises UserError."""
+    """Return the number of seeds that config.yaml asks for, or 0 without one.
+
+    Raises UserError if the file does not hold flags."""
     config = read_config(directory)
     if not config:
         return 0
@@ -161,7 +178,9 @@ def count_seeds(directory: Path) -> int:
 
 
 def read_metrics(path: Path) -> pd.DataFrame:
-    """The table with Q_COLUMNS' means. Raises UserError."""
+    """Read metrics.csv and add the means over critics of Q_COLUMNS.
+
+    Raises UserError if it cannot be read."""
     metrics = read_table(path)
     if len(metrics):
         for name, pattern in Q_COLUMNS.items():
@@ -171,8 +190,9 @@ def read_metrics(path: Path) -> pd.DataFrame:
 
 
 def read_runs(paths: List[Path]) -> Tuple[pd.DataFrame, pd.DataFrame]:
-    """All evaluations and all metrics, with the columns of `label_groups`. Raises
-    UserError."""
+    """Read the evaluations and the metrics of all runs and label their groups.
+
+    Raises UserError for files that are not cql.py's and for a seed that occurs twice."""
     evaluations = []
     metrics = []
     settings = []
@@ -181,11 +201,11 @@ def read_runs(paths: List[Path]) -> Tuple[pd.DataFrame, pd.DataFrame]:
         if len(table):
             flags = read_flags(directory)
             settings += [name for name in flags if name not in settings]
-            more = {"origin": str(directory), "asked": count_seeds(directory)}
+            more = {"origin": str(directory), "n_seeds": count_seeds(directory)}
             evaluations.append(table.assign(**flags, **more))
             metrics.append(read_metrics(directory / "metrics.csv"))
     if not evaluations:
-        raise UserError(f"{paths[0]}: no evaluations yet")
+        raise UserError(f"{paths[0]}: no evaluations yet; wait for the first one")
     evaluations = pd.concat(evaluations).sort_values(KEYS, kind="stable")
     evaluations = evaluations.reset_index(drop=True)
     evaluations[settings] = evaluations[settings].fillna("unset")
@@ -201,8 +221,10 @@ def read_runs(paths: List[Path]) -> Tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def label_groups(evaluations: pd.DataFrame, settings: List[str]) -> None:
-    """Add the columns `group`, what tells a run's group from the others, and `others`,
-    the same but for cql_alpha."""
+    """Add the columns `group` and `others`.
+
+    `group` is a label of the flags that differ between groups; `others` is the same
+    label without cql_alpha."""
     varying = []
     for name in settings + KEYS:
         if evaluations[name].nunique(dropna=False) > 1:
@@ -212,7 +234,7 @@ def label_groups(evaluations: pd.DataFrame, settings: List[str]) -> None:
     for _, rows in several:
         first = rows.iloc[0]
         words = [f"{name} {first[name]}" for name in flags]
-        if len(flags) > 2 or flags == ["directory"]:  # too many words
+        if len(flags) > 2 or flags == ["directory"]:  # flags would make a long label
             words = [first["origin"]]
         alpha = []
         for name in varying:
@@ -228,17 +250,19 @@ def label_groups(evaluations: pd.DataFrame, settings: List[str]) -> None:
 
 
 def check_seeds(evaluations: pd.DataFrame) -> None:
-    """Raise UserError where two directories hold the same seed of a group: it would
-    count as two."""
+    """Raise UserError if two directories hold the same seed of a group.
+
+    It would count as two seeds."""
     for (_, seed), rows in evaluations.groupby(["group", "seed"]):
         origins = rows["origin"].unique()
         if len(origins) > 1:
             both = f"{origins[0]} and {origins[1]}"
-            raise UserError(f"{both}: the same settings and seed, {seed:g}")
+            problem = f"both hold seed {seed:g} of the same settings"
+            raise UserError(f"{both}: {problem}; pass one of them")
 
 
 def over_runs(table: pd.DataFrame, column: str) -> pd.DataFrame:
-    """A column by step and run; NaN where a run had stopped."""
+    """Return a column as a table [steps, runs], with NaN after a run has stopped."""
     return table.pivot(index="step", columns="id", values=column)
 
 
@@ -246,30 +270,34 @@ def over_runs(table: pd.DataFrame, column: str) -> pd.DataFrame:
 
 
 def mean(values: np.ndarray) -> np.ndarray:
-    """Over the last axis, the runs that are there."""
-    with warnings.catch_warnings():  # a resample may hold none
+    """Return the mean over the last axis (runs), without NaN."""
+    with warnings.catch_warnings():  # NumPy warns if all values are NaN
         warnings.simplefilter("ignore", RuntimeWarning)
         return np.nanmean(values, axis=-1)
 
 
 def interquartile_mean(values: np.ndarray) -> np.ndarray:
-    """Over the last axis without its lowest and highest quarter, rounded down."""
+    """Return the mean over the last axis (runs) without its outer quarters.
+
+    The number of runs that are dropped at each end is rounded down."""
     n = values.shape[-1]
     middle = np.sort(values, axis=-1)[..., n // 4 : n - n // 4]
     return mean(middle)
 
 
 def interval(values, statistic: Callable) -> Tuple[np.ndarray, np.ndarray]:
-    """Ends of the 95% percentile bootstrap interval of a statistic over the last axis,
-    the runs; NaN for fewer than LEAST. The resamples are the same every time."""
+    """Return the ends of the 95% percentile bootstrap interval of a statistic.
+
+    values [..., runs] are resampled over the runs with a fixed seed. Both ends have the
+    shape [...]; they are NaN for fewer than MIN_SEEDS runs."""
     values = np.asarray(values, float)
     n = values.shape[-1]
-    if n < LEAST:
-        nothing = np.full(values.shape[:-1], np.nan)
-        return nothing, nothing
+    if n < MIN_SEEDS:
+        unknown = np.full(values.shape[:-1], np.nan)
+        return unknown, unknown
     chosen = np.random.default_rng(0).integers(n, size=(RESAMPLES, n))
     draws = statistic(values[..., chosen])
-    with warnings.catch_warnings():  # a step may have no number
+    with warnings.catch_warnings():  # NumPy warns if all values of a step are NaN
         warnings.simplefilter("ignore", RuntimeWarning)
         low = np.nanquantile(draws, 0.025, axis=-1)
         high = np.nanquantile(draws, 0.975, axis=-1)
@@ -277,18 +305,23 @@ def interval(values, statistic: Callable) -> Tuple[np.ndarray, np.ndarray]:
 
 
 def measure(evaluations: pd.DataFrame) -> str:
-    """The column to show: scores where all are known, else returns."""
+    """Return the name of the column to show.
+
+    It is the score if all scores are known, otherwise the return."""
     return SCORE if evaluations[SCORE].notna().all() else "return_mean"
 
 
 def tabulate(evaluations: pd.DataFrame, column: str) -> pd.DataFrame:
-    """A row per group, over the runs that came to its last evaluation."""
+    """Return a table with one row for each group.
+
+    Its statistics are over the runs that reached the group's last evaluation; the others
+    are counted as stopped."""
     rows = []
     for group, table in evaluations.groupby("group", sort=False):
         values = over_runs(table, column)
         whole = values.loc[:, values.iloc[-1].notna()]
-        asked = table.drop_duplicates("origin")["asked"].sum()
-        stopped = max(asked, values.shape[1]) - whole.shape[1]
+        n_seeds = table.drop_duplicates("origin")["n_seeds"].sum()
+        stopped = max(n_seeds, values.shape[1]) - whole.shape[1]
         row = {"group": group, "seeds": whole.shape[1], "stopped": stopped}
         ends = {
             "last": whole.iloc[-1],
@@ -307,19 +340,19 @@ def tabulate(evaluations: pd.DataFrame, column: str) -> pd.DataFrame:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """The table as text."""
+    """Return the table of `tabulate` as Markdown."""
     names = ["last", "last three", "best"]
     counts = ["group", "seeds"]
     if table["stopped"].any():
         counts.append("stopped")
-    head = "IQM [95%]" if (table["seeds"] >= LEAST).any() else "IQM"
+    head = "IQM [95%]" if (table["seeds"] >= MIN_SEEDS).any() else "IQM"
     heads = counts + [f"{name}, {head}" for name in names]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for _, row in table.iterrows():
         cells = [str(row[name]) for name in counts]
         for name in names:
             text = f"{row[name]:.1f}"
-            if row["seeds"] >= LEAST:
+            if row["seeds"] >= MIN_SEEDS:
                 text += f" [{row[f'{name} low']:.1f}, {row[f'{name} high']:.1f}]"
             cells.append(text)
         lines.append(f"| {' | '.join(cells)} |")
@@ -329,18 +362,18 @@ def markdown(table: pd.DataFrame) -> str:
 # ---- Figures -------------------------------------------------------------------------
 
 
-def choose_colours(labels) -> dict:
-    """A colour for each label; shades in order for many."""
+def choose_colors(labels) -> dict:
+    """Return a color for each label, from a continuous color map if there are many."""
     labels = list(labels)
-    colours = COLOURS
-    if len(labels) > len(COLOURS):
-        colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(labels)))
-    return dict(zip(labels, colours))
+    colors = COLORS
+    if len(labels) > len(COLORS):
+        colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(labels)))
+    return dict(zip(labels, colors))
 
 
 def add_legend(figure, lines: Dict[str, Line2D]) -> None:
-    """Above the panels, in as many columns as fit."""
-    letters = 14 * figure.get_figwidth()  # of a line, about
+    """Add a legend above the panels, with as many columns as fit."""
+    letters = 14 * figure.get_figwidth()  # approximate number in one line
     longest = max(len(label) for label in lines)
     columns = max(1, int(letters // (longest + 8)))
     rows = math.ceil(len(lines) / columns)
@@ -349,33 +382,37 @@ def add_legend(figure, lines: Dict[str, Line2D]) -> None:
 
 
 def add_style_legend(panel, styles: Dict[str, str]) -> None:
-    """Below the panel, what its kinds of lines are."""
+    """Add a legend of the line styles below the panel."""
     for label, style in styles.items():
         panel.plot([], [], style, color="0.3", label=label)
     panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=len(styles))
 
 
-def draw(panel, values: pd.DataFrame, colour, style: str = "-") -> Line2D:
-    """The mean over runs with its interval, or with the runs where they are few."""
+def draw(panel, values: pd.DataFrame, color, style: str = "-") -> Line2D:
+    """Draw the mean over runs of values [steps, runs] and return its line.
+
+    Add the bootstrap interval, or each run if there are too few for an interval."""
     array = values.to_numpy()
     marker = "." if len(values) <= 30 else ""
-    if 1 < values.shape[1] < LEAST:
-        panel.plot(values.index, array, style, color=colour, alpha=0.35, linewidth=0.8)
-    (line,) = panel.plot(values.index, mean(array), style, marker=marker, color=colour)
+    if 1 < values.shape[1] < MIN_SEEDS:
+        panel.plot(values.index, array, style, color=color, alpha=0.35, linewidth=0.8)
+    (line,) = panel.plot(values.index, mean(array), style, marker=marker, color=color)
     low, high = interval(array, mean)
-    panel.fill_between(values.index, low, high, color=colour, alpha=0.2, linewidth=0)
+    panel.fill_between(values.index, low, high, color=color, alpha=0.2, linewidth=0)
     return line
 
 
 def choose_scale(panel, values: pd.DataFrame) -> None:
-    """Logarithmic, but around 0, where the largest dwarfs most others."""
+    """Use a symmetric logarithmic y-axis if the largest value is an outlier.
+
+    The largest value is then far above the median."""
     sizes = pd.Series(values.abs().to_numpy().ravel())
     if sizes.max() > 100 * max(sizes.median(), 1):
         panel.set_yscale("symlog", linthresh=10)
 
 
 def name_steps(evaluations: pd.DataFrame) -> str:
-    """What a step of these runs is."""
+    """Return the label of the x-axis: the unit that the steps of these runs count."""
     online = {"0"}
     offline = {"unset"}
     if "online_iterations" in evaluations:
@@ -389,6 +426,7 @@ def name_steps(evaluations: pd.DataFrame) -> str:
 
 
 def save(figure, path: Path) -> None:
+    """Write the figure and close it."""
     for panel in figure.axes:
         if panel.get_xlabel() != "cql_alpha":
             panel.xaxis.set_major_locator(
@@ -400,43 +438,52 @@ def save(figure, path: Path) -> None:
 
 
 def draw_curves(evaluations, column: str, out: Path, data_score=None) -> None:
+    """Write curves.png: a column of the evaluations against the step."""
     figure, panel = plt.subplots(figsize=(7, 3.8))
-    colours = choose_colours(evaluations["group"].unique())
+    colors = choose_colors(evaluations["group"].unique())
     lines = {}
     for group, table in evaluations.groupby("group", sort=False):
         values = over_runs(table, column)
         n = values.shape[1]
         label = f"{group} ({n} seeds)" if n > 1 else f"{group} (1 seed)"
-        lines[label] = draw(panel, values, colours[group])
+        lines[label] = draw(panel, values, colors[group])
     if data_score is not None:
-        lines["the data's mean"] = panel.axhline(data_score, color="0.4", dashes=(4, 2))
+        line = panel.axhline(data_score, color="0.4", dashes=(4, 2))
+        lines["mean of the dataset"] = line
     panel.set(xlabel=name_steps(evaluations), ylabel=LABELS[column])
     add_legend(figure, lines)
     save(figure, out / "curves.png")
 
 
 def draw_drift(evaluations, metrics, out: Path) -> None:
+    """Write drift.png, if there are metrics.
+
+    It shows Q of policy actions, the differences to Q of dataset actions, and the
+    conservative gap, against the step."""
     if not len(metrics) or metrics["policy"].isna().all():
         return
     figure, panels = plt.subplots(1, 3, figsize=(12, 3.8))
-    q, above, gap = panels
-    colours = choose_colours(evaluations["group"].unique())
+    q, difference, gap = panels
+    colors = choose_colors(evaluations["group"].unique())
     differences = metrics[["policy", "uniform"]].sub(metrics["data"], axis=0)
-    metrics = metrics.assign(drift=differences["policy"], fall=differences["uniform"])
+    metrics = metrics.assign(
+        policy_difference=differences["policy"],
+        uniform_difference=differences["uniform"],
+    )
     lines = {}
     for group, table in metrics.groupby("group", sort=False):
-        colour = colours[group]
-        lines[group] = draw(q, over_runs(table, "policy"), colour)
-        draw(above, over_runs(table, "drift"), colour)
-        draw(above, over_runs(table, "fall"), colour, "--")
-        draw(gap, over_runs(table, "gap"), colour)
+        color = colors[group]
+        lines[group] = draw(q, over_runs(table, "policy"), color)
+        draw(difference, over_runs(table, "policy_difference"), color)
+        draw(difference, over_runs(table, "uniform_difference"), color, "--")
+        draw(gap, over_runs(table, "gap"), color)
     choose_scale(q, metrics[["policy"]])
-    choose_scale(above, differences)
+    choose_scale(difference, differences)
     choose_scale(gap, metrics[["gap"]])
-    q.set_title("Q of the policy's actions")
-    above.set_title("Q minus Q of the data's actions")
-    gap.set_title("conservative gap, which cql_alpha multiplies")
-    add_style_legend(above, {"policy's actions": "-", "uniform actions": "--"})
+    q.set_title("Q of policy actions")
+    difference.set_title("Q minus Q of dataset actions")
+    gap.set_title("conservative gap, before cql_alpha")
+    add_style_legend(difference, {"policy actions": "-", "uniform actions": "--"})
     for panel in panels:
         panel.set_xlabel(name_steps(evaluations))
     add_legend(figure, lines)
@@ -444,26 +491,29 @@ def draw_drift(evaluations, metrics, out: Path) -> None:
 
 
 def draw_weights(evaluations, metrics, column: str, out: Path) -> None:
-    """Ends of all runs against the weight; a colour for each other setting."""
+    """Write weights.png, if there are several values of cql_alpha.
+
+    It shows the final score and the final Q of all runs against cql_alpha, with one
+    color for each combination of the other flags."""
     alphas = sorted(evaluations["cql_alpha"].unique())
     if len(alphas) < 2:
         return
     figure, (scores, q) = plt.subplots(1, 2, figsize=(10, 4))
-    colours = choose_colours(evaluations["others"].unique())
+    colors = choose_colors(evaluations["others"].unique())
     last = evaluations.sort_values("step").groupby("id").tail(3)
     last = last.groupby(["others", "cql_alpha", "id"], as_index=False)[column].mean()
     lines = {}
     for others, table in last.groupby("others", sort=False):
-        lines[others] = draw_ends(scores, table, alphas, column, colours[others])
+        lines[others] = draw_ends(scores, table, alphas, column, colors[others])
     if len(metrics) and metrics["policy"].notna().any():
         last = metrics.dropna(subset="policy").sort_values("step")
         last = last.groupby("id").tail(1)
         for others, table in last.groupby("others", sort=False):
-            colour = colours[others]
-            draw_ends(q, table, alphas, "policy", colour, "o", -0.1)
-            draw_ends(q, table, alphas, "data", colour, "s", 0.1)
+            color = colors[others]
+            draw_ends(q, table, alphas, "policy", color, "o", -0.1)
+            draw_ends(q, table, alphas, "data", color, "s", 0.1)
         choose_scale(q, last[["policy", "data"]])
-    add_style_legend(q, {"policy's actions": "o", "data's actions": "s"})
+    add_style_legend(q, {"policy actions": "o", "dataset actions": "s"})
     scores.set_title("mean of the last three evaluations")
     scores.set_ylabel(LABELS[column])
     q.set_title("Q at the end")
@@ -475,9 +525,10 @@ def draw_weights(evaluations, metrics, column: str, out: Path) -> None:
     save(figure, out / "weights.png")
 
 
-def draw_ends(panel, table, alphas, column, colour, marker="o", shift=0.0) -> Line2D:
-    """A faint point for each run, and their mean with its interval, for each weight:
-    not joined, as weights are seldom evenly spaced."""
+def draw_ends(panel, table, alphas, column, color, marker="o", shift=0.0) -> Line2D:
+    """Draw each run as a faint point, and the mean and its interval, for each cql_alpha.
+
+    The means are not connected, because the values are seldom evenly spaced."""
     places = []
     means = []
     errors = []
@@ -488,37 +539,40 @@ def draw_ends(panel, table, alphas, column, colour, marker="o", shift=0.0) -> Li
         means.append(mean(values))
         errors.append([means[-1] - low, high - means[-1]])
         points = [places[-1]] * len(values)
-        panel.plot(points, values, marker, color=colour, ms=3, alpha=0.4)
+        panel.plot(points, values, marker, color=color, ms=3, alpha=0.4)
     errors = np.transpose(errors)
-    return panel.errorbar(places, means, errors, fmt=marker, capsize=3, color=colour)
+    return panel.errorbar(places, means, errors, fmt=marker, capsize=3, color=color)
 
 
 # ---- Command line --------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage."""
+    """Argument parser that raises UserError with one line, without the usage text."""
 
     def error(self, message: str):
         raise UserError(message)
 
 
 def parse(argv: Optional[List[str]]) -> argparse.Namespace:
-    """The options. Raises UserError."""
+    """Return the parsed options. Raises UserError for invalid ones."""
     parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add(
-        "directories", nargs="+", type=Path, metavar="DIR", help="of a run or of several"
-    )
-    add("--out", type=Path, default=Path("figures"), help="directory of the figures")
-    add("--data-score", type=float, help="where to draw a line at the data's own score")
+    text = "directory of a run or of several runs"
+    add("directories", nargs="+", type=Path, metavar="DIR", help=text)
+    text = "directory of the figures and tables"
+    add("--out", type=Path, default=Path("figures"), help=text)
+    text = "mean score of the dataset, drawn as a horizontal line"
+    add("--data-score", type=float, help=text)
     return parser.parse_args(argv)
 
 
 def plot(options) -> None:
-    """What the command line asks for. Raises UserError."""
+    """Write the figures and tables, and print the table.
+
+    Raises UserError for runs that cannot be read or a directory that cannot be made."""
     evaluations, metrics = read_runs(options.directories)
     column = measure(evaluations)
     out = options.out
@@ -526,7 +580,8 @@ def plot(options) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out}: {error}") from None
-    for name in ("curves.png", "drift.png", "weights.png"):  # of an earlier call
+    # A figure of an earlier command would look like one of these runs.
+    for name in ("curves.png", "drift.png", "weights.png"):
         (out / name).unlink(missing_ok=True)
     with matplotlib.rc_context(STYLE):
         draw_curves(evaluations, column, out, options.data_score)
@@ -542,7 +597,7 @@ def plot(options) -> None:
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line and return its exit status: 0 done, 2 invalid input."""
     matplotlib.use("Agg")
     try:
         plot(parse(argv))

@@ -1,5 +1,4 @@
-"""scripts/plot.py: its statistics against numbers worked out by hand, its groups, its
-tables and its files."""
+"""Tests of scripts/plot.py, with statistics computed by hand."""
 
 import csv
 import json
@@ -29,7 +28,7 @@ def sum_of(alpha, seed, step):
 
 
 def made(directory, alphas=(0, 5), seeds=range(5), score=sum_of, **flags):
-    """A run's directory of four evaluations; with flags, also their config.yaml."""
+    """Make a run directory with four evaluations. Flags also make a config.yaml."""
     evaluations, metrics = [], []
     runs = [(seed, alpha) for seed in seeds for alpha in alphas]
     for step in (10, 20, 30, 40):
@@ -55,22 +54,24 @@ def made(directory, alphas=(0, 5), seeds=range(5), score=sum_of, **flags):
 
 
 def groups(*directories):
-    """Label and number of runs of each group, in order."""
+    """Return the number of runs of each group by its label, in order."""
     evaluations, _ = plot.read_runs(list(directories))
     return evaluations.groupby("group", sort=False)["id"].nunique().to_dict()
 
 
 def test_interquartile_mean():
     mean = plot.interquartile_mean
-    assert mean(np.array([100.0, 1, 2, 3, -50])) == 2  # one goes at either end
-    assert mean(np.array([4.0, 1, 7])) == 4  # too few to leave any out
+    assert mean(np.array([100.0, 1, 2, 3, -50])) == 2  # without one at each end
+    assert mean(np.array([4.0, 1, 7])) == 4  # a quarter of three is no value
     values = np.array([9.0, 1, 2, 3, 4, 5, 6, 7])
     assert mean(values) == np.mean([3, 4, 5, 6])
     np.testing.assert_array_equal(mean(np.stack([values, -values])), [4.5, -4.5])
 
 
 def test_interval():
-    """Of a mean over many: the normal one. Of equal values: no width. Of few: none."""
+    """The interval of a mean over many values is the normal one.
+
+    Equal values give a width of zero, and too few values no interval."""
     values = np.random.default_rng(1).normal(3.0, 2.0, 400)
     low, high = plot.interval(values, plot.mean)
     error = 1.96 * values.std() / 20
@@ -80,14 +81,14 @@ def test_interval():
     assert np.isnan(plot.interval([2.0] * 4, plot.mean)).all()
 
 
-def test_few_seeds_are_drawn_themselves():
+def test_few_seeds_are_drawn_as_lines():
     steps = pd.DataFrame({"a": [1.0, 2.0], "b": [3.0, 6.0]}, index=[10, 20])
     _, panel = plot.plt.subplots()
     plot.draw(panel, steps, "C0")
     assert ys(panel.lines) == [[1, 2], [3, 6], [2, 4]]
 
 
-def test_an_earlier_calls_figures_leave(tmp_path):
+def test_figures_of_an_earlier_command_are_deleted(tmp_path):
     out = str(tmp_path / "out")
     assert plot.main([str(made(tmp_path / "two")), "--out", out]) == 0
     assert (tmp_path / "out" / "weights.png").exists()
@@ -97,7 +98,7 @@ def test_an_earlier_calls_figures_leave(tmp_path):
 
 
 def test_interval_of_a_run_that_stopped():
-    """Over those that are there."""
+    """The mean and the interval are over the runs that have a value at the step."""
     values = np.array([[1.0, 2, 3, 4, 5], [1, 2, np.nan, np.nan, np.nan]])
     low, high = plot.interval(values, plot.mean)
     assert plot.mean(values).tolist() == [3, 1.5]
@@ -116,7 +117,7 @@ def test_values_of_a_group(tmp_path):
         assert (q[name] == value).all(), name
 
 
-def test_labels_say_what_differs(tmp_path):
+def test_labels_name_the_flags_that_differ(tmp_path):
     one = made(tmp_path / "one", discount=0.9, cal_ql=True)
     assert groups(one) == {"cql_alpha 0": 5, "cql_alpha 5": 5}
     five = made(tmp_path / "five", alphas=(5,), discount=0.9)
@@ -132,7 +133,8 @@ def test_labels_say_what_differs(tmp_path):
     older = made(tmp_path / "three", (5,), discount=0.9)
     assert "cal_ql unset" in groups(other, older)
     unlike = made(tmp_path / "four", (5,), discount=0.8, cal_ql=True, qf_lr=1)
-    assert list(groups(other, unlike)) == [str(other), str(unlike)]  # too many words
+    # Three flags differ, which would make a long label.
+    assert list(groups(other, unlike)) == [str(other), str(unlike)]
 
 
 def test_directories_of_the_same_settings_are_one_group(tmp_path):
@@ -144,30 +146,32 @@ def test_directories_of_the_same_settings_are_one_group(tmp_path):
 
 
 def test_the_same_seed_twice(tmp_path, capsys):
-    """In two directories of the same settings it would count as two."""
+    """A seed in two directories of the same settings is refused.
+
+    It would count as two seeds."""
     one = made(tmp_path / "one", (1,), (0, 1), discount=0.5)
     two = made(tmp_path / "two", (1,), (1, 2), discount=0.5)
     assert plot.main([str(one), str(two), "--out", str(tmp_path / "out")]) == 2
-    line = f"plot.py: error: {one} and {two}: the same settings and seed, 1\n"
-    assert capsys.readouterr().err == line
+    problem = "both hold seed 1 of the same settings; pass one of them"
+    assert capsys.readouterr().err == f"plot.py: error: {one} and {two}: {problem}\n"
     made(two, (1,), (1, 2), discount=0.6)
     assert groups(one, two) == {"discount 0.5": 2, "discount 0.6": 2}
 
 
-def test_a_torn_row_is_left_out(tmp_path):
-    """Wherever it is torn: here, in its last number."""
+def test_an_incomplete_row_is_left_out(tmp_path):
+    """A last row without its newline is left out, also if all its columns are there."""
     directory = made(tmp_path / "one", (1,), (0,))
-    for torn in ("50,0,0,1", "50,0,0,1,1,-1,-51,5"):
+    for incomplete in ("50,0,0,1", "50,0,0,1,1,-1,-51,5"):
         with open(directory / "evaluations.csv", "a") as file:
-            file.write(torn)
+            file.write(incomplete)
         evaluations, _ = plot.read_runs([directory])
         assert evaluations["step"].tolist() == [10, 20, 30, 40]
         assert evaluations["group"].unique().tolist() == ["one"]
         made(directory, (1,), (0,))
 
 
-def test_runs_of_unlike_numbers_of_critics(tmp_path):
-    """The mean is over those that the run has."""
+def test_runs_with_different_numbers_of_critics(tmp_path):
+    """Q is the mean over the critics that the run has."""
     two = made(tmp_path / "two", (1,), (0,), n_critics=2)
     three = made(tmp_path / "three", (1,), (0,), n_critics=3)
     table = pd.read_csv(three / "metrics.csv").assign(average_qf3=5)
@@ -180,7 +184,9 @@ def test_runs_of_unlike_numbers_of_critics(tmp_path):
 
 
 def test_a_sweeps_directory(tmp_path):
-    """Its trials, by their settings; where only its joined tables were copied, those."""
+    """A sweep's directory stands for its trials, grouped by their flags.
+
+    If only its joined tables exist, these are used."""
     sweep = made(tmp_path / "sweep", (1, 5), seeds=(0, 1))
     assert groups(sweep) == {"cql_alpha 1": 2, "cql_alpha 5": 2}
     for alpha in (1, 5):
@@ -192,7 +198,7 @@ def test_a_sweeps_directory(tmp_path):
         made(sweep / f"cql_alpha_{alpha}", (alpha,), (0, 1), qf_lr=alpha / 10)
     expected = {"qf_lr 0.1, cql_alpha 1": 2, "qf_lr 0.5, cql_alpha 5": 2}
     assert groups(sweep) == expected
-    for name in ("evaluations.csv", "metrics.csv"):  # as below wandb's agents
+    for name in ("evaluations.csv", "metrics.csv"):  # a wandb sweep has no joined tables
         (sweep / name).unlink()
     assert groups(sweep) == expected
 
@@ -207,7 +213,9 @@ def test_table(tmp_path):
 
 
 def test_runs_that_stopped_early(tmp_path):
-    """Drawn as far as they came, in the table only counted; so is one without any."""
+    """A stopped run is drawn until it stopped, and the table only counts it.
+
+    The table also counts a run without any evaluation."""
     directory = made(tmp_path / "one", (1,), discount=1)
     config = json.loads((directory / "config.yaml").read_text())
     config["seed"] = [0, 1, 2, 3, 4, 5]
@@ -227,7 +235,10 @@ def test_runs_that_stopped_early(tmp_path):
 
 
 def lines_drawn(monkeypatch):
-    """By file name, the means of each panel, without single seeds and error bars."""
+    """Collect the lines of means that plot.save gets.
+
+    The result has by file name a list for each panel. Lines of single seeds and error
+    bars are not collected."""
     drawn = {}
 
     def spy(figure, path):
@@ -262,9 +273,9 @@ def test_what_is_drawn(tmp_path, monkeypatch, capsys):
     (curves,) = drawn["curves.png"]
     assert xs(curves)[:2] == [[10, 20, 30, 40]] * 2
     assert ys(curves) == [[12, 22, 32, 42], [17, 27, 37, 47], [30, 30]]
-    q, above, gap = drawn["drift.png"]
+    q, difference, gap = drawn["drift.png"]
     assert ys(q) == [[27, 37, 47, 57]] * 2
-    assert ys(above) == [[25, 35, 45, 55], [-1] * 4] * 2  # the policy's, uniform ones
+    assert ys(difference) == [[25, 35, 45, 55], [-1] * 4] * 2  # policy, then uniform
     assert ys(gap) == [[-2] * 4] * 2
     scores, ends = drawn["weights.png"]
     assert ys(scores) == [[32, 37]]
@@ -280,7 +291,7 @@ def test_what_is_drawn(tmp_path, monkeypatch, capsys):
     assert pd.read_csv(out / "table.csv")["last three"].tolist() == [32, 37]
 
 
-def test_a_colour_for_each_other_setting_against_the_weight(tmp_path, monkeypatch):
+def test_other_flags_have_different_colors_in_weights_png(tmp_path, monkeypatch):
     drawn = lines_drawn(monkeypatch)
     directories = []
     for qf_lr in (1, 2):
@@ -293,7 +304,9 @@ def test_a_colour_for_each_other_setting_against_the_weight(tmp_path, monkeypatc
 
 
 def test_diverged_runs(tmp_path, monkeypatch):
-    """Q where it was a number last; one that was never evaluated is left out."""
+    """The final Q of a diverged run is its last one that is not NaN.
+
+    A run that was never evaluated is left out."""
     drawn = lines_drawn(monkeypatch)
     directory = made(tmp_path / "run", (0, 5), (0, 1))
     table = pd.read_csv(directory / "metrics.csv")
@@ -312,7 +325,7 @@ def test_diverged_runs(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("error")
 def test_steps_without_a_number(tmp_path, monkeypatch):
-    """Of all seeds Q is NaN once, of all the gap always: gaps in the lines."""
+    """A step at which all seeds are NaN is missing in the line, without a warning."""
     drawn = lines_drawn(monkeypatch)
     directory = made(tmp_path / "run", (0, 5))
     table = pd.read_csv(directory / "metrics.csv")
@@ -337,7 +350,7 @@ def test_steps_are_named(tmp_path):
 
 
 def test_scales(tmp_path):
-    """Logarithmic only where something runs away."""
+    """The axis is logarithmic only if the largest value is far above the median."""
     figure, panel = plot.plt.subplots()
     plot.choose_scale(panel, pd.DataFrame({"q": [-3, 0, 900, 1200]}))
     assert panel.get_yscale() == "linear"
@@ -346,12 +359,12 @@ def test_scales(tmp_path):
     plot.plt.close(figure)
 
 
-def test_without_scores_returns_count(tmp_path):
+def test_returns_are_shown_if_a_score_is_missing(tmp_path):
     directory = made(tmp_path / "run", alphas=(1,))
     table = pd.read_csv(directory / "evaluations.csv")
     table.loc[3, "d4rl_normalized_score"] = np.nan
     table.to_csv(directory / "evaluations.csv", index=False)
-    (directory / "metrics.csv").unlink()  # of a run of no updates
+    (directory / "metrics.csv").unlink()  # a run without updates has no metrics
     assert plot.main([str(directory), "--out", str(tmp_path / "out")]) == 0
     table = pd.read_csv(tmp_path / "out" / "table.csv")
     assert table["measure"].tolist() == ["return_mean"]
@@ -359,7 +372,7 @@ def test_without_scores_returns_count(tmp_path):
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"curves.png"}
 
 
-def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
+def test_invalid_input_gives_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     made(Path("run"))
     Path("empty").mkdir()
@@ -373,16 +386,16 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
     (Path("broken") / "config.yaml").write_text("a: [1,\n")
     Path("file").touch()
     cases = {
-        "empty: no evaluations.csv there": ["empty"],
-        "nothing: no evaluations.csv there": ["nothing"],
+        "empty: no evaluations.csv; pass a run": ["empty"],
+        "nothing: no evaluations.csv; pass a run": ["nothing"],
         "begun: no evaluations yet": ["begun"],
-        "a directory twice": ["run", "run/"],
-        "foreign/evaluations.csv: not a table of cql.py's": ["foreign"],
-        "short/evaluations.csv: not a table of cql.py's": ["short"],
-        "blank/config.yaml: not a config of cql.py's": ["blank"],
-        "broken/config.yaml: not a config of cql.py's": ["broken"],
+        "run: given twice; pass each directory once": ["run", "run/"],
+        "foreign/evaluations.csv: column step is missing": ["foreign"],
+        "short/evaluations.csv: column seed is missing": ["short"],
+        "blank/config.yaml: not a mapping; expected a config": ["blank"],
+        "broken/config.yaml: not a mapping; expected a config": ["broken"],
         "--out file: .*exists": ["run", "--out", "file"],
-        "unrecognized arguments: --colour": ["run", "--colour"],
+        "unrecognized arguments: --color": ["run", "--color"],
     }
     before = sorted(tmp_path.rglob("*"))
     for words, argv in cases.items():
