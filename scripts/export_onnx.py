@@ -1,12 +1,13 @@
-"""Write a trained policy as ONNX, for use without Python or torch.
+"""Export a trained policy to ONNX, for use without Python or PyTorch.
 
     pip install onnx==1.23.2 onnxscript==0.7.2
     python scripts/export_onnx.py runs/quick policy.onnx
 
-Input `observation` [n, O], raw, float32; output `action` [n, ...], for the
-environment: what cql.load_policy returns, normaliser and bounds included,
-deterministic; of a stacked run `--run 1` takes the second policy. The graph is
-traced from the agent's own `choose`, so it holds whatever layers cql.py has.
+The input `observation` holds raw observations, float32 [n, O]. The output
+`action` [n, ...] is the deterministic action for the environment, as
+cql.load_policy returns it. Normalization and action bounds are in the graph.
+`--run 1` exports the second policy of a stacked run. The graph is traced from
+the agent's own forward pass, so it includes any layers that cql.py has.
 """
 
 import argparse
@@ -25,7 +26,9 @@ import cql
 
 
 class RunPolicy(nn.Module):
-    """One run of a stacked agent: raw observations [n, O] -> actions [n, ...]."""
+    """Policy of one run of a stacked agent.
+
+    It maps raw observations [n, O] to environment actions [n, ...]."""
 
     def __init__(self, agent: cql.Agent, run: int):
         super().__init__()
@@ -39,17 +42,21 @@ class RunPolicy(nn.Module):
     def forward(self, observation: torch.Tensor) -> torch.Tensor:
         actions = self.agent.choose(observation.unsqueeze(0)).squeeze(0)  # [n, A]
         if actions.is_floating_point() and self.kind.kind in "iu":
-            actions = actions.round()  # as Task.to_environment
+            actions = actions.round()  # as Task.to_environment does
         return actions.reshape(-1, *self.shape).to(getattr(torch, self.kind.name))
 
 
 def export(checkpoint: str, path: str, run: int = 0) -> None:
-    """Raises cql.UserError for a checkpoint or run that is not there."""
+    """Write the policy of a checkpoint to an ONNX file.
+
+    Raises cql.UserError if the checkpoint, the run or the directory of the file does not
+    exist."""
     policy = cql.load_policy(checkpoint, run)
     if not Path(path).absolute().parent.is_dir():
-        raise cql.UserError(f"{path}: no such directory")
+        raise cql.UserError(f"{path}: no such directory; create it first")
     example = torch.zeros(2, policy.task.observation_dim)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision
+    # torch.onnx warns that torchvision is not installed; it is not needed.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(action="ignore", category=FutureWarning):
         torch.onnx.export(
             RunPolicy(policy.agent, run).eval(),
@@ -65,26 +72,28 @@ def export(checkpoint: str, path: str, run: int = 0) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage."""
+    """Argument parser that raises UserError with one line, without the usage text."""
 
     def error(self, message: str):
         raise cql.UserError(message)
 
 
 def parse(argv: Optional[List[str]]) -> argparse.Namespace:
-    """The options. Raises cql.UserError."""
+    """Return the parsed options. Raises cql.UserError for invalid ones."""
     parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("checkpoint", help="a run's directory or a checkpoint")
-    add("path", help="the .onnx file to write")
-    add("--run", type=int, default=0, help="of a stacked run's policies")
+    add("checkpoint", help="directory of a run, or a checkpoint")
+    add("path", help=".onnx file to write")
+    add("--run", type=int, default=0, help="index of the policy in a stacked run")
     return parser.parse_args(argv)
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line and return its exit status.
+
+    The status is 0 when done, 2 for invalid input or a missing package."""
     try:
         options = parse(argv)
         export(options.checkpoint, options.path, options.run)
