@@ -1,11 +1,12 @@
-"""Where the seconds of a run go.
+"""Measure where the seconds of a run go.
 
     python benchmarks/breakdown.py
     python benchmarks/breakdown.py --out ant.csv --config_path configs/ant.yaml
 
-Starts the run (the quickstart, if no flag of cql.py is given) in this process with a
-clock around its parts, on a CPU (where a call ends when its work does). Prints seconds
-and shares; what no clock saw is `the rest`. A part inside another counts for itself.
+Runs cql.py with these flags (the quickstart without any) in this process, with a clock
+around its parts. The run is on a CPU, where a call ends when its work does. Prints the
+seconds and the share of each part, without the parts inside it; `the rest` is outside
+all of them.
 """
 
 import argparse
@@ -27,7 +28,7 @@ seconds, running = {"imports": time.perf_counter() - START}, []
 
 
 def clocked(owner, name: str, label: str) -> None:
-    """Replace owner.name by one that adds its own time to the label's."""
+    """Replace owner.name by a function that adds its own time to the label's."""
     function = getattr(owner, name)
 
     @functools.wraps(function)
@@ -50,10 +51,11 @@ PARTS = (
     (cql, "load", "data and environment"),
     (cql.Replay, "sample", "batches"),
     (cql.Agent, "draw", "noise"),
-    (cql, "sample_actions", "policy, forward"),
-    (cql, "actor_loss", "actor's loss, forward"),
-    (cql, "td_target", "TD target"),
-    (cql, "critic_loss", "critics' loss, forward"),
+    (cql.ContinuousCQL, "sample", "policy, forward"),
+    (cql.ContinuousCQL, "q_values", "Q for actor and target"),
+    (cql.ContinuousCQL, "critic_loss", "critics' losses, forward"),
+    (cql.ContinuousCQL, "losses", "the rest of the losses"),
+    (cql.DiscreteCQL, "losses", "losses, discrete actions"),
     (torch.Tensor, "backward", "backward"),
     (torch.optim.Adam, "step", "Adam"),
     (torch, "_foreach_lerp_", "target networks"),

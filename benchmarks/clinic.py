@@ -3,11 +3,11 @@
     python benchmarks/clinic.py log.csv          # the README's example begins so
     python benchmarks/clinic.py --judge runs/clinic
 
-A patient's pulse rises by itself and falls with the hourly dose, the reward is highest
-at a pulse of 75, and above 130 or below 40 the patient dies. The log's doses are random.
-`--judge` treats new patients by each policy of a run, and prints the mean discounted
-return and the share that died in the first day, beside the value that fitted Q
-evaluation gave the policy from the log alone.
+A patient's pulse rises by itself and falls with the hourly dose. The reward is highest
+at a pulse of 75. Above 130 or below 40 the patient dies. The log's doses are random.
+`--judge` reads the values that scripts/judge.py wrote to runs/clinic/judge.csv. It
+treats new patients by each of these policies, and prints the mean discounted return
+and the share that died in the first day beside the value from the log alone.
 """
 
 import argparse
@@ -74,17 +74,20 @@ def play(policy, discount: float):
     return returns.mean(), returns.std(ddof=1) / math.sqrt(JUDGED), dead
 
 
-def judge(directory: str, out: str) -> None:
+def judge(path: Path, out: str) -> None:
+    """Write the true return of each policy in judge.csv beside its value."""
     import cql
 
-    with open(f"{directory}/fqe.csv", newline="") as file:
-        last = {int(row["run"]): row for row in csv.DictReader(file)}
+    with open(path, newline="") as file:
+        last = {}
+        for row in csv.DictReader(file):
+            last[row["checkpoint"], row["run"]] = row
     table = []
-    for run, row in last.items():
-        policy = cql.load_policy(directory, run)
+    for (checkpoint, run), row in last.items():
+        policy = cql.load_policy(checkpoint, int(run))
         truth, error, dead = play(policy, policy.agent.config.discount)
         value = float(row["discounted_return"])
-        text = f"seed {row['seed']}  cql_alpha {row['cql_alpha']:4}  fqe {value:6.2f}"
+        text = f"seed {row['seed']}  cql_alpha {row['cql_alpha']:5}  fqe {value:6.2f}"
         print(f"{text}  true {truth:6.2f} +- {error:.2f}  died {dead:.1%}")
         keys = [row["seed"], row["cql_alpha"], row["discounted_return"]]
         numbers = [truth, error, dead]
@@ -100,15 +103,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("log", nargs="?", default="log.csv", help="the table to write")
-    parser.add_argument("--judge", metavar="DIR", help="a run whose policies to judge")
-    parser.add_argument("--out", default="clinic-judged.csv", help="its table")
+    text = "judge.csv of scripts/judge.py, or the directory that holds it"
+    parser.add_argument("--judge", type=Path, metavar="PATH", help=text)
+    text = "table of true returns that --judge writes"
+    parser.add_argument("--out", default="clinic-judged.csv", help=text)
     options = parser.parse_args()
     if options.judge:
-        if not Path(options.judge, "fqe.csv").exists():
-            parser.error(
-                f"{options.judge}: no fqe.csv there; pass --fqe_updates to cql.py"
-            )
-        judge(options.judge, options.out)
+        path = options.judge
+        if path.is_dir():
+            path = path / "judge.csv"
+        if not path.is_file():
+            hint = f"python scripts/judge.py {path.parent} --out {path.parent} writes it"
+            parser.error(f"{path}: does not exist; {hint}")
+        judge(path, options.out)
     else:
         write_log(options.log)
 

@@ -84,20 +84,15 @@ def read_data(directories: list):
     return arrays, ends, task, [about[0][f"ref_{end}_score"] for end in ("min", "max")]
 
 
-@torch.no_grad()
 def probe_run(directory: str, observations, actions) -> None:
-    """Print Q of the data for each run of cql.py in a directory."""
+    """Print the mean Q of the data for each run in a directory of cql.py."""
     sys.path.insert(0, str(ROOT))
     import cql
 
     agent = cql.load_policy(directory).agent
-    states = (
-        torch.tensor(observations) - agent.observation_mean
-    ) / agent.observation_std
-    states = states.expand(len(agent.runs), -1, -1)
-    actions = agent.unit_actions(torch.tensor(actions)).unsqueeze(1)
-    q = agent.critic(states, actions.expand(len(agent.runs), -1, -1, -1))
-    q = q.mean((1, 2, 3)).tolist()
+    n_runs = len(agent.runs)
+    q = agent.q(np.stack([observations] * n_runs), np.stack([actions] * n_runs))
+    q = q.mean((1, 2)).tolist()  # [R, N, n] -> [R]
     print(f"Q {' '.join(f'{x:.1f}' for x in q)}, mean {np.mean(q):.1f}")
 
 

@@ -1,18 +1,19 @@
-"""d3rlpy's fitted Q evaluation of a policy of cql.py, for comparison.
+"""Evaluate a policy of cql.py by d3rlpy's fitted Q evaluation, for comparison.
 
     python cql.py --env datasets/hopper-medium-small-v0 --n_critics 1 --hidden_dim 64 \\
         --q_n_hidden_layers 2 --cql_n_actions 4 --cql_backward_actions 1 \\
         --cql_alpha 20 --policy_lr 1e-4 --qf_lr 1e-3 --max_timesteps 3000 \\
         --resume runs/judged
-    for seed in 0 1 2; do python cql.py --load_model runs/judged --max_timesteps 0 \\
-        --seed $seed --fqe_updates 10000 --qf_lr 3e-4 --soft_target_update_rate 1 \\
-        --target_update_period 100 --resume runs/judged-$seed; done
+    for seed in 0 1 2; do python scripts/judge.py runs/judged --seed $seed \\
+        --n_critics 1 --hidden_dim 64 --lr 3e-4 --soft_target_update_rate 0.01 \\
+        --out runs/judged/judge-$seed.csv; done
     OTHER_ENV/bin/python benchmarks/fqe.py runs/judged --updates 10000 --seeds 0 1 2
 
-OTHER_ENV holds d3rlpy 2.8.1. Alike are policy, data, standardized observations, sizes,
-batches, Adam and its rate, discount, one critic, and targets copied every 100 updates.
-d3rlpy begins with torch's own weights, does not clip its target, and leaves out the last
-step before a time limit. Written is the mean of Q(s0, pi(s0)) over the data's episodes.
+OTHER_ENV holds d3rlpy 2.8.1. The policy, the data, standardized observations, network
+sizes, batch size, Adam and its learning rate, the discount and one critic are the same
+for both. Different are the targets: d3rlpy copies them every 100 updates and does not
+clip them, and it leaves out the last step before a time limit. The value is the mean
+of Q(s0, pi(s0)) over the episodes of the data.
 """
 
 import argparse
@@ -24,8 +25,10 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import parity
-from parity import d3rlpy  # None where it is missing
+import compare
+from compare import d3rlpy  # None where it is missing
+
+DATA = Path(__file__).resolve().parents[1] / "datasets/hopper-medium-small-v0"
 
 
 class Policy:
@@ -39,25 +42,26 @@ class Policy:
 
     @torch.no_grad()
     def predict_best_action(self, x: torch.Tensor) -> torch.Tensor:
-        n_layers = sum(name.startswith("policy.layers") for name in self.state) // 2
-        for i in range(n_layers):
-            weight = self.state[f"policy.layers.{i}.weight"][0]
-            x = x @ weight + self.state[f"policy.layers.{i}.bias"][0]
-            if i < n_layers - 1:
+        names = [name for name in self.state if name.startswith("policy.net")]
+        weights = [name for name in names if name.endswith("weight")]
+        for name in weights:  # in the order of the layers
+            weight = self.state[name][0]
+            bias = self.state[name.replace("weight", "bias")][0]
+            x = x @ weight.T + bias
+            if name != weights[-1]:
                 x = x.relu()
         return x.chunk(2, dim=-1)[0].tanh()
 
     def standardize(self, observations: np.ndarray) -> np.ndarray:
-        mean = self.state["observation_mean"].numpy()
-        return ((observations - mean) / self.state["observation_std"].numpy()).astype(
-            "f4"
-        )
+        mean = self.state["units.observation_mean"].numpy()
+        std = self.state["units.observation_std"].numpy()
+        return ((observations - mean) / std).astype("f4")
 
 
 def evaluate(policy: Policy, updates: int, seed: int, hidden: int) -> float:
-    """The value at the first observations, after so many updates."""
+    """Return the value at the first observations after so many updates."""
     d3rlpy.seed(seed)
-    arrays, ends, _ = parity.read_data()
+    arrays, ends, *_ = compare.read_data([DATA])
     arrays["observations"] = policy.standardize(arrays["observations"])
     dataset = d3rlpy.dataset.MDPDataset(**arrays, **ends)
     encoder = d3rlpy.models.VectorEncoderFactory([hidden, hidden])

@@ -1,24 +1,26 @@
-"""All that wants a GPU, in nine minutes.
+"""Run every GPU measurement within nine minutes.
 
     python benchmarks/gpu.py --out gpu --minutes 9
+    git show bd30250:cql.py > OLD.py
+    python benchmarks/gpu.py --out gpu --old OLD.py --parts speed old
 
-Needs what the tests need (requirements-dev.txt). One after the other, each within its
-share of the time, so that all have their turn:
+Needs the packages of the tests (requirements-dev.txt). The parts run one after another,
+each within its share of the time:
 
-    tests.txt      the tests of graphs, noise and devices
-    speed.csv      one process: updates a second, kernels of an update and how long
-                   they are busy, of 1, 4 and 16 runs at CORL's sizes, in tf32: exact,
-                   with the sampled gradient, with 64 penalized states; the last two
-                   compiled too
-    stacked/       16 runs on the quickstart's data at CORL's sizes, compiled
-    run/           one run likewise, towards a million updates with 200 evaluations;
-                   both are stopped when their time is up. timing.csv has rates, and the
-                   seconds of evaluations
+    tests      tests.txt: the tests of graphs, noise and devices
+    speed      speed.csv: updates per second, kernels of an update and how long they are
+               busy, with 1, 4 and 16 runs at CORL's sizes in tf32: the exact gradient,
+               the sampled one, 64 penalized states; compiled and not
+    old        old.csv: the same with an older cql.py, --old: that of commit bd30250, or
+               one with the same functions. Ratios are printed at the end
+    stacked    stacked/: 16 runs on the quickstart's data at CORL's sizes, compiled
+    run        run/: one such run, towards a million updates with 200 evaluations. Both
+               are stopped when their time is up; timing.csv has the rates and how long
+               evaluations took
 """
 
 import argparse
 import csv
-import itertools
 import os
 import signal
 import subprocess
@@ -35,16 +37,21 @@ FLAGS = {
     "k1": {"cql_backward_actions": 1},
     "k1-s64": {"cql_backward_actions": 1, "cql_states": 64},
 }
+# Case, runs, compiled or not: first what matters most, because time may run out.
+CASES = [(name, runs, False) for runs in (1, 16) for name in FLAGS]
+CASES += [(name, runs, True) for name in ("k1", "exact", "k1-s64") for runs in (1, 16)]
+CASES += [(name, 4, False) for name in FLAGS]
+PRECISIONS = {"cuda": "tf32", "cpu": "fp32"}
+SHARES = {"tests": 4, "speed": 7, "old": 7, "stacked": 3, "run": 4}
 RUN = (
     "cql.py --env datasets/hopper-medium-small-v0 --max_timesteps 1000000 "
-    "--eval_freq 5000 --precision tf32 --cql_backward_actions 1 --compile true "
-    "--device cuda"
+    "--eval_freq 5000 --cql_backward_actions 1 --compile true"
 ).split()
 
 
 def within(seconds: float, path: Path, *command: str) -> None:
-    """Run a Python command for so long at most; its output goes to the path. A SIGTERM
-    lets it save."""
+    """Run a Python command for so many seconds at most, with its output in the path. At
+    the end a SIGTERM lets it save."""
     print(f"{path.name}: {' '.join(command)}", flush=True)
     with open(path, "w") as file:
         process = subprocess.Popen(
@@ -67,21 +74,25 @@ def within(seconds: float, path: Path, *command: str) -> None:
     print(f"  ended with {status}:", *last, sep="\n  ", flush=True)
 
 
-def measure(path: Path, device: str, precision: str) -> None:
-    """speed.csv: of each case three rounds, after the graph's capture; then the kernels
-    of each, since the profiler slows what comes after it."""
+def measure(path: Path, device: str, file: Path, seconds: float) -> None:
+    """Write a table of three rounds of each case, after the graph's capture. The kernels
+    are counted at the end, because the profiler slows what comes after it. No case
+    begins in the last quarter of the time."""
     import torch
     from speed import Case, cql_py
 
+    end = time.monotonic() + 0.75 * seconds
+    precision = PRECISIONS[device]
     gpu = torch.cuda.get_device_name() if device == "cuda" else ""
-    cases = [(*each, False) for each in itertools.product(FLAGS, (1, 4, 16))]
-    cases += [(name, n, True) for name in ("k1", "k1-s64") for n in (1, 16)]
     rows, steps = [], []
-    for name, n_runs, compiled in cases:
+    for name, n_runs, compiled in CASES:
+        if time.monotonic() > end:
+            break
+        torch._dynamo.reset()  # it compiles the same code for a few agents only
         flags = {**FLAGS[name], "precision": precision, "compile": compiled}
         case = Case(n_runs=n_runs, loading=True, flags=flags)
         start = time.perf_counter()
-        version, _, step = cql_py(case, device)
+        version, _, step = cql_py(case, device, file)
         seconds = timed(step, 10) / 10  # captured at the third
         started = time.perf_counter() - start
         updates = max(5, round(0.4 / seconds))
@@ -99,6 +110,26 @@ def measure(path: Path, device: str, precision: str) -> None:
         for row in rows[3 * i : 3 * i + 3]:
             row.update(counts)
         write(path, rows)
+
+
+def rates(path: Path) -> dict:
+    """Return the middle of each case's rounds."""
+    found = {}
+    with open(path) as file:
+        for row in csv.DictReader(file):
+            case = row["case"], row["runs"], row["compiled"]
+            found.setdefault(case, []).append(float(row["updates_per_s"]))
+    return {case: sorted(rounds)[len(rounds) // 2] for case, rounds in found.items()}
+
+
+def compare(new: Path, old: Path) -> None:
+    """Print the ratios of the cases that both tables have."""
+    of_old = rates(old)
+    print("| case | runs | compiled | cql.py | older | ratio |\n" + "|---" * 6 + "|")
+    for case, rate in rates(new).items():
+        if case in of_old:
+            numbers = f"{rate:.4g} | {of_old[case]:.4g} | {rate / of_old[case]:.3f}"
+            print(f"| {' | '.join(case)} | {numbers} |", flush=True)
 
 
 def write(path: Path, rows: list) -> None:
@@ -138,34 +169,66 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("gpu"))
-    parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("gpu"), help="the directory to write")
+    add("--minutes", type=float, default=9.0, help="time for all parts")
+    add("--old", type=Path, help="an older cql.py to compare with")
+    add("--parts", nargs="+", choices=SHARES, help="some of the parts; all by default")
+    add(
+        "--device",
+        default="cuda",
+        help="cpu tries the script without a GPU",
+        choices=PRECISIONS,
+    )
+    # In a process of its own, which takes --minutes too:
+    add("--measure", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        return measure(options.out, *options.measure)
+        seconds = 60 * options.minutes
+        return measure(options.out, options.device, options.measure, seconds)
     try:
         import torch
         import xdist  # noqa: F401  # pytest's; the first part would fail without it
     except ImportError as error:
         parser.error(f"{error}: pip install -r requirements-dev.txt")
-    if not torch.cuda.is_available():
-        parser.error("there is no GPU here")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no GPU here; --device cpu tries the script")
+    if options.old and not options.old.is_file():
+        parser.error(f"--old {options.old}: no such file; the docstring has the command")
     os.environ["WANDB_MODE"] = "disabled"
     out = options.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + 60 * options.minutes - 25  # left for the last to save
-    share = (end - time.monotonic()) / 20
+
     tests = ["-m", "pytest", "-q", "-n", "8", *TESTS, "gpu or graph or block or device"]
-    within(5 * share, out / "tests.txt", *tests)
-    table = str(out / "speed.csv")
-    arguments = ["--measure", "cuda", "tf32", "--out", table]
-    within(6 * share, out / "speed.txt", "benchmarks/gpu.py", *arguments)
     seeds = ["--seed", str(list(range(16)))]
-    stacked = [*RUN, *seeds, "--resume", str(out / "stacked")]
-    within(3 * share, out / "stacked.txt", *stacked)
-    left = max(30.0, end - time.monotonic())
-    within(left, out / "run.txt", *RUN, "--resume", str(out / "run"))
+    device = ["--device", options.device]
+    run = [*RUN, *device, "--precision", PRECISIONS[options.device], "--resume"]
+
+    def measurement(file: Path, table: str) -> list:
+        words = ["benchmarks/gpu.py", "--measure", file.absolute(), "--out", out / table]
+        return [*map(str, words), *device]
+
+    commands = {
+        "tests": tests,
+        "speed": measurement(ROOT / "cql.py", "speed.csv"),
+        "old": measurement(options.old or ROOT, "old.csv"),
+        "stacked": [*run, str(out / "stacked"), *seeds],
+        "run": [*run, str(out / "run")],
+    }
+    parts = [part for part in SHARES if part in (options.parts or SHARES)]
+    if not options.old:
+        parts = [part for part in parts if part != "old"]
+    end = time.monotonic() + 60 * options.minutes - 25  # left for the last to save
+    for i, part in enumerate(parts):
+        # A part gets its share of what the parts before it have left.
+        left = sum(SHARES[each] for each in parts[i:])
+        seconds = (end - time.monotonic()) * SHARES[part] / left
+        command = commands[part]
+        if part in ("speed", "old"):
+            command += ["--minutes", f"{seconds / 60:.3f}"]
+        within(max(5.0, seconds), out / f"{part}.txt", *command)
+    if "old" in parts and (out / "speed.csv").exists() and (out / "old.csv").exists():
+        compare(out / "speed.csv", out / "old.csv")
 
 
 if __name__ == "__main__":

@@ -1,34 +1,34 @@
-"""How well policies are chosen without a simulator, over a product of cql_alpha.
+"""Measure how well policies are chosen without a simulator, over values of cql_alpha.
 
     python cql.py --config_path configs/quickstart.yaml --seed '[0,1]' \\
-        --cql_alpha '[0,1,5,20,50,200]' --fqe_updates 30000 --resume runs/alphas
-    python benchmarks/judge.py runs/alphas --episodes 100 --out judged
+        --cql_alpha '[0,1,5,20,50,200]' --resume runs/alphas
+    python scripts/judge.py runs/alphas --out runs/alphas
+    python benchmarks/judge.py runs/alphas/judge.csv --episodes 100 --out judged
     python benchmarks/judge.py --figure judge.png judged.csv [more.csv ...]
 
-Each policy's true discounted return is the mean over so many episodes in the data's
-environment. Beside it stand five ways to choose without one: the value of fitted Q
-evaluation (fqe.csv), the same without the runs whose Q ran away in training (of which
-cql.py then warned), the final Q of the policy's actions, the final gap (the smallest)
-and chance. Of each way:
+The true discounted return of a policy is the mean over so many episodes in the data's
+environment. It is compared with five ways to choose without one: the value of fitted
+Q evaluation (scripts/judge.py's table), the same without runs whose Q diverged in
+training (cql.py warned of them), the final Q of the policy's actions, the smallest
+final gap, and chance. For each way:
 
     rank      Spearman's correlation with the true discounted return, over the
               policies that the way does not leave out
-    regret    (best - chosen) / (best - worst), of true returns, over all
-    episodes  how many real ones a bandit needs for as good a choice: UCB1 over all
-              policies, first one episode of each in random order, chosen is the one
-              of highest mean; the first n at which the mean regret of 500
-              resamplings is as low, or 0.01
+    regret    (best - chosen) / (best - worst), of true returns, over all policies
+    episodes  number of real episodes that a bandit needs for as good a choice. The
+              bandit is UCB1 over all policies, after one episode of each in random
+              order, and chooses the highest mean. The number is the first at which
+              the mean regret of 500 resamplings is as low, or 0.01
 
-Runs that diverged are left out. Writes judged.csv, a row a policy, and judged-ways.csv,
-a row a way. The figure shows value against true return of such policies, a panel a
-table.
+Writes judged.csv, a row for each policy, and judged-ways.csv, a row for each way. The
+figure shows value against true return, one panel for each judged.csv.
 """
 
 import argparse
 import math
 import sys
 from pathlib import Path
-from typing import Dict, List, Tuple
+from typing import List, Tuple
 
 import numpy as np
 import pandas as pd
@@ -38,12 +38,19 @@ import cql
 
 RESAMPLINGS = 500
 MOST_PULLS = 2000
-NEGLIGIBLE = 0.01  # a regret; a bandit has none only when no resampling errs
+NEGLIGIBLE = 0.01  # regret; a bandit's is 0 only if no resampling errs
+NOT_AWAY = "fqe, where Q did not run away"  # column of judged.csv
 
 
-def true_returns(directory: Path, runs: List[int], episodes: int) -> np.ndarray:
-    """Discounted returns [runs, episodes] of these runs' deterministic policies."""
-    policy = cql.load_policy(directory, runs[0])
+def last_rows(path: Path, keys: List[str]) -> pd.DataFrame:
+    """Return the last row of each policy in a table, in the order of the table."""
+    return pd.read_csv(path).groupby(keys, sort=False).tail(1).set_index(keys)
+
+
+def true_returns(checkpoint: str, runs: List[int], episodes: int) -> np.ndarray:
+    """Return discounted returns [runs, episodes] of a checkpoint's deterministic
+    policies."""
+    policy = cql.load_policy(checkpoint, runs[0])
     config = policy.agent.config
     config.n_episodes = episodes
     env = cql.make_env(config, policy.task)
@@ -55,25 +62,13 @@ def true_returns(directory: Path, runs: List[int], episodes: int) -> np.ndarray:
     return returns
 
 
-def last_rows(path: Path) -> pd.DataFrame:
-    """Each run's last row, by run."""
-    return pd.read_csv(path).groupby("run").tail(1).set_index("run").sort_index()
-
-
-def estimates(directory: Path, runs: List[int]) -> Dict[str, np.ndarray]:
-    """What each way to choose thinks of each of the runs; the largest is chosen, NaN is
-    not."""
-    metrics = last_rows(directory / "metrics.csv").loc[runs]
-    values = last_rows(directory / "fqe.csv")
+def training_metrics(checkpoint: str, runs: List[int]) -> pd.DataFrame:
+    """Return the final Q of the policy's actions and the final gap of each run."""
+    path = Path(checkpoint).parent / "metrics.csv"
+    metrics = last_rows(path, ["run"]).loc[runs]
     q = metrics.filter(regex=r"^cql_q\d+_current_actions$").mean(axis=1)
     gap = metrics.filter(regex=r"^cql_qf\d+_diff$").mean(axis=1)
-    ran_away = np.array(cql.read_checkpoint(directory)["warned"])[runs]
-    return {
-        "fqe": values["value"].to_numpy(),
-        "fqe, where Q did not run away": values["value"].mask(ran_away).to_numpy(),
-        "final Q of the policy": q.to_numpy(),
-        "smallest gap": -gap.to_numpy(),
-    }
+    return pd.DataFrame({"q": q, "gap": gap})
 
 
 def regret_of(chosen: int, means: np.ndarray) -> float:
@@ -81,7 +76,7 @@ def regret_of(chosen: int, means: np.ndarray) -> float:
 
 
 def bandit_regrets(returns: np.ndarray) -> np.ndarray:
-    """Mean regret [MOST_PULLS] of UCB1's choice after each number of pulls."""
+    """Return the mean regret [MOST_PULLS] of UCB1's choice after each pull."""
     means = returns.mean(axis=1)
     scaled = (returns - returns.min()) / np.ptp(returns)
     n_arms, n_episodes = returns.shape
@@ -104,16 +99,27 @@ def bandit_regrets(returns: np.ndarray) -> np.ndarray:
     return regrets / RESAMPLINGS
 
 
-def judge(directory: Path, episodes: int) -> Tuple[List[dict], pd.DataFrame]:
-    """A row for each way to choose, and one for each policy."""
-    ended = cql.read_checkpoint(directory)["diverged"]
-    runs = [run for run, step in enumerate(ended) if step < 0]
-    returns = true_returns(directory, runs, episodes)
+def judge(path: Path, episodes: int) -> Tuple[List[dict], pd.DataFrame]:
+    """Return a row for each way to choose, and one for each policy of judge.csv."""
+    judged = last_rows(path, ["checkpoint", "run"])
+    returns = []
+    metrics = []
+    for checkpoint in judged.index.unique("checkpoint"):
+        runs = judged.loc[checkpoint].index.tolist()
+        returns.append(true_returns(checkpoint, runs, episodes))
+        metrics.append(training_metrics(checkpoint, runs))
+    returns = np.concatenate(returns)
+    metrics = pd.concat(metrics)
     means = returns.mean(axis=1)
     bandit = bandit_regrets(returns)
-    thought = estimates(directory, runs)
-    policies = last_rows(directory / "fqe.csv")
-    policies = policies[["seed", "cql_alpha", "value", "value_error"]]
+    # What each way thinks of each policy: the largest is chosen, NaN never.
+    thought = {
+        "fqe": judged["value"].to_numpy(),
+        NOT_AWAY: judged["value"].mask(judged["ran_away"] == 1).to_numpy(),
+        "final Q of the policy": metrics["q"].to_numpy(),
+        "smallest gap": -metrics["gap"].to_numpy(),
+    }
+    policies = judged[["seed", "cql_alpha", "value", "value_error"]].reset_index()
     policies = policies.assign(true=means, **thought)
     policies["true_error"] = returns.std(axis=1, ddof=1) / math.sqrt(episodes)
     rows = []
@@ -132,7 +138,7 @@ def judge(directory: Path, episodes: int) -> Tuple[List[dict], pd.DataFrame]:
 
 
 def draw(tables: List[Path], path: Path) -> None:
-    """Value against true return; hollow where Q ran away."""
+    """Draw value against true return, with hollow points where Q diverged."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
     import plot
 
@@ -148,7 +154,7 @@ def draw(tables: List[Path], path: Path) -> None:
         shades = plt.colormaps["viridis"](np.linspace(0, 0.95, len(alphas)))
         for alpha, shade in zip(alphas, shades):
             rows = policies[policies["cql_alpha"] == alpha]
-            held = rows["fqe, where Q did not run away"].notna()
+            held = rows[NOT_AWAY].notna()
             style = {"color": shade, "linestyle": "", "ms": 6}
             for part, face in (rows[held], shade), (rows[~held], "none"):
                 panel.plot(part["true"], part["value"], "o", mfc=face, **style)
@@ -163,7 +169,7 @@ def draw(tables: List[Path], path: Path) -> None:
         panel.set_xlabel("true discounted return")
     panels[0, 0].set_ylabel("value by fitted Q evaluation")
     style = {"mfc": "none", "color": "0.3", "linestyle": "", "ms": 6}
-    (lines["Q ran away in training"],) = panels[0, 0].plot([], [], "o", **style)
+    (lines["Q diverged in training"],) = panels[0, 0].plot([], [], "o", **style)
     plot.add_legend(figure, lines)
     figure.savefig(path)
     print(f"wrote {path}")
@@ -173,19 +179,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("paths", nargs="+", type=Path, help="a run, or tables to draw")
+    text = "judge.csv of scripts/judge.py, or tables to draw"
+    parser.add_argument("paths", nargs="+", type=Path, help=text)
     parser.add_argument("--episodes", type=int, default=100)
     parser.add_argument("--out", default="judged", help="the tables, without .csv")
     parser.add_argument("--figure", type=Path, help="draw tables instead")
     options = parser.parse_args()
     for path in options.paths:
-        needed = path if options.figure else path / "fqe.csv"
-        if not needed.exists():
-            parser.error(f"{needed}: not there")
+        if not path.is_file():
+            parser.error(f"{path}: no such table; scripts/judge.py writes judge.csv")
     if options.figure:
         return draw(options.paths, options.figure)
     if len(options.paths) > 1:
-        parser.error("one run's directory at a time")
+        parser.error("several tables: pass one judge.csv, or --figure")
     rows, policies = judge(options.paths[0], options.episodes)
     write = {"index": False, "float_format": "%.6g", "lineterminator": "\n"}
     policies.to_csv(f"{options.out}.csv", **write)

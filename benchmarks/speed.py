@@ -1,13 +1,18 @@
-"""Updates per second of cql.py beside another implementation of CQL, at the same sizes.
+"""Updates per second of cql.py and of another implementation of CQL at the same sizes.
 
     python benchmarks/speed.py --peer-python PATH/TO/ITS/bin/python --peer d3rlpy
     python benchmarks/speed.py --peer-python ... --peer torchrl --cases hopper K50 R4
+    git show bd30250:cql.py > OLD.py
+    python benchmarks/speed.py --peer old --old OLD.py --cases hopper hopper-k1
 
-Each side has an interpreter and a process of its own and random data in memory; in a
-`-loading` case it also draws its batches from a dataset by its own means, cql.py as its
-`train` does, by CUDA graphs on a GPU (for which there is benchmarks/gpu.py). They take
-turns (A B A B ...), the idle one stopped, so that a slow spell hits both; the result is
-the median of the rounds' ratios. With `--peer none` cql.py is timed alone.
+Each side runs in its own process and interpreter on random data in memory. In a
+`-loading` case it also draws its batches from a dataset, cql.py as its `train` does, by
+CUDA graphs on a GPU (benchmarks/gpu.py measures those). The sides take turns (A B A B
+...) and the idle one is stopped, so that a slow spell of the machine hits both. The
+result is the median of the rounds' ratios. `--peer none` times cql.py alone.
+
+--peer old compares with an older cql.py, which makes the same updates with the same
+flags: that of commit bd30250, or one with the same functions.
 
 d3rlpy 2.8.1 is set to the same sizes, Adam, learning rates, K, importance sampling and
 penalty weight, without Lagrange (alpha_learning_rate 0) and entropy in the target; on a
@@ -27,6 +32,7 @@ s' in s', not in s, and its policy has no scalars on log_std either.
 import argparse
 import csv
 import dataclasses
+import importlib.util
 import itertools
 import json
 import os
@@ -93,6 +99,10 @@ CASES = {
             "-k1-compiled": {"compile": True, "cql_backward_actions": 1},
         }.items()
     },
+    # Stacked, as a sweep of the quickstart:
+    "quickstart-5-runs": Case(
+        n_runs=5, n_actions=4, hidden=(128, 128), flags={"cql_backward_actions": 1}
+    ),
     # By torch.compile, whose minutes of start fall into the warm-up:
     "hopper-compiled": Case(flags={"compile": True}),
     "hopper-k1-compiled": Case(flags={"compile": True, "cql_backward_actions": 1}),
@@ -125,13 +135,19 @@ def stored_data(case: Case) -> dict:
 # it trains, and the function to time, which makes one update of every run.
 
 
-def cql_py(case: Case, device: str):
-    sys.path.insert(0, str(ROOT))
+def load_cql(file: Path):
+    """Import a cql.py from its file."""
+    spec = importlib.util.spec_from_file_location(f"{file.stem}_by_path", file)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def cql_py(case: Case, device: str, file: Path = ROOT / "cql.py"):
     import torch
     from gymnasium.spaces import Box
 
-    import cql
-
+    cql = load_cql(Path(file))
     config = cql.TrainConfig(
         seed=list(range(case.n_runs)), batch_size=case.batch_size, cql_alpha=WEIGHT,
         hidden_dim=case.hidden[0], q_n_hidden_layers=len(case.hidden),
@@ -144,22 +160,31 @@ def cql_py(case: Case, device: str):
     task = cql.make_task(observation_space, Box(-1, 1, (case.action_dim,)))
     agent = cql.make_agent(config, task, device)
     size = sum(p.numel() for g in agent.optimizer.param_groups for p in g["params"])
+    numbers = itertools.count()
+
+    def draw():
+        if hasattr(agent, "updates"):  # an older agent counts by itself
+            return agent.draw(case.batch_size)
+        return agent.draw(next(numbers), case.batch_size)
+
     if case.loading:
-        update = training_step(cql, config, task, agent, stored_data(case))
-    else:
-        arrays = random_data(case, POOL, case.n_runs, case.batch_size)
-        arrays["terminations"] = arrays.pop("terminals")
-        tensors = {k: torch.from_numpy(v).to(device) for k, v in arrays.items()}
-        batches = []
-        for i in range(POOL):
-            batches.append(cql.Batch(**{k: v[i] for k, v in tensors.items()}))
-        draw = itertools.cycle(batches).__next__
-        update = lambda: agent.update(draw())  # noqa: E731
-    return torch.__version__, size, update
+        return (
+            torch.__version__,
+            size,
+            training_step(cql, agent, draw, stored_data(case)),
+        )
+    arrays = random_data(case, POOL, case.n_runs, case.batch_size)
+    arrays["terminations"] = arrays.pop("terminals")
+    tensors = {k: torch.from_numpy(v).to(device) for k, v in arrays.items()}
+    batches = [{k: v[i] for k, v in tensors.items()} for i in range(POOL)]
+    if hasattr(cql, "Batch"):  # an older file's
+        batches = [cql.Batch(**batch) for batch in batches]
+    pool = itertools.cycle(batches)
+    return torch.__version__, size, lambda: agent.update(next(pool), draw())
 
 
-def training_step(cql, config, task, agent, arrays: dict):
-    """A step of cql.train on these arrays, on a GPU by its CUDA graphs."""
+def training_step(cql, agent, draw, arrays: dict):
+    """Return a step of `train` on these arrays, on a GPU by its CUDA graphs."""
     import h5py
 
     with tempfile.TemporaryDirectory() as directory:
@@ -167,18 +192,21 @@ def training_step(cql, config, task, agent, arrays: dict):
         with h5py.File(path, "w") as file:
             file.update(arrays)
         episodes, _ = cql.read_episodes(path)
-    data = cql.Dataset(config, episodes, task, agent.device)
-    replay = cql.Replay(config, data, agent)
+    data = cql.Dataset(agent.config, episodes, agent.task, agent.device)
+    replay = cql.Replay(agent.config, data, agent)
     metrics = cql.Metrics(agent.device)
+    older = hasattr(agent, "updates")
+    stage = () if older else ((False, True),)  # no cloning; the targets move
 
-    def step(noise):
-        batch = replay.sample(noise.fractions)
-        metrics.add(agent.update(batch, noise))
+    def step(noise, stage=None):
+        fractions = noise.fractions if older else noise["fractions"]
+        metrics.add(agent.update(replay.sample(fractions), noise))
 
     do_step = step
     if agent.device.type == "cuda":
-        do_step = cql.GraphedStep(step, agent, metrics)
-    return lambda: do_step(agent.draw(config.batch_size))
+        parts = (agent, metrics) if older else (agent, metrics, replay)
+        do_step = cql.GraphedStep(step, *parts)
+    return lambda: do_step(draw(), *stage)
 
 
 def d3rlpy(case: Case, device: str):
@@ -287,17 +315,18 @@ def torchrl(case: Case, device: str):
     return version, size, lambda: [update(draw()) for _, update in agents]
 
 
-PEERS = {"cql.py": cql_py, "d3rlpy": d3rlpy, "torchrl": torchrl}
+PEERS = {"cql.py": cql_py, "old": cql_py, "d3rlpy": d3rlpy, "torchrl": torchrl}
 
 
-def work(peer: str, case: dict, device: str, threads: int) -> None:
-    """A worker: says what it is, then answers `run N` with the seconds of N updates and
-    its peak memory so far, in MiB of the process and of the GPU."""
+def work(peer: str, case: dict, device: str, threads: int, old: str) -> None:
+    """Be a worker: say what it is, then answer `run N` with the seconds of N updates and
+    the peak memory so far, in MiB of the process and of the GPU."""
     answers, sys.stdout = sys.stdout, sys.stderr  # libraries print what they like
     import torch
 
     torch.set_num_threads(threads)
-    version, size, step = PEERS[peer](Case(**case), device)
+    file = {"file": Path(old)} if peer == "old" else {}
+    version, size, step = PEERS[peer](Case(**case), device, **file)
     gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
     about = {"torch": version, "parameters": size, "gpu": gpu}
     print(json.dumps(about), file=answers, flush=True)
@@ -333,7 +362,8 @@ def compare(name: str, options):
     env = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
     try:
         for peer, python in peers.items():
-            spec = json.dumps([peer, case, options.device, options.threads])
+            spec = [peer, case, options.device, options.threads, str(options.old)]
+            spec = json.dumps(spec)
             command = [python, __file__, "--work", spec]
             workers[peer] = worker = subprocess.Popen(command, env=env, **pipes)
             abouts[peer] = ask(worker)
@@ -368,8 +398,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--peer", default="d3rlpy", choices=["d3rlpy", "torchrl", "none"])
+    add("--peer", default="d3rlpy", choices=["d3rlpy", "torchrl", "old", "none"])
     add("--peer-python", default=sys.executable, help="interpreter that has the peer")
+    add("--old", type=Path, help="the older cql.py, of --peer old")
     add(
         "--cases",
         nargs="+",
@@ -388,12 +419,14 @@ def main() -> None:
     options = parser.parse_args()
     if options.work:
         return work(*options.work)
-    peer = options.peer if options.peer != "none" else "sys"
-    check = [options.peer_python, "-c", f"import {peer}"]
+    if options.peer == "old" and not (options.old and options.old.is_file()):
+        parser.error(f"--old {options.old}: no such file; pass the older cql.py")
+    module = options.peer if options.peer in ("d3rlpy", "torchrl") else "torch"
+    check = [options.peer_python, "-c", f"import {module}"]
     try:
         subprocess.run(check, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
-        parser.error(f"--peer-python {options.peer_python}: has no {options.peer}")
+        parser.error(f"--peer-python {options.peer_python}: has no {module}")
     check = [sys.executable, "-c", f"import torch; torch.ones(1).to('{options.device}')"]
     if subprocess.run(check, capture_output=True).returncode:
         parser.error(f"--device {options.device}: not here")

@@ -32,15 +32,16 @@ class RunPolicy(nn.Module):
 
     def __init__(self, agent: cql.Agent, run: int):
         super().__init__()
-        for parameter in agent.parameters():
-            parameter.data = parameter.data[run : run + 1]
+        for tensor in agent.run_tensors().values():
+            tensor.data = tensor.data[run : run + 1]
         agent.runs = agent.runs[run : run + 1]
+        agent.layout = cql.Layout(batched=False)
         self.agent = agent
         self.shape = agent.task.action_shape
         self.kind = np.dtype(agent.task.action_dtype)
 
     def forward(self, observation: torch.Tensor) -> torch.Tensor:
-        actions = self.agent.choose(observation.unsqueeze(0)).squeeze(0)  # [n, A]
+        actions = self.agent.actions(observation.unsqueeze(0)).squeeze(0)  # [n, A]
         if actions.is_floating_point() and self.kind.kind in "iu":
             actions = actions.round()  # as Task.to_environment does
         return actions.reshape(-1, *self.shape).to(getattr(torch, self.kind.name))

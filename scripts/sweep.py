@@ -14,8 +14,11 @@ trial that is killed, or whose machine is lost, is retried at most three times
 and continues from its last checkpoint. After Ctrl-C, run the same command again
 to continue.
 
-On a cluster, pass `--address auto`. DIR, this project and its Python must have
-the same paths on every machine. The results are DIR/evaluations.csv and
+On a cluster, run `ray start --head --port=6379` on the first machine and
+`ray start --address=FIRST_MACHINE:6379` on the others, then this script with
+`--address auto` on the first; `ray stop` on each machine ends the cluster. DIR,
+this project and its Python must have the same paths on every machine. Ray does
+not authenticate, so use a private network. The results are DIR/evaluations.csv and
 DIR/metrics.csv, in which runs are numbered as if one process had trained them
 all. DIR/TRIAL is a trial's run directory and DIR/TRIAL.log its output.
 

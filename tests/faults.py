@@ -158,9 +158,9 @@ def killed_online(shop: Workshop, times: int):
     for i in range(times):
         killed += kill(shop, directory, argv, bool(i % 2))
         if (directory / "checkpoint.pt").exists():
-            held.append(saved(directory)["online"]["replay"])
+            held.append(saved(directory)["replay"])
     status = shop.end(argv)[0]
-    final, lost = saved(directory)["online"]["replay"], 0
+    final, lost = saved(directory)["replay"], 0
     for replay in held:
         for r, n in enumerate(replay["added"]):
             lost += final["added"][r] < n

@@ -1,27 +1,28 @@
-"""The losses of one CQL update, slowly: scalars, and a loop for every dimension.
+"""The losses of one CQL update in scalar arithmetic, with a loop for every dimension.
 
-Written from the formulas (Kumar et al., arXiv 2006.04779; Haarnoja et al., 1812.05905)
-and from nothing of cql.py but the names and layout of its parameters. Every function is
-for one run. A number may be complex: perturb a parameter by i * h, and the imaginary
-part of a loss over h is its derivative, exact to rounding. So the lines that give the
-values give the gradients too, and nothing is ever detached: a loss is differentiated
-with respect to the parameters it trains, whatever else they feed.
+The formulas are those of Kumar et al. (arXiv 2006.04779) and Haarnoja et al. (arXiv
+1812.05905). Nothing comes from cql.py except the names and shapes of its parameters.
+Every function is for one run. A number may be complex: add i * h to a parameter, and the
+imaginary part of a loss divided by h is its derivative, exact to rounding. So the same
+lines give values and gradients, and nothing is detached: each loss is differentiated
+with respect to the parameters that it trains, whatever else they feed.
 
-Below them, the tiny agents and batches that the tests share.
+The tiny agents and batches that the tests share follow below.
 """
 
 import cmath
+import functools
 import math
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import gymnasium as gym
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map
 
 import cql
 
-# What each loss trains, by the first part of a parameter's name.
+# The loss that trains a parameter, by the first part of the parameter's name.
 TRAINED_BY = {
     "policy": "actor",
     "critic": "critic",
@@ -52,53 +53,70 @@ def logsumexp(values):
     return top + cmath.log(sum(cmath.exp(x - top) for x in values))
 
 
+def activation(x):
+    """The activation of all networks, and `output` below, are what `bend_every_network`
+    changes."""
+    return x if x.real > 0 else 0.0
+
+
+def output(x):
+    """What a network does to its last number: nothing."""
+    return x
+
+
 def layer(weight, bias, x):
-    """A weight [in][out] and a bias [1][out] on x [in]: what cql.EnsembleLinear does."""
+    """A weight [out][in] and a bias [out] applied to x [in]."""
     y = []
-    for o in range(len(bias[0])):
-        y.append(bias[0][o] + sum(x[i] * weight[i][o] for i in range(len(x))))
+    for row, constant in zip(weight, bias):
+        y.append(constant + sum(w * v for w, v in zip(row, x)))
     return y
 
 
 def mlp(layers, x):
-    """layers: pairs of a weight and a bias; ReLU between them."""
+    """Apply layers, pairs of a weight and a bias, with the activation between them."""
     *hidden, last = layers
     for weight, bias in hidden:
-        x = [v if v.real > 0 else 0.0 for v in layer(weight, bias, x)]
+        x = [activation(v) for v in layer(weight, bias, x)]
     return layer(*last, x)
 
 
 def network_layers(parameters: dict, network: str, member=None):
-    """The layers of a network, of one critic where member is its number."""
-    layers, i = [], 0
-    while f"{network}.layers.{i}.weight" in parameters:
-        weight = parameters[f"{network}.layers.{i}.weight"]
-        bias = parameters[f"{network}.layers.{i}.bias"]
+    """The layers of a network; with member, of the critic of that number."""
+    layers = []
+    while f"{network}.net.{2 * len(layers)}.weight" in parameters:  # ReLUs between them
+        name = f"{network}.net.{2 * len(layers)}"
+        weight = parameters[f"{name}.weight"]
+        bias = parameters[f"{name}.bias"]
         if member is not None:
             weight, bias = weight[member], bias[member]
         layers.append((weight.tolist(), bias.tolist()))
-        i += 1
     return layers
 
 
+def critic_outputs(parameters: dict, network: str, n_critics: int, x):
+    """The outputs of every critic for the input x, [N][outputs]."""
+    outputs = []
+    for j in range(n_critics):
+        values = mlp(network_layers(parameters, network, j), x)
+        outputs.append([output(value) for value in values])
+    return outputs
+
+
 def least_of_targets(values, keys, n):
-    """The least of all, or of the n of largest key (REDQ's subset)."""
+    """The minimum of all values, or of the n with the largest keys (REDQ's subset)."""
     if n is not None:
         order = sorted(range(len(values)), key=lambda j: -keys[j])
         values = [values[j] for j in order[:n]]
     return least(values)
 
 
-def of_run(arrays, r):
-    """Run r's part of a batch or of noise: nested lists by name, None where none is."""
-    found = {}
-    for name, array in arrays._asdict().items():
-        found[name] = None if array is None else array[r].tolist()
-    return SimpleNamespace(**found)
+def of_run(tensors: dict, r: int) -> dict:
+    """Run r's part of a batch or of noise, as nested lists by name."""
+    return {name: tensor[r].tolist() for name, tensor in tensors.items()}
 
 
 class Row(NamedTuple):
-    """A critic's values in a state, and what the penalty makes of them, if it does."""
+    """One critic's values in one state, and the penalty's numbers from them."""
 
     q_data: complex
     q: list  # of the 3K proposals
@@ -108,16 +126,16 @@ class Row(NamedTuple):
 
 
 class Reference:
-    """One run: its parameters, name -> array; flags; its part of batch and noise."""
+    """One run: its parameters by name, its flags, its part of batch and noise."""
 
-    def __init__(self, agent, batch, noise, r):
-        """Run r of an agent, with copies of its parameters."""
+    def __init__(self, agent, batch, noise, r, cloning=False):
+        """Take run r of an agent, with copies of its parameters."""
         self.parameters = {}
         for name, value in agent.named_parameters():
             self.parameters[name] = value.detach()[r].numpy().copy()
         self.config, self.sweep = agent.config, agent.runs[r]
         self.batch, self.noise = of_run(batch, r), of_run(noise, r)
-        self.cloning = agent.updates < self.config.bc_steps
+        self.cloning = cloning
 
     # Networks
 
@@ -127,10 +145,10 @@ class Reference:
         multiplier = self.parameters["policy.log_std_multiplier"].item()
         offset = self.parameters["policy.log_std_offset"].item()
         log_stds = [clamp(multiplier * x + offset, -20.0, 2.0) for x in outputs[A:]]
-        return outputs[:A], log_stds
+        return [output(x) for x in outputs[:A]], [output(x) for x in log_stds]
 
     def log_prob(self, state, pre_tanh, normals):
-        """Of tanh(pre_tanh): a Gaussian's log density minus log(1 - tanh^2)."""
+        """Log-density of tanh(pre_tanh): a Gaussian's, minus log(1 - tanh^2)."""
         _, log_stds = self.gaussian(state)
         total = 0.0
         for u, log_std, z in zip(pre_tanh, log_stds, normals):
@@ -139,25 +157,23 @@ class Reference:
         return total
 
     def act(self, state, normals):
-        """An action and its log density."""
+        """An action and its log-density."""
         means, log_stds = self.gaussian(state)
         pre_tanh = [m + cmath.exp(s) * n for m, s, n in zip(means, log_stds, normals)]
         return [cmath.tanh(u) for u in pre_tanh], self.log_prob(state, pre_tanh, normals)
 
     def log_prob_of_data(self, state, action):
-        """Actions are pulled off the bounds, where atanh is infinite."""
+        """Log-density of a dataset action, clipped because atanh(+-1) is infinite."""
         pre_tanh = [math.atanh(clamp(x, -1 + 1e-5, 1 - 1e-5)) for x in action]
         means, log_stds = self.gaussian(state)
         z = [(u - m) / cmath.exp(s) for u, m, s in zip(pre_tanh, means, log_stds)]
         return self.log_prob(state, pre_tanh, z)
 
     def critics(self, network, state, action):
-        """Q of every critic."""
-        values = []
-        for j in range(self.config.n_critics):
-            layers = network_layers(self.parameters, network, j)
-            values.append(mlp(layers, state + action)[0])
-        return values
+        """Q of every critic, [N]."""
+        n = self.config.n_critics
+        outputs = critic_outputs(self.parameters, network, n, state + action)
+        return [values[0] for values in outputs]
 
     # Losses
 
@@ -169,22 +185,22 @@ class Reference:
         return self.config.alpha_multiplier * cmath.exp(log_alpha).real
 
     def log_pi(self):
-        """Of the actor's own action, state by state."""
-        pairs = zip(self.batch.observations, self.noise.normals)
+        """Log-density of the actor's own action in each state."""
+        pairs = zip(self.batch["observations"], self.noise["normals"])
         return [self.act(state, normals[0])[1] for state, normals in pairs]
 
     def temperature(self):
         if not self.config.use_automatic_entropy_tuning:
             return 0.0
-        log_alpha, A = self.parameters["log_alpha"].item(), len(self.batch.actions[0])
+        log_alpha, A = self.parameters["log_alpha"].item(), len(self.batch["actions"][0])
         return -mean(log_alpha * (log_pi - A) for log_pi in self.log_pi())
 
     def actor(self):
         losses = []
-        for b, state in enumerate(self.batch.observations):
-            action, log_pi = self.act(state, self.noise.normals[b][0])
+        for b, state in enumerate(self.batch["observations"]):
+            action, log_pi = self.act(state, self.noise["normals"][b][0])
             if self.cloning:
-                worth = self.log_prob_of_data(state, self.batch.actions[b])
+                worth = self.log_prob_of_data(state, self.batch["actions"][b])
             else:
                 least_or_mean = least if self.config.n_target_critics is None else mean
                 worth = least_or_mean(self.critics("critic", state, action))
@@ -192,13 +208,13 @@ class Reference:
         return mean(losses)
 
     def targets(self):
-        """TD targets, and the values of the next states in them."""
+        """TD targets, and the values of next states that they hold."""
         targets, values = [], []
         n_targets = self.config.cql_n_actions if self.config.cql_max_target_backup else 1
-        n, keys = self.config.n_target_critics, self.noise.subset_keys
-        for b, state in enumerate(self.batch.next_observations):
+        n, keys = self.config.n_target_critics, self.noise.get("subset_keys")
+        for b, state in enumerate(self.batch["next_observations"]):
             best, best_log_pi = -math.inf, None
-            for normals in self.noise.next_normals[b][:n_targets]:
+            for normals in self.noise["next_normals"][b][:n_targets]:
                 action, log_pi = self.act(state, normals)
                 qs = self.critics("target_critic", state, action)
                 q = least_of_targets(qs, keys, n).real
@@ -206,32 +222,35 @@ class Reference:
                     best, best_log_pi = q, log_pi.real
             if self.config.backup_entropy:
                 best -= self.alpha * best_log_pi
-            kept = 0.0 if self.batch.terminations[b] else 1.0
-            reward = self.batch.rewards[b]
+            kept = 0.0 if self.batch["terminations"][b] else 1.0
+            reward = self.batch["rewards"][b]
             targets.append(reward + self.config.discount * kept * best)
             values.append(best)
         return targets, values
 
     def proposals(self, b):
-        """Actions and log densities: K uniform, K from pi(.|s), K from pi(.|s')."""
-        K, A = self.config.cql_n_actions, len(self.batch.actions[b])
-        state, following = self.batch.observations[b], self.batch.next_observations[b]
-        found = [(action, -A * math.log(2.0)) for action in self.noise.uniforms[b]]
-        normals = self.noise.proposal_normals[b]
+        """Actions and log-densities: K uniform, K from pi(.|s), K from pi(.|s')."""
+        K, A = self.config.cql_n_actions, len(self.batch["actions"][b])
+        state, following = (
+            self.batch["observations"][b],
+            self.batch["next_observations"][b],
+        )
+        found = [(action, -A * math.log(2.0)) for action in self.noise["uniforms"][b]]
+        normals = self.noise["proposal_normals"][b]
         found += [self.act(state, z) for z in normals[:K]]
         found += [self.act(following, z) for z in normals[K:]]
         assert len(found) == 3 * K
         return found
 
     def bounded(self, q, b):
-        """Cal-QL: Q of the policy's proposals is no lower than the return-to-go."""
+        """Q under Cal-QL: that of policy proposals is at least the return-to-go."""
         if not self.config.cal_ql:
             return q
-        K, returns = self.config.cql_n_actions, self.batch.mc_returns[b]
+        K, returns = self.config.cql_n_actions, self.batch["mc_returns"][b]
         return q[:K] + [x if x.real > returns else returns for x in q[K:]]
 
     def gap(self, q, q_data, log_mu):
-        """The soft maximum of q above q_data, by the form of the penalty."""
+        """The soft maximum of q minus q_data, in the form that config.penalty names."""
         K, T = self.config.cql_n_actions, self.sweep["cql_temp"]
         weighted = [x / T - density for x, density in zip(q, log_mu)]
         if self.config.penalty == "mean":
@@ -246,12 +265,12 @@ class Reference:
         return T * logsumexp([x / T for x in [*q, q_data]]) - q_data
 
     def gaps(self):
-        """Row of every critic and penalized state."""
-        n = len(self.noise.uniforms)
-        assert n == (self.config.cql_states or len(self.batch.rewards))
+        """A Row for every critic and every penalized state."""
+        n = len(self.noise["uniforms"])
+        assert n == (self.config.cql_states or len(self.batch["rewards"]))
         critics = [[] for _ in range(self.config.n_critics)]
-        for b, state in enumerate(self.batch.observations[:n]):
-            data = self.critics("critic", state, self.batch.actions[b])
+        for b, state in enumerate(self.batch["observations"][:n]):
+            data = self.critics("critic", state, self.batch["actions"][b])
             proposals = self.proposals(b)
             others = [self.critics("critic", state, action) for action, _ in proposals]
             log_mu = [density for _, density in proposals]
@@ -268,14 +287,14 @@ class Reference:
         return clamp(value, 0.0, 1e6)
 
     def weight(self):
-        """Of the gap, and what is subtracted from that."""
+        """The weight of the gap, and the target that is subtracted from the gap."""
         if not self.config.cql_lagrange:
             return self.sweep["cql_alpha"], 0.0
         weight = self.sweep["cql_alpha"] * self.alpha_prime().real
         return weight, self.sweep["cql_target_action_gap"]
 
     def critic(self):
-        """Sum over the critics of the TD error and the weighted penalty."""
+        """Sum over critics of the TD error and the weighted penalty."""
         total = sum(self.td_errors())
         weight, gap_target = self.weight()
         for rows in self.gaps():
@@ -283,12 +302,12 @@ class Reference:
         return total
 
     def q_data(self):
-        """By critic, of every state."""
-        pairs = zip(self.batch.observations, self.batch.actions)
+        """Q of the dataset actions, [N][B]."""
+        pairs = zip(self.batch["observations"], self.batch["actions"])
         return list(zip(*[self.critics("critic", *pair) for pair in pairs]))
 
     def td_errors(self):
-        """By critic."""
+        """Mean squared TD error of each critic."""
         targets, _ = self.targets()
         errors = []
         for values in self.q_data():
@@ -303,7 +322,7 @@ class Reference:
         return -mean(self.alpha_prime() * weight * (gap - target) for gap in gaps)
 
     def metrics(self):
-        """What CORL logs under these names; {j} is the list over the critics."""
+        """What CORL logs under these names; {j} stands for a list over critics."""
         K, gaps = self.config.cql_n_actions, self.gaps()
         _, values = self.targets()
 
@@ -335,11 +354,12 @@ class Reference:
         }
         if self.config.cal_ql:
             lifted = by_critic(lambda row: 1.5 * mean(map(less, row.q, row.bounded)))
-            found["bound_rate"] = mean(lifted)  # of 2K of the 3K, which it can lift
+            found["bound_rate"] = mean(lifted)  # it can lift 2K of the 3K
         return found
 
     def derivative(self, name, direction, h=1e-30):
-        """Of the loss that trains the parameter, along a direction of its shape."""
+        """Derivative of the loss that trains a parameter, along a direction of its
+        shape."""
         loss = TRAINED_BY[name.split(".")[0]]
         original = self.parameters[name]
         self.parameters[name] = original + 1j * h * direction
@@ -348,18 +368,22 @@ class Reference:
         return value.imag / h
 
 
-def bend_every_layer(monkeypatch):
-    """The sine of every layer's output, in cql.py and here."""
-    of_script, of_loops = cql.EnsembleLinear.forward, layer
+def bend_every_network(monkeypatch):
+    """Make the sine the activation of every network and the last operation of its
+    forward, in cql.py and here."""
 
-    def forward(*inputs):
-        return of_script(*inputs).sin()
+    def bent_activation(self, x):
+        return x.sin()
 
-    def bent_layer(*inputs):
-        return [cmath.sin(y) for y in of_loops(*inputs)]
+    monkeypatch.setattr(torch.nn.ReLU, "forward", bent_activation)
+    for network in (cql.Policy, cql.Critic, cql.DiscreteCritic):
 
-    monkeypatch.setattr(cql.EnsembleLinear, "forward", forward)
-    monkeypatch.setitem(globals(), "layer", bent_layer)
+        def forward(*inputs, original=network.forward):
+            return tree_map(torch.sin, original(*inputs))
+
+        monkeypatch.setattr(network, "forward", forward)
+    monkeypatch.setitem(globals(), "activation", cmath.sin)
+    monkeypatch.setitem(globals(), "output", cmath.sin)
 
 
 # Tiny agents, batches and noise
@@ -368,7 +392,7 @@ OBS, ACT = 3, 2
 
 
 def in_float64():
-    """Body of a fixture: a seed, and all floats in float64 until the test is over."""
+    """Body of a fixture: set a seed, and float64 as the default type for the test."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
     yield
@@ -376,20 +400,21 @@ def in_float64():
 
 
 def tiny(**flags) -> cql.TrainConfig:
-    """Networks that a test can afford; learning rates that a few updates can show."""
+    """A config with small networks and high learning rates."""
     small = dict(hidden_dim=6, cql_n_actions=2, policy_lr=1e-2, qf_lr=1e-2)
     return cql.TrainConfig(**{**small, **flags})
 
 
 def box_task(low=-1.0, high=1.0, observation_dim=OBS, action_dim=ACT) -> cql.Task:
-    """Of actions between two numbers, or two arrays [A]."""
+    """A task of continuous actions between two numbers, or two arrays [A]."""
     observations = gym.spaces.Box(-np.inf, np.inf, (observation_dim,))
     low, high = np.full(action_dim, low, float), np.full(action_dim, high, float)
     return cql.make_task(observations, gym.spaces.Box(low, high, dtype=np.float64))
 
 
 def scrambled(agent, scale: float = 0.7):
-    """The agent with noise on every parameter: targets unlike critics, biases not 0."""
+    """Add noise to every parameter of the agent, so that target critics differ from
+    critics and no bias is 0; return the agent."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in agent.parameters():
@@ -402,45 +427,80 @@ def tiny_agent(**flags) -> cql.ContinuousCQL:
     return scrambled(cql.ContinuousCQL(tiny(**flags), box_task()))
 
 
-def transitions(*shape: int, seed: int = 1, observation_dim=OBS, action_dim=ACT):
+def transitions(*shape: int, seed: int = 1, observation_dim=OBS, action_dim=ACT) -> dict:
     """Random transitions of the given leading shape; a third of them terminate."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size):
         return torch.randn(*shape, *size, generator=generator)
 
-    return cql.Batch(
-        observations=normal(observation_dim),
-        actions=normal(action_dim).clamp(-1, 1),  # some on the bounds
-        rewards=normal(),
-        next_observations=normal(observation_dim),
-        terminations=(torch.rand(shape, generator=generator) < 1 / 3).to(normal()),
-        mc_returns=normal() / 3,
-    )
+    return {
+        "observations": normal(observation_dim),
+        "actions": normal(action_dim).clamp(-1, 1),  # some on the bounds
+        "rewards": normal(),
+        "next_observations": normal(observation_dim),
+        "terminations": (torch.rand(shape, generator=generator) < 1 / 3).to(normal()),
+        "mc_returns": normal() / 3,
+    }
 
 
-def mapped(function, arrays):
-    """A batch or noise with function applied to every array that is there."""
-    found = {}
-    for name, array in arrays._asdict().items():
-        found[name] = None if array is None else function(array)
-    return type(arrays)(**found)
+def mapped(function, tensors: dict) -> dict:
+    """Apply a function to every tensor of a batch or of noise."""
+    return {name: function(tensor) for name, tensor in tensors.items()}
 
 
-def rows(data: cql.Batch, fractions) -> cql.Batch:
+def rows(data: dict, fractions) -> dict:
     """The transitions of one-dimensional data at fractions [R, B] of its length."""
-    indices = (fractions * len(data.rewards)).long()
-    return mapped(lambda array: array[indices], data)
+    indices = (fractions * len(data["rewards"])).long()
+    return mapped(lambda tensor: tensor[indices], data)
 
 
-def train(agent, data: cql.Batch, n_updates: int, batch_size: int = 8):
-    """Updates as the script makes them: batch and noise from the agent's draws."""
-    for _ in range(n_updates):
-        noise = agent.draw(batch_size)
-        metrics = agent.update(rows(data, noise.fractions), noise)
+def losses_of(agent, batch: dict, noise: dict, cloning=False):
+    """The losses [R] of a prepared batch of all runs, and the metrics."""
+    losses = functools.partial(agent.losses, cloning=cloning)
+    return agent.layout(losses, agent.weights, batch, noise, agent.sweep)
+
+
+def answers(agent, batch: dict, noise: dict, cloning=False) -> dict:
+    """All that an agent computes from a prepared batch, by name: losses, metrics,
+    gradients, actions and Q values, each [R, ...]."""
+    agent.zero_grad()
+    losses, metrics = losses_of(agent, batch, noise, cloning)
+    losses.sum().backward()
+    found = {"losses": losses.detach()}
+    found |= {name: value.detach() for name, value in metrics.items()}
+    for name, parameter in agent.named_parameters():
+        if parameter.grad is not None:
+            found[f"gradient of {name}"] = parameter.grad.clone()
+    observations = batch["observations"]
+    found["act"] = torch.as_tensor(agent.act(observations))
+    if not agent.task.discrete:
+        normals = noise["normals"].squeeze(2)
+        found["act, sampled"] = torch.as_tensor(agent.act(observations, normals))
+    else:
+        found["q of all actions"] = agent.q(observations)
+    found["q"] = agent.q(observations, batch["actions"])
+    return found
+
+
+def assert_close(actual: dict, expected: dict, **tolerance):
+    """Compare two dictionaries of tensors."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        message = f"{name}: {actual[name]} is not {value}"
+        torch.testing.assert_close(actual[name], value, **tolerance, msg=message)
+
+
+def train(agent, data: dict, n_updates: int, batch_size: int = 8, first: int = 0):
+    """Make updates as the script does, counted from `first`, with batches and noise from
+    the agent's draws. Return the last one's metrics."""
+    for update in range(first, first + n_updates):
+        noise = agent.draw(update, batch_size)
+        stage = cql.stage_of(agent.config, update)
+        metrics = agent.update(rows(data, noise["fractions"]), noise, *stage)
     return metrics
 
 
 def trained(agent) -> dict:
-    """Copies of all that an update changes in its networks, by name."""
+    """Copies of all parameters, which are what an update changes, by name."""
     return {name: value.detach().clone() for name, value in agent.named_parameters()}

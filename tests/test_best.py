@@ -1,11 +1,13 @@
-"""What a run leaves for use: the best policies, kept checkpoints, Q of a policy."""
+"""Tests of what a run leaves for use: best policies, numbered checkpoints, Q."""
+
+import re
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from make_data import minari_dataset, random_episodes, run, toy_dataset
-from reference import mlp, network_layers
+from reference import critic_outputs
 from test_runs import after_update, differences, poison, signal_at
 
 import cql
@@ -25,8 +27,8 @@ def toy(tmp_path_factory):
 
 @pytest.fixture
 def go(toy, tmp_path):
-    """go(name, **flags): trains in tmp_path / name; returns the directory and what was
-    said."""
+    """go(name, **flags) trains in tmp_path / name and returns the directory and the
+    output."""
 
     def command(name, expected=0, **flags):
         values = {"env": toy, "resume": tmp_path / name, **BASE, **flags}
@@ -39,7 +41,7 @@ def go(toy, tmp_path):
 
 @pytest.fixture
 def returns(monkeypatch):
-    """{step: the returns of its evaluation, by run}, in place of what was earned."""
+    """{step: returns by run}, which replace the true returns of that evaluation."""
     told, evaluate = {}, cql.Evaluator.evaluate
 
     def evaluate_so(self, agent, step, alive, stop):
@@ -57,7 +59,7 @@ def saved(directory, name):
 
 
 def weights(payload, r):
-    """Run r's part of what is trained, by name."""
+    """Run r's part of all that leads with the runs, by name."""
     found = {}
     for name, value in payload["agent"].items():
         if "critic" in name or "policy" in name or name.startswith("log_alpha"):
@@ -74,7 +76,8 @@ def assert_weights(ours, theirs):
 
 
 def test_each_run_s_weights_at_its_best_evaluation(go, returns):
-    """The first of equals; beside the checkpoints that were kept at each evaluation."""
+    """Of equal evaluations the first counts. The weights are those of the numbered
+    checkpoints."""
     returns |= {2: [-9, -5], 4: [3, -7], 6: [3, -7], 8: [2, -4], 10: [-1, -6]}
     returns[12] = [0, -8]
     directory, out = go("run", eval_freq=2, checkpoint_freq=2)
@@ -92,34 +95,88 @@ def test_each_run_s_weights_at_its_best_evaluation(go, returns):
     assert "best 3.00 at 4" in lines[0] and "best -4.00 at 8" in lines[1]
 
 
+class Running:
+    """A network with a buffer that its training changes in place."""
+
+    def __init__(self, config, obs_dim, *sizes):
+        super().__init__(config, obs_dim, *sizes)
+        self.register_buffer("running_mean", torch.zeros(obs_dim))
+
+    def forward(self, observations, *inputs):
+        if torch.is_grad_enabled():
+            self.running_mean.mul_(0.5).add_(observations.mean(0) / 2)
+        return super().forward(observations - self.running_mean, *inputs)
+
+
+BUFFERS = {"policy.running_mean": 2, "critic.running_mean": 3}  # [R, O], [R, N, O]
+
+
+def test_each_run_s_buffers_at_its_best_evaluation(go, returns, monkeypatch):
+    """A policy of best.pt acts with the buffers of its own run's best evaluation."""
+    for name in ("Policy", "Critic"):
+        kind = type(f"Running{name}", (Running, getattr(cql, name)), {})
+        monkeypatch.setattr(cql, name, kind)
+    returns |= {step: [-9, -9] for step in range(2, 13, 2)}
+    returns |= {4: [3, -9], 8: [2, -4]}
+    steps = [4, 8]
+    directory, _ = go("run", eval_freq=2, checkpoint_freq=2)
+    best, x = saved(directory, "best.pt"), np.random.default_rng(0).normal(size=(9, 3))
+    assert best["best"]["steps"] == steps
+    last = saved(directory, "checkpoint.pt")
+    for r, step in enumerate(steps):
+        path = directory / f"checkpoint_{step}.pt"
+        kept = saved(directory, path.name)
+        assert_weights(weights(best, r), weights(kept, r))
+        policy = cql.load_policy(directory / "best.pt", run=r)
+        buffers = dict(policy.agent.named_buffers())
+        for name, ndim in BUFFERS.items():
+            assert buffers[name].ndim == ndim
+            assert torch.equal(buffers[name][r], kept["agent"][name][r])
+            assert not torch.equal(buffers[name][r], last["agent"][name][r])
+            assert not torch.equal(buffers[name][0], buffers[name][-1])
+        theirs = cql.load_policy(path, run=r)
+        np.testing.assert_array_equal(policy(x), theirs(x))
+        assert (policy(x) != cql.load_policy(directory, run=r)(x)).any()
+        with torch.no_grad():  # the actions follow from the buffer
+            policy.agent.policy.running_mean[r] += 1
+        assert (policy(x) != theirs(x)).any()
+
+
 @pytest.mark.parametrize("half", [0, 3, 4, 6, 7])
-def test_a_run_made_longer_has_the_best_of_one_in_one_go(go, returns, half):
-    """An evaluation that stood between two regular ones, because the run was to end
-    there, is no more, be it the best; a kill shortly after changes nothing."""
+def test_a_run_made_longer_keeps_its_best(go, returns, half):
+    """Also that of an evaluation off the schedule, at the run's first end; a signal
+    shortly after changes nothing."""
     returns |= {0: [9, 9], 3: [9, 9], 6: [9, 9], 7: [9, 9]}
     returns |= {4: [1, 2], 8: [2, 1], 12: [0, 0]}
-    go("run", max_timesteps=half)
+    directory, _ = go("run", max_timesteps=half)
+    first = saved(directory, "checkpoint.pt")
     with pytest.MonkeyPatch.context() as patch:
         after_update(patch, signal_at(1))
         go("run", expected=143)
-    directory, _ = go("run")
-    assert differences(go("whole")[0], directory) == []
-    assert saved(directory, "best.pt")["best"]["steps"] == [8, 4]
+    _, out = go("run")
+    assert differences(go("whole")[0], directory, first_end=half) == []
+    best = saved(directory, "best.pt")
+    steps = [8, 4] if half == 4 else [half, half]
+    assert best["best"]["steps"] == steps
+    for r, step in enumerate(steps):
+        assert re.search(rf"^run {r} .* best \d\.00 at {step}$", out, re.M)
+        if step == half:
+            assert_weights(weights(best, r), weights(first, r))
 
 
 def test_the_evaluation_before_the_online_phase_stays(go, returns):
-    """It is none that a longer run lacks."""
+    """It is on the schedule of the longer run, too."""
     returns |= {6: [9, 1], 8: [1, 9]}
     go("run", max_timesteps=6)
     directory, _ = go("run", max_timesteps=6, online_iterations=6)
     whole, _ = go("whole", max_timesteps=6, online_iterations=6)
-    assert differences(whole, directory) == []
+    assert differences(whole, directory, first_end=6) == []
     assert saved(directory, "best.pt")["best"]["steps"] == [6, 8]
 
 
 def test_a_best_pt_that_a_kill_came_before(go):
-    """Killed between the two files, or within the second: a resumed run mends it, even
-    if it has nothing else to do."""
+    """A resumed run repairs a best.pt that is missing or incomplete, even if it has
+    nothing else to do."""
     directory, _ = go("run")
     before = (directory / "best.pt").read_bytes()
     for damage in (b"", b"PK\x03\x04", None):
@@ -136,12 +193,12 @@ def test_no_evaluation_no_best(go):
 
 
 def test_a_run_goes_on_from_its_best(go, returns):
-    """By --load_model, with an Adam that begins anew, and says so."""
+    """--load_model starts from best.pt, with a new Adam, and says so."""
     returns |= {4: [1, 2], 8: [2, 1]}
     source, _ = go("run")
     flags = {name: ... for name in BASE} | {"device": "cpu", "max_timesteps": 0}
     again, out = go("again", load_model=source / "best.pt", **flags)
-    assert f"{source / 'best.pt'}: holds no optimizer, so Adam begins anew" in out
+    assert f"{source / 'best.pt'}: holds no optimizer" in out
     best, begun = saved(source, "best.pt"), saved(again, "checkpoint.pt")
     for r in (0, 1):
         assert_weights(weights(begun, r), weights(best, r))
@@ -149,7 +206,7 @@ def test_a_run_goes_on_from_its_best(go, returns):
     assert len(moments) > 15
     for each in moments.values():
         assert not any(tensor.any() for tensor in each.values())
-    for name in ("observation_mean", "observation_std"):
+    for name in ("units.observation_mean", "units.observation_std"):
         assert torch.equal(begun["agent"][name], best["agent"][name])
     flags["max_timesteps"] = 2
     trained, _ = go("trained", load_model=source / "best.pt", **flags)
@@ -180,7 +237,7 @@ def test_the_best_of_a_run_that_diverged_later(go, monkeypatch):
 
 @pytest.mark.parametrize("stops", [[10], [5, 10], [6, 10]])
 def test_checkpoints_that_are_kept(go, stops):
-    """Each what a run of that length ends with, also where that one was resumed."""
+    """Each is what a run of that length ends with, also in a resumed run."""
     for stop in stops:
         directory, _ = go("run", max_timesteps=stop, checkpoint_freq=3)
     kept = {path.name for path in directory.glob("checkpoint_*")}
@@ -201,19 +258,19 @@ def test_checkpoints_that_are_kept(go, stops):
 
 
 def critics_by_hand(policy, observation, action):
-    """What the critics' last layers say of a raw observation and a unit action."""
+    """Outputs of the critics [N, outputs] for a raw observation and a unit action."""
     agent, r = policy.agent, 1
-    parameters = {name: x.detach()[r] for name, x in agent.named_parameters()}
-    mean, std = agent.observation_mean, agent.observation_std
+    parameters = {}
+    for name, x in agent.named_parameters():
+        parameters[name] = x.detach()[r]
+    mean, std = agent.units.observation_mean, agent.units.observation_std
     x = ((torch.tensor(observation) - mean) / std).tolist()
-    outputs = []
-    for j in range(agent.config.n_critics):
-        outputs.append(mlp(network_layers(parameters, "critic", j), x + list(action)))
-    return np.array(outputs)
+    n_critics = agent.config.n_critics
+    return np.array(critic_outputs(parameters, "critic", n_critics, x + list(action)))
 
 
 def trained(data, directory, **flags):
-    """A checkpoint of two runs and three critics, which are then made to differ."""
+    """Train two runs of three critics and change all weights; return run 1's policy."""
     flags = {"max_timesteps": 2, "n_critics": 3, **flags}
     status, _, err = run(env=data, resume=directory, **{**BASE, **flags})
     assert status == 0, err
@@ -226,7 +283,7 @@ def trained(data, directory, **flags):
 
 
 def check_q(q, each):
-    """Least, mean and each of the critics, [N, ...]."""
+    """Assert that q is minimum, mean and all of the critics' values [N, ...]."""
     for values, expected in zip(q, (each.min(0), each.mean(0), each)):
         assert np.shape(values) == expected.shape
         np.testing.assert_allclose(values, expected, rtol=1e-4, atol=1e-5)
@@ -256,7 +313,7 @@ def test_q_of_a_dictionary(tmp_path):
 
 
 def test_q_of_discrete_actions(tmp_path):
-    """Which count from -1 here: of all of them, or of those named."""
+    """Q of every action, which count from -1 here, or of given ones."""
     episodes = random_episodes([10, 12, 9])
     for each in episodes:
         each["actions"] = np.arange(len(each["actions"])) % 4 - 1

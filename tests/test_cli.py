@@ -1,4 +1,4 @@
-"""The command line: every flag, every file, and what each mistake gets."""
+"""Tests of the command line: flags, files of flags, and the refusal of mistakes."""
 
 import ast
 import dataclasses
@@ -29,9 +29,8 @@ import cql
 ROOT = Path(cql.__file__).resolve().parent
 inf = math.inf
 
-# CORL's flags, offline and finetune, with CORL offline's defaults, in the groups of
-# --help. The finetune scripts' own flags have the defaults that leave offline training
-# as it is.
+# The flags of CORL's offline and finetune scripts, in the groups of --help. Defaults are
+# those of the offline script; flags that only the finetune scripts have are off.
 CORL = {
     "data": {
         "env": "halfcheetah-medium-expert-v2",
@@ -87,7 +86,7 @@ CORL = {
     },
     "speed": {},
 }
-# Where ours differs from CORL's, which the flag's comment says.
+# Defaults that differ from CORL's; the flag's comment says so.
 DIFFERENT = {
     "env": "mujoco/hopper/medium-v0",
     "reward_scale": 1.0,
@@ -99,7 +98,7 @@ DIFFERENT = {
 OURS = {
     "data": {},
     "run": {"resume": None, "log_freq": 1000, "checkpoint_freq": 0},
-    "evaluation": {"eval_env": None, "max_episode_steps": None, "fqe_updates": 0},
+    "evaluation": {"eval_env": None, "max_episode_steps": None},
     "algorithm": {"penalty": "logsumexp", "cal_ql": False},
     "networks": {"hidden_dim": 256, "n_critics": 2, "n_target_critics": None},
     "online": {"utd": 1, "exploration_epsilon": 0.1},
@@ -121,13 +120,13 @@ LISTS |= {"cql_target_action_gap": float}
 
 
 def read(argv):
-    """The configuration that a command line means."""
+    """Return the config of a command line."""
     return cql.read_config(shlex.split(argv) if isinstance(argv, str) else argv)
 
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    """A mistake that is wrongly let through must not begin a download."""
+    """Make downloads fail, so that an accepted mistake does not start one."""
 
     def fail(*_, **__):
         raise OSError("no network in tests")
@@ -142,7 +141,7 @@ def toy(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(toy, tmp_path_factory):
-    """The directory of a finished run on the toy dataset."""
+    """Return the directory of a finished run on the toy dataset."""
     directory = tmp_path_factory.mktemp("runs") / "finished"
     assert run(env=toy, resume=directory, name="007")[0] == 0
     return directory
@@ -155,14 +154,14 @@ def finished(toy, tmp_path_factory):
 
 @pytest.mark.parametrize("flag", FLAGS)
 def test_a_flag_and_its_default(flag):
-    """Of CORL's and ours; a fork may add its own."""
+    """Every flag of CORL and of this project exists; a fork may add more."""
     value = getattr(cql.TrainConfig(), flag)
     assert value == FLAGS[flag] and type(value) is type(FLAGS[flag])
 
 
 @pytest.fixture(scope="module")
 def help_texts():
-    """What --help says of each flag, in its order."""
+    """Return the text of --help for each flag, in its order."""
     status, out, err = run(["--help"])
     assert status == 0 and err == ""
     texts, flag = {}, None
@@ -192,7 +191,7 @@ def test_help_has_the_groups_of_flags_and_fits_a_terminal(monkeypatch):
         heading = title or heading
         if flag:
             found.setdefault(heading.lower(), set()).add(flag)
-    for name, flags in GROUPS.items():  # and a fork's own
+    for name, flags in GROUPS.items():  # a fork may add more
         assert set(flags) <= found[name]
     assert max(map(len, out.splitlines())) <= 80
 
@@ -217,8 +216,8 @@ def test_help_tells_meaning_and_default(flag, help_texts):
 
 
 def test_every_flag_is_read():
-    """Somewhere else than where it is checked: no flag is accepted and unused."""
-    checks = "check_values algorithm_mistakes phase_mistakes validate".split()
+    """Every flag is read outside of its validation, so none is accepted and unused."""
+    checks = "check_number algorithm_mistakes phase_mistakes validate".split()
     tree, used = ast.parse(Path(cql.__file__).read_text()), set(cql.SWEPT)
     for body in tree.body:
         if getattr(body, "name", "") in checks:
@@ -230,7 +229,7 @@ def test_every_flag_is_read():
                     used.add(node.attr)
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "get":
                 used |= {getattr(argument, "value", None) for argument in node.args}
-    used |= {"max_timesteps", "offline_iterations"}  # the dataclass's own
+    used |= {"max_timesteps", "offline_iterations"}  # read in the dataclass
     assert set(FLAGS) - used == set()
 
 
@@ -244,7 +243,7 @@ def test_every_flag_is_read():
         ("--offline_iterations 7", "max_timesteps", 7),
         ("--policy_lr 1e-4", "policy_lr", 1e-4),
         ("--discount 1", "discount", 1.0),
-        # Text stays as it was typed.
+        # A text flag keeps the text as typed.
         ("--name 007", "name", "007"),
         ("--name true", "name", "true"),
         ("--name 1e6", "name", "1e6"),
@@ -260,14 +259,14 @@ def test_every_flag_is_read():
         ("--eval_env none", "eval_env", "none"),
         ("--env 007", "env", "007"),
         ("--env 'my data/é.hdf5'", "env", "my data/é.hdf5"),
-        # Numbers may begin with a minus, and be infinite.
+        # Numbers may start with a minus or be infinite.
         ("--cql_clip_diff_min -inf", "cql_clip_diff_min", -inf),
         ("--cql_clip_diff_min -.inf", "cql_clip_diff_min", -inf),
         ("--cql_clip_diff_min -200", "cql_clip_diff_min", -200.0),
         ("--cql_clip_diff_min=-.5", "cql_clip_diff_min", -0.5),
         ("--cql_clip_diff_max inf", "cql_clip_diff_max", inf),
         ("--cql_target_action_gap -1e-1", "cql_target_action_gap", -0.1),
-        # A bare boolean is true.
+        # A boolean flag without a value is true.
         ("--cql_lagrange", "cql_lagrange", True),
         ("--cql_lagrange --seed 1", "seed", 1),
         ("--seed 1 --cql_lagrange", "cql_lagrange", True),
@@ -292,9 +291,9 @@ def test_values_are_read_as_written(argv, flag, expected):
 @pytest.mark.parametrize("word", ["null", "~", "None"])
 @pytest.mark.parametrize("flag", OPTIONAL)
 def test_words_that_mean_null(flag, word, tmp_path):
-    """In a file, too, where only the first two are YAML's own."""
+    """Words for null work in a file, too, although None is text in YAML."""
     others = {}
-    if flag == "env":  # what training without data needs
+    if flag == "env":  # flags that training without data needs
         others = {"eval_env": "CartPole-v1", "online_iterations": 9, "max_timesteps": 0}
         others |= {"normalize": False, "batch_size": 8}
     argv = [f"--{name}={value}" for name, value in others.items()]
@@ -368,10 +367,10 @@ def test_the_product_of_lists():
         ("--cql_temp 0", "--cql_temp"),
         ("--cql_temp [1,-1]", "--cql_temp"),
         ("--cql_target_action_gap .nan", "--cql_target_action_gap nan"),
-        ("--discount 1.5", "--discount 1"),
+        ("--discount 1.5", "--discount 1.5: must lie in [0, 1]"),
         ("--discount -0.1", "--discount 0"),
         ("--discount .nan", "--discount"),
-        ("--batch_size 0", "--batch_size 0"),
+        ("--batch_size 0", "--batch_size 0: must be at least 1"),
         ("--n_episodes 0", "--n_episodes 0"),
         ("--max_episode_steps 0", "--max_episode_steps 0"),
         ("--max_timesteps -1", "--max_timesteps -1"),
@@ -379,7 +378,7 @@ def test_the_product_of_lists():
         ("--eval_freq 0", "--eval_freq 0"),
         ("--log_freq 0", "--log_freq 0"),
         ("--checkpoint_freq -1", "--checkpoint_freq -1"),
-        ("--fqe_updates -1", "--fqe_updates -1"),
+        ("--fqe_updates 1", "--fqe_updates scripts/judge.py"),
         ("--buffer_size 0", "--buffer_size 0"),
         ("--policy_lr -1e-4", "--policy_lr -0.0001"),
         ("--policy_lr .nan", "--policy_lr nan"),
@@ -401,7 +400,8 @@ def test_the_product_of_lists():
         ("--mixing_ratio 1.5", "--mixing_ratio"),
         ("--mixing_ratio -2", "--mixing_ratio"),
         ("--cql_backward_actions -1", "--cql_backward_actions -1"),
-        ("--reward_scale .nan", "--reward_scale nan"),
+        ("--reward_scale .nan", "--reward_scale nan: must be a finite number"),
+        ("--reward_scale .inf", "--reward_scale inf: must be a finite number"),
         ("--reward_bias .nan", "--reward_bias nan"),
         ("--policy_log_std_multiplier .nan", "--policy_log_std_multiplier nan"),
         ("--cql_clip_diff_min .nan", "--cql_clip_diff_min nan"),
@@ -422,7 +422,7 @@ def test_the_product_of_lists():
         ("--max_timestep 5", "--max_timestep max_timesteps"),
         ("--max-timesteps 5", "--max-timesteps max_timesteps"),
         ("--cql_alhpa=5", "--cql_alhpa cql_alpha"),
-        ("--se 1", "--se unknown"),  # no prefixes
+        ("--se 1", "--se unknown"),  # a prefix is no flag
         ("--zzz 5", "--zzz"),
         ("-s 5", "-s"),
         ("surplus", "surplus"),
@@ -466,7 +466,7 @@ def test_a_flag_given_twice(argv, refused, tmp_path):
 
 
 def test_as_a_command(tmp_path):
-    """As a shell sees it: status and streams."""
+    """The script runs as a command, with exit status and output streams."""
     file = d4rl_file(tmp_path / "toy.hdf5")
     flags = make_data.arguments(env=file.name, eval_env="make_data:CqlToy-v0")
     argv = [sys.executable, ROOT / "cql.py", *flags]
@@ -478,8 +478,7 @@ def test_as_a_command(tmp_path):
 
 
 def test_reading_flags_looks_through_no_source(monkeypatch):
-    """pyrallis looks through the whole script for each flag's comment if it may, which
-    takes seconds."""
+    """pyrallis does not read the script's source for each flag, which takes seconds."""
     calls, getsource = [], cql.inspect.getsource
 
     def counted(thing):
@@ -500,7 +499,7 @@ def test_reading_flags_looks_through_no_source(monkeypatch):
 
 @pytest.mark.parametrize("flag", ["name", "resume"])
 def test_a_text_that_is_a_number_to_yaml(flag, tmp_path):
-    """Of which it need not be quoted: a run of this year, say."""
+    """A text flag in a file takes a number without quotes, for example a year."""
     (tmp_path / "file.yaml").write_text(f"{flag}: 2024\n")
     config = read(["--config_path", str(tmp_path / "file.yaml")])
     assert getattr(config, flag) == "2024"
@@ -528,7 +527,7 @@ def test_flags_stand_above_the_file(tmp_path):
     ],
 )
 def test_two_names_of_one_number_in_two_layers(file, argv, updates, tmp_path):
-    """CORL's finetune files say offline_iterations; a flag of either name is above."""
+    """A flag of either name overrides a file, such as CORL's finetune files."""
     path = tmp_path / "file.yaml"
     path.write_text(file)
     config = read(["--config_path", str(path), *shlex.split(argv)])
@@ -536,7 +535,7 @@ def test_two_names_of_one_number_in_two_layers(file, argv, updates, tmp_path):
 
 
 def saved(directory, **flags):
-    """The directory of a run whose config.yaml says these flags."""
+    """Return the directory of a run whose config.yaml has these flags."""
     directory.mkdir(exist_ok=True)
     values = dataclasses.asdict(cql.TrainConfig(**flags))
     (directory / "config.yaml").write_text(yaml.safe_dump(values))
@@ -555,7 +554,7 @@ def test_three_layers(tmp_path):
 
 
 def test_a_file_may_not_change_a_resumed_run_either(tmp_path):
-    """It may name a flag's value as it is."""
+    """A file may repeat a flag's value but not change it."""
     directory, file = saved(tmp_path / "run", cql_alpha=5.0), tmp_path / "file.yaml"
     argv = f"--resume {directory} --config_path {file}"
     file.write_text("cql_alpha: 5\nseed: 0\n")
@@ -612,23 +611,22 @@ INHERITED = {
 
 @pytest.fixture(scope="module")
 def model(toy, tmp_path_factory):
-    """The directory of a run whose flags are not the defaults, INHERITED and others."""
+    """Return the directory of a run with INHERITED and other flags."""
     directory = tmp_path_factory.mktemp("model")
     flags = {"name": "n", "project": "p", "group": "g", "offline_iterations": 2}
-    flags["fqe_updates"] = 1
     flags = {**INHERITED, **flags, "max_timesteps": None}
     assert run(env=toy, resume=directory, **flags)[0] == 0
     return directory
 
 
 def test_load_model_inherits(model, toy):
-    """All but iterations, paths, names, device and resume, which are this run's own."""
+    """load_model inherits all flags but iterations, paths, names, device and resume."""
     for path in (model, model / "checkpoint.pt"):
         config = read(f"--load_model {path}")
         for flag, value in {**INHERITED, "env": str(toy)}.items():
             assert getattr(config, flag) == value, flag
         for flag in (
-            "max_timesteps offline_iterations online_iterations fqe_updates name "
+            "max_timesteps offline_iterations online_iterations name "
             "project group checkpoints_path device resume"
         ).split():
             assert getattr(config, flag) == FLAGS[flag], flag
@@ -645,7 +643,7 @@ def test_load_model_s_flags_stand_below_the_command_s(model, tmp_path):
 
 
 def test_a_resumed_run_does_not_inherit_again(model, tmp_path):
-    """Its config.yaml says all, also where the model has gone."""
+    """A resumed run takes its flags from config.yaml, also if the model is gone."""
     directory = saved(tmp_path / "run", load_model="gone", seed=5)
     config = read(f"--resume {directory}")
     assert (config.load_model, config.seed, config.discount) == ("gone", 5, 0.99)
@@ -657,8 +655,8 @@ def test_a_resumed_run_does_not_inherit_again(model, tmp_path):
 
 
 def effective(values):
-    """A file's values, with numbers that are text to YAML, such as 1e-4, as numbers, and
-    offline_iterations by its other name."""
+    """Return a file's values with numbers for texts such as 1e-4, and with max_timesteps
+    for offline_iterations."""
     if values.get("offline_iterations") is not None:
         values["max_timesteps"] = values.pop("offline_iterations")
     for flag, value in values.items():
@@ -736,7 +734,7 @@ SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
 @pytest.mark.parametrize("pick", [0, -1])
 @pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
 def test_our_sweeps_generate_commands_that_parse(file, pick, monkeypatch):
-    """The first and the last value of each parameter."""
+    """The commands with the first and the last value of each parameter are valid."""
     monkeypatch.chdir(ROOT)
     sweep = yaml.safe_load(file.read_text())
     chosen = {}
@@ -757,7 +755,7 @@ def test_our_sweeps_generate_commands_that_parse(file, pick, monkeypatch):
 
 @pytest.mark.parametrize("style", ["args", "args_no_boolean_flags"])
 def test_what_wandb_s_agents_write(style):
-    """None for null, True for true or the bare flag, lists and small numbers."""
+    """wandb writes None for null, True or a bare flag for true, lists, and 1e-05."""
     values = {
         "checkpoints_path": None,
         "n_target_critics": None,
@@ -780,7 +778,7 @@ def test_what_wandb_s_agents_write(style):
     "file", sorted((ROOT / "tests" / "corl").glob("*.yaml")), ids=lambda file: file.stem
 )
 def test_corl_s_files_load_unchanged(file, refused):
-    """The same values take effect; what the file leaves out is CORL's or ours."""
+    """CORL's files set the values that they name; other flags keep the defaults."""
     values = effective(yaml.safe_load(file.read_text()))
     defaults = {flag: field.default for flag, field in cql.FIELDS.items()}
     assert vars(read(["--config_path", str(file)])) == {**defaults, **values}
@@ -790,12 +788,12 @@ def test_corl_s_files_load_unchanged(file, refused):
 
 
 # --------------------------------------------------------------------------------------
-# Datasets at fault
+# Bad datasets
 # --------------------------------------------------------------------------------------
 
 
 def edited(path, edit):
-    """The dataset after edit(its metadata, its open HDF5 file)."""
+    """Change a dataset by edit(metadata, open HDF5 file); return its path."""
     metadata = json.loads((path / "data" / "metadata.json").read_text())
     with h5py.File(path / "data" / "main_data.hdf5", "a") as file:
         edit(metadata, file)
@@ -840,7 +838,7 @@ def test_a_dataset_that_cannot_be_downloaded(error, monkeypatch, tmp_path):
         raise error
 
     monkeypatch.setattr(minari, "download_dataset", fails)
-    monkeypatch.setenv("MINARI_REMOTE", "hf://nobody")  # asked without a look around
+    monkeypatch.setenv("MINARI_REMOTE", "hf://nobody")  # skips the test of the network
     monkeypatch.chdir(tmp_path)
     status, out, err = run(env="nobody/nothing-v0")
     assert status == 2 and err.count("\n") == 1 and "noise" not in out + err
@@ -891,7 +889,7 @@ FOREIGN_D4RL = {
     "text": ({"observations": np.array([b"text"] * 54)}, ""),
     "text for rewards": ({"rewards": np.array([b"text"] * 54)}, "rewards"),
     "no action": ({"actions": np.zeros((54, 0))}, ""),
-    "a group": ({"observations/group": np.zeros(3), "observations": None}, "lacks"),
+    "a group": ({"observations/group": np.zeros(3), "observations": None}, "damaged"),
     "observations of nothing": (NOTHING, ""),
     "no rows": ({**EMPTY, **{key: np.zeros((0, 3)) for key in NOTHING}}, ""),
 }
@@ -933,7 +931,7 @@ def replace(key, value):
 
 
 def record(**values):
-    """Metadata with these values; None deletes the key."""
+    """Return an edit that sets these values in the metadata; None deletes the key."""
 
     def edit(metadata, _):
         metadata.update(values)
@@ -999,7 +997,7 @@ def test_metadata_that_is_none(text, refused, fresh):
 
 
 def recorded_spec(**changes):
-    """The environment that the toy dataset records, with changes."""
+    """Return an edit that changes the recorded environment."""
 
     def edit(metadata, _):
         spec = {**json.loads(metadata["env_spec"]), **changes}
@@ -1009,7 +1007,7 @@ def recorded_spec(**changes):
 
 
 def test_recorded_settings_that_the_environment_refuses(refused, fresh):
-    """The message says how to train without it or with another; none does."""
+    """The message says how to train without the environment or with another one."""
     edited(fresh, recorded_spec(kwargs={"wrong": 1}))
     refused(None, "CqlToy-v0", "--eval_env none", "module:ID", env=fresh)
     assert run(env=fresh, eval_env="none", checkpoints_path="null")[0] == 0
@@ -1017,16 +1015,16 @@ def test_recorded_settings_that_the_environment_refuses(refused, fresh):
 
 
 def test_fewer_transitions_than_a_batch(refused, toy, tmp_path):
-    refused(None, "--env", "54 ", "batch", "55", env=toy, batch_size=55)
+    refused(None, "--batch_size 55", "54 ", env=toy, batch_size=55)
     file = d4rl_file(tmp_path / "toy.hdf5", random_episodes([3, 4]))
-    refused(None, "--env", "7 ", "batch", "8", env=file)
-    cut = random_episodes([1], ends="cut")  # of which no s' is known
+    refused(None, "--batch_size 8", "7 ", env=file)
+    cut = random_episodes([1], ends="cut")  # its only next observation is unknown
     file = d4rl_file(tmp_path / "none.hdf5", cut, next_observations=None)
-    refused(None, "--env", "0 ", env=file, batch_size=1)
+    refused(None, "--env", "0 transitions: no episode", env=file, batch_size=1)
 
 
 def test_the_episode_named_counts_those_left_out(refused, tmp_path):
-    """Of one step whose next observation is unknown nothing is left."""
+    """Episode numbers in messages count episodes without a transition."""
     episodes = random_episodes([5, 1, 7], ends="timeout")
     episodes[2]["rewards"][3] = math.nan
     file = d4rl_file(tmp_path / "toy.hdf5", episodes, next_observations=None)
@@ -1079,14 +1077,14 @@ OBSERVATIONS = {
     ids=[*ACTIONS, *OBSERVATIONS],
 )
 def test_spaces_that_are_not_supported(name, space, refused, tmp_path):
-    """A dataset whose metadata claims such a space."""
+    """A dataset with an unsupported space in its metadata is refused."""
     episodes = random_episodes([9, 9])
     for episode in episodes:
-        episode["actions"] *= 0  # within all bounds
+        episode["actions"] *= 0  # zeros are within all bounds
     path = minari_dataset(tmp_path / "datasets", "toy/spaces-v0", episodes)
     try:
         text = minari.serialization.serialize_space(space)
-    except NotImplementedError:  # Minari knows none
+    except NotImplementedError:  # Minari does not support the space
         text = json.dumps({"type": type(space).__name__})
     noun = name.removesuffix("_space")
     refused(
@@ -1099,7 +1097,7 @@ def test_spaces_that_are_not_supported(name, space, refused, tmp_path):
 
 @pytest.fixture(scope="module")
 def wide():
-    """An environment like the toy but for the bounds of its actions."""
+    """Register the toy environment with other bounds of actions."""
     gym.register("CqlWide-v0", entry_point="make_data:Toy", kwargs={"low": -2})
     yield "CqlWide-v0"
     del gym.registry["CqlWide-v0"]
@@ -1121,14 +1119,14 @@ def wide():
 )
 def test_an_eval_env_that_does_not_fit(name, fragments, refused, toy, wide, tmp_path):
     refused(None, name, *fragments.split(), env=toy, eval_env=name)
-    if name != wide:  # whose bounds a bare file would take
+    if name != wide:  # a D4RL file would take its bounds
         file = d4rl_file(tmp_path / "bare.hdf5")
         refused(None, name, env=file, eval_env=name)
 
 
 @pytest.mark.parametrize("kind", ["actions", "observations", "environment"])
 def test_datasets_that_cannot_be_joined(kind, refused, toy, tmp_path):
-    """In either order."""
+    """Both orders are refused."""
     root = tmp_path / "datasets"
     if kind == "actions":
         other = toy_dataset(root, "toy/wide-v0", env_kwargs={"low": -2})
@@ -1146,7 +1144,7 @@ def test_datasets_that_cannot_be_joined(kind, refused, toy, tmp_path):
 
 
 def foreign_checkpoints(good):
-    """Bytes or payloads that are no checkpoint of this script's."""
+    """Yield bytes and payloads that are not checkpoints of cql.py."""
     payload = torch.load(good, weights_only=True)
     raw = good.read_bytes()
     yield raw[: len(raw) // 2]
@@ -1188,7 +1186,7 @@ def test_a_checkpoint_without_a_part_is_not_taken_up(part, finished, refused, tm
 
 
 class Planted:
-    """What, unpickled, makes a directory."""
+    """An object that creates a directory when it is unpickled."""
 
     def __reduce__(self):
         return os.mkdir, ("owned",)
@@ -1236,17 +1234,6 @@ def test_a_damaged_run_cannot_be_resumed(refused, toy, tmp_path):
     refused(["--resume", directory], "config.yaml", "sead", "seed")
 
 
-def test_a_tensor_marked_as_a_directory_is_damage(refused, toy, tmp_path):
-    """torch would read such an entry of the archive as whatever the memory held."""
-    path = tmp_path / "run" / "checkpoint.pt"
-    assert run(env=toy, resume=path.parent)[0] == 0
-    content = bytearray(path.read_bytes())
-    name = content.rindex(b"archive/data/3")  # in the archive's table of contents
-    content[name - 46 + 38] = 0x10  # external attributes, 38 bytes into the entry
-    path.write_bytes(content)
-    refused(["--resume", path.parent], path, "damaged")
-
-
 def test_foreign_tables_are_left_alone(toy, tmp_path):
     table = tmp_path / "metrics.csv"
     table.write_text("epoch,loss\n1,0.5\n")
@@ -1271,12 +1258,12 @@ def test_null_writes_nothing(toy, tmp_path, monkeypatch):
 
 
 # --------------------------------------------------------------------------------------
-# Notes
+# Opening lines
 # --------------------------------------------------------------------------------------
 
 
 def notes(out):
-    """The opening lines but for those that every run has: data, actions, evaluation."""
+    """Return the opening lines except those on data, actions and evaluation."""
     lines = out.split("\ntraining ")[0].splitlines()
     known = "data: ", "actions: ", "evaluation: "
     return [line for line in lines if not line.startswith(known)]
@@ -1309,7 +1296,7 @@ def test_a_negative_gap_is_a_target(toy):
 
 @pytest.mark.parametrize("asked", [None, "none"])
 def test_nothing_is_evaluated(asked, toy, tmp_path):
-    """None is recorded, or none is wanted: no reason is given that is not so."""
+    """A run without evaluation says so, and gives no wrong reason."""
     env = toy if asked else d4rl_file(tmp_path / "bare.hdf5")
     status, out, err = run(env=env, eval_env=asked, resume=tmp_path / "run")
     assert (status, err) == (0, "") and "evaluation: none" in out

@@ -1,4 +1,4 @@
-"""From files to tensors, and back to the environment's actions and scores."""
+"""Tests of reading data, of actions and scores, and of environments."""
 
 import csv
 import dataclasses
@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 import warnings
+from collections import namedtuple
 
 import gymnasium as gym
 import h5py
@@ -28,40 +29,41 @@ from make_data import (
 
 import cql
 
-FIELDS = cql.Batch._fields[:5]
+FIELDS = cql.COLUMNS[:5]
+Transitions = namedtuple("Transitions", FIELDS)
 
 
 def config_of(env, **flags):
-    """A config that takes as little as one transition."""
+    """Return a config that accepts a single transition."""
     env = list(map(str, env)) if isinstance(env, list) else str(env)
     return cql.TrainConfig(**{"env": env, "batch_size": 1, **flags})
 
 
 def load(env, **flags):
-    """The Dataset that `env` names."""
+    """Return the Dataset of `env`."""
     config = config_of(env, **flags)
     return cql.Dataset(config, *cql.read_data(config))
 
 
 def task_of(env):
-    """The Task that `env` names."""
+    """Return the Task of `env`."""
     return cql.read_data(config_of(env))[1]
 
 
 def loaded(env, **flags):
-    """Dataset and Task where an environment has its say, as a run begins."""
+    """Return Dataset and Task as at the start of a run, after `eval_env` is made."""
     return cql.load(config_of(env, **flags), None, "cpu")[:2]
 
 
 def everything(dataset):
-    """All transitions, in order, as arrays [n, ...]."""
+    """Return all transitions, in order, as arrays [n, ...]."""
     batch = dataset.gather(torch.arange(len(dataset)).unsqueeze(0))
-    return cql.Batch(*(x.squeeze(0).numpy() for x in batch[:5]))
+    return Transitions(*(batch[name].squeeze(0).numpy() for name in FIELDS))
 
 
 def transitions(episodes, last_of_cut=True):
-    """What `everything` should return, written as a loop over episodes and steps; the
-    last step of an episode that did not terminate only if `last_of_cut`."""
+    """Return what `everything` should return, from a loop over episodes and steps. The
+    last step of an episode without termination is included only if `last_of_cut`."""
     rows = []
     for e in episodes:
         n = len(e["rewards"])
@@ -71,11 +73,11 @@ def transitions(episodes, last_of_cut=True):
             s, after = e["observations"][t], e["observations"][t + 1]
             ended = float(e["terminations"][t])
             rows.append((s, e["actions"][t], e["rewards"][t], after, ended))
-    return cql.Batch(*(np.array(column, np.float32) for column in zip(*rows)))
+    return Transitions(*(np.array(column, np.float32) for column in zip(*rows)))
 
 
 def same(actual, expected, ends=True):
-    """Equal arrays; without `ends`, but for the s' of terminations."""
+    """Assert equal arrays; without `ends`, ignore next observations of terminations."""
     for field in FIELDS:
         a, b = getattr(actual, field), getattr(expected, field)
         assert a.dtype == np.float32 and a.shape == b.shape, field
@@ -85,7 +87,7 @@ def same(actual, expected, ends=True):
 
 
 def states(episodes):
-    """The observations of all transitions, [n, O]."""
+    """Return the observations of all transitions, [n, O]."""
     return np.concatenate([e["observations"][:-1] for e in episodes])
 
 
@@ -95,7 +97,7 @@ def evaluations(directory):
 
 
 def line(out, start):
-    """The one line of `out` that begins so."""
+    """Return the only line of `out` that starts like this."""
     [found] = [each for each in out.splitlines() if each.startswith(start)]
     return found
 
@@ -119,10 +121,10 @@ LEVERS = {
 
 
 class Levers(gym.Env):
-    """Three still numbers, and a space of actions, kept to by value and type."""
+    """Three constant observations, and actions checked by value and type."""
 
     observation_space = Box(-9, 9, (3,))
-    done = []  # the actions so far
+    done = []  # actions taken
 
     def __init__(self, name):
         self.action_space = LEVERS[name]
@@ -139,7 +141,7 @@ class Levers(gym.Env):
 
 @pytest.fixture
 def levers():
-    """The environments of LEVERS, for as long as a test lasts."""
+    """Register the environments of LEVERS during a test."""
     Levers.done.clear()
     for name in LEVERS:
         entry = f"{__name__}:Levers"
@@ -150,7 +152,7 @@ def levers():
 
 
 # --------------------------------------------------------------------------------------
-# Where data comes from
+# Sources of data
 # --------------------------------------------------------------------------------------
 
 
@@ -166,7 +168,7 @@ def test_a_minari_dataset_by_id_and_by_directory(tmp_path, monkeypatch):
 @pytest.mark.parametrize("following", [True, False])
 @pytest.mark.parametrize("timeouts", [True, False])
 def test_a_d4rl_file(following, timeouts, tmp_path):
-    """Without next_observations, what follows a cut is unknown and its step left out."""
+    """Without next_observations, the last step of a truncated episode is left out."""
     ends = "mixed" if following else "terminal"
     episodes = random_episodes([4, 1, 7, 2, 1, 1, 9], ends=ends)
     if timeouts and not following:
@@ -214,7 +216,7 @@ def test_a_d4rl_name_suggests_the_environment(name, env_id, dims, tmp_path, caps
 
 
 def test_a_name_is_only_a_guess(in_tmp):
-    """A log of another robot's is trained on, without the environment of its name."""
+    """A file of other sizes than its name's environment trains without evaluation."""
     file = d4rl_file(in_tmp / "hopper_robot_logs.hdf5")
     status, out, err = run(env=file, resume="out")
     assert (status, err) == (0, "")
@@ -223,7 +225,7 @@ def test_a_name_is_only_a_guess(in_tmp):
 
 
 def test_a_guess_gives_way_to_eval_env(in_tmp):
-    """Another environment of the same sizes, whose actions are its own."""
+    """eval_env replaces the environment that the file's name suggests."""
     space = {"low": -2.0, "high": 2.0}
     hopper = gym.make("Hopper-v5", disable_env_checker=True).observation_space
 
@@ -246,7 +248,7 @@ def test_a_guess_gives_way_to_eval_env(in_tmp):
 
 
 def test_a_guess_gives_way_to_what_is_recorded(tmp_path):
-    """A file is joined to data of another version of its name's environment."""
+    """A file joins data of another version of the environment of its name."""
     episodes = random_episodes([9, 9], obs_dim=11, action_dim=3)
     env = gym.make("Hopper-v5", disable_env_checker=True)
     recorded = minari_dataset(tmp_path, "toy/hop-v0", episodes, env=env)
@@ -265,20 +267,20 @@ def test_a_guess_gives_way_to_what_is_recorded(tmp_path):
     ],
 )
 def test_a_name_of_d4rl_s(name, other, refused):
-    """Other data is spoken of only where some is named."""
+    """The message names other data only if they exist."""
     error = refused(None, f"--env {name}", ".hdf5", env=name)
     assert "other data" not in error or other in error
 
 
 def test_an_own_dataset_of_such_a_name(tmp_path, monkeypatch):
-    """What lies there is read."""
+    """A dataset on the disk is read although its name is one of D4RL's."""
     toy_dataset(tmp_path, "hopper-mine-v0")
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     same(everything(load("hopper-mine-v0")), transitions(toy_episodes()))
 
 
 def test_float64_data(tmp_path):
-    """Statistics are exact even where float32 sums would not be."""
+    """Statistics are exact even where float32 sums are not."""
     episodes = random_episodes([400] * 5)
     for e in episodes:
         e["observations"] = 1000 + e["observations"].astype(np.float64)
@@ -297,7 +299,7 @@ def test_float64_data(tmp_path):
 
 
 def test_memory(tmp_path):
-    """Next observations are not stored twice: 1.2 times the numbers themselves."""
+    """Next observations are not stored twice: 1.2 times the size of the data."""
     episodes = random_episodes([500] * 4, obs_dim=11, action_dim=3)
     dataset = load(d4rl_file(tmp_path / "big.hdf5", episodes))
     kept = [*vars(dataset).values(), *dataset.columns.values()]
@@ -307,7 +309,7 @@ def test_memory(tmp_path):
 
 
 def test_other_files_are_left_alone(tmp_path):
-    """Nothing is written into a dataset, not even its times."""
+    """Training does not write into a dataset, not even its times."""
     path, file = toy_dataset(tmp_path / "datasets"), d4rl_file(tmp_path / "toy.hdf5")
     files = [file, *path.rglob("*.*")]
     before = [(f.read_bytes(), f.stat().st_mtime_ns) for f in files]
@@ -315,12 +317,12 @@ def test_other_files_are_left_alone(tmp_path):
         assert run(env=env, checkpoints_path="null")[0] == 0
     assert [(f.read_bytes(), f.stat().st_mtime_ns) for f in files] == before
     with h5py.File(file, "a"):
-        pass  # and it is closed again
+        pass  # opening for writing shows that the file was closed
 
 
 @pytest.mark.parametrize("form", ["minari", "d4rl"])
 def test_a_file_that_another_process_writes(form, tmp_path):
-    """HDF5 locks it meanwhile: it is not damaged, and said to be locked."""
+    """The message says that the file is locked, not that it is damaged."""
     path = file = d4rl_file(tmp_path / "toy.hdf5")
     if form == "minari":
         path = toy_dataset(tmp_path / "datasets")
@@ -334,7 +336,7 @@ def test_a_file_that_another_process_writes(form, tmp_path):
 
 
 def test_a_file_of_many_episodes_gets_a_short_message(tmp_path, refused):
-    """Not the names of all that is in it."""
+    """The message does not list all names in the file."""
     with h5py.File(tmp_path / "many.hdf5", "w") as file:
         for i in range(3000):
             file.create_group(f"episode_{i}")
@@ -366,12 +368,12 @@ def test_a_list_is_joined_in_its_order(tmp_path):
 def test_joined_data_of_other_settings(in_tmp):
     paths = [toy_dataset(in_tmp / str(p), env_kwargs={"push": p}) for p in (0.3, 0.9)]
     status, out, _ = run(env=paths, resume="out")
-    assert status == 0 and "0.9" in out and "those of the first" in out
+    assert status == 0 and "0.9" in out and "the first dataset" in out
 
 
 @pytest.mark.parametrize("form", ["minari", "d4rl"])
 def test_two_kinds_of_actions_do_not_join(form, tmp_path, refused):
-    """In either order."""
+    """Both orders are refused."""
     moved = random_episodes([9, 9], action_dim=1)
     chosen = [{**e, "actions": (e["actions"] > 0).astype(int)} for e in moved]
     paths = [d4rl_file(tmp_path / "moved.hdf5", moved)]
@@ -382,11 +384,11 @@ def test_two_kinds_of_actions_do_not_join(form, tmp_path, refused):
     else:
         paths.append(d4rl_file(tmp_path / "chosen.hdf5", chosen))
     for order in (paths, paths[::-1]):
-        refused(None, "discrete", "continuous", env=order)
+        refused(None, "2 discrete", "1 in [-1, 1]", env=order)
 
 
 def test_ids_that_one_of_the_files_lacks(tmp_path):
-    """Together they say which there are."""
+    """The joined data has all actions of its files."""
     paths = []
     for first in (0, 2):
         episodes = random_episodes([8, 8], seed=first)
@@ -407,7 +409,7 @@ def test_ids_that_one_of_the_files_lacks(tmp_path):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_nothing_crosses_an_episode_s_end(seed, tmp_path):
-    """Every (s, s') is a consecutive pair of one episode, and none is missing."""
+    """Every (s, s') is a pair of consecutive rows of one episode; none is missing."""
     rng = np.random.default_rng(seed)
     lengths = rng.choice([1, 1, 2, 3, 5, 17], rng.integers(3, 30))
     episodes = random_episodes(lengths, seed)
@@ -434,11 +436,10 @@ def test_indices_of_several_runs(tmp_path):
     dataset = load(d4rl_file(tmp_path / "a.hdf5", random_episodes([4, 1, 6])))
     indices = torch.tensor([[0, 4, 10], [3, 3, 5]])
     batch, rows = dataset.gather(indices), everything(dataset)
-    assert [x.shape[:2] for x in batch[:5]] == [(2, 3)] * 5
+    assert batch.keys() == set(FIELDS)
+    assert [x.shape[:2] for x in batch.values()] == [(2, 3)] * 5
     for field in FIELDS:
-        np.testing.assert_array_equal(
-            getattr(batch, field), getattr(rows, field)[indices]
-        )
+        np.testing.assert_array_equal(batch[field], getattr(rows, field)[indices])
 
 
 def test_a_truncation_is_no_termination(tmp_path):
@@ -456,7 +457,7 @@ def test_a_truncation_is_no_termination(tmp_path):
 @pytest.mark.parametrize("form", ["minari", "d4rl"])
 @pytest.mark.parametrize("truth", [100, -1, 0.5])
 def test_a_flag_that_is_not_zero_is_true(form, truth, tmp_path):
-    """Whatever number stands for it: it multiplies nothing."""
+    """Flags are true for any number but zero."""
     episodes = random_episodes([4, 1, 7])  # a terminal, a time limit, a cut
     flags = [
         {key: e[key] * truth for key in ("terminations", "truncations")}
@@ -477,13 +478,13 @@ def test_a_flag_that_is_not_zero_is_true(form, truth, tmp_path):
         d4rl_file(path, episodes, terminals=terminals, timeouts=timeouts)
     dataset = load(path)
     same(everything(dataset), transitions(episodes))
-    returns = [e["rewards"].sum() for e in episodes]  # the cut one is no whole episode
+    returns = [e["rewards"].sum() for e in episodes]  # the last one is cut
     np.testing.assert_allclose(dataset.returns, returns[:2])
 
 
 def test_jumps_split_episodes(tmp_path):
-    """An end that no flag marks shows as an s' that is not the next row's s; the return
-    of such an episode is no whole episode's."""
+    """An end without a flag shows as a next observation that is not the next row. The
+    return of such an episode does not count as a whole episode's."""
     episodes = random_episodes([4, 6, 3], ends="cut")
     dataset = load(d4rl_file(tmp_path / "a.hdf5", episodes, timeouts=None))
     same(everything(dataset), transitions(episodes))
@@ -491,10 +492,10 @@ def test_jumps_split_episodes(tmp_path):
 
 
 def test_rounding_is_no_jump(tmp_path):
-    """next_observations that went through float32 arithmetic are still the next row."""
+    """Rounding of next_observations to float32 does not split episodes."""
     episodes = random_episodes([4, 6, 3], ends="timeout")
     for episode in episodes:
-        episode["observations"][:, 2] = 7.0  # a column without spread
+        episode["observations"][:, 2] = 7.0  # a constant column
     after = np.concatenate([e["observations"][1:] for e in episodes])
     rounded = after * (1 + np.finfo(np.float32).eps)
     file = d4rl_file(tmp_path / "a.hdf5", episodes, next_observations=rounded)
@@ -507,7 +508,7 @@ def test_rounding_is_no_jump(tmp_path):
 @pytest.mark.parametrize("centre", [0.0, 3e4])
 @pytest.mark.parametrize("kind", [np.float32, np.float64])
 def test_shuffled_rows_keep_their_own_next_observations(centre, kind, tmp_path):
-    """Far from zero, too, where another row's s is as near as a relative tolerance."""
+    """Rows far from zero are told apart, too; a relative tolerance would not do."""
     rng = np.random.default_rng(0)
     [episode] = random_episodes([400], ends="timeout")
     walk = (centre + rng.normal(size=(401, 3))).astype(kind)
@@ -539,7 +540,7 @@ def test_the_run_says_what_is_left_out(in_tmp):
     status, out, _ = run(env=path, resume="out")
     assert status == 0
     told = line(out, "data:")
-    assert "15 transitions" in told and "3 left out" in told and "3 episodes" in told
+    assert "15 transitions, 3 episodes (3 more" in told and "left out" in told
 
 
 def test_a_d4rl_file_that_does_not_say_where_episodes_end(in_tmp, capsys):
@@ -581,7 +582,7 @@ NESTED = {
 
 @pytest.mark.parametrize("kind", NESTED)
 def test_observations_are_flattened_as_gymnasium_does(kind, tmp_path):
-    """Counted ones as one-hot vectors."""
+    """Integer observations become one-hot vectors."""
     space, episodes = NESTED[kind], random_episodes([5, 1, 4])
     space.seed(0)
     flat = []
@@ -597,7 +598,7 @@ def test_observations_are_flattened_as_gymnasium_does(kind, tmp_path):
 
 @pytest.mark.parametrize("value", [-1, 3])
 def test_a_number_outside_its_space_is_refused(value, tmp_path):
-    """It must not stand in another's column."""
+    """Such a number would set another entry of the one-hot vector."""
     space = Dict(a=gym.spaces.MultiDiscrete([3, 3]), b=gym.spaces.Discrete(3))
     for key in "ab":
         episodes = random_episodes([5, 1, 4])
@@ -613,7 +614,7 @@ def test_a_number_outside_its_space_is_refused(value, tmp_path):
 
 
 class Spy(make_data.Toy):
-    """Keeps what it showed and what was done."""
+    """The toy environment; it records observations and actions."""
 
     seen = []
 
@@ -629,8 +630,8 @@ class Spy(make_data.Toy):
 
 @pytest.mark.parametrize("layout", ["box", "dict", "tuple", "dict recorded backwards"])
 def test_evaluation_flattens_as_the_data(layout, in_tmp):
-    """What the policy does in evaluation is what load_policy's does with the raw
-    observation, dictionary or not, and with the vector in the data's order."""
+    """Evaluation and load_policy choose the same actions for raw observations of each
+    layout, and for flat observations in the data's order."""
     gym.register("CqlSpy-v0", Spy, max_episode_steps=5)
     try:
         path = toy_dataset(in_tmp, env_kwargs={"layout": layout.split()[0]})
@@ -660,7 +661,7 @@ def test_evaluation_flattens_as_the_data(layout, in_tmp):
 
 @pytest.mark.parametrize("name", ["FrozenLake-v1", "Blackjack-v1"])
 def test_counted_observations_are_evaluated(name, in_tmp):
-    """One number, and a tuple of three; both with discrete actions."""
+    """Integers and tuples of integers are evaluated, with discrete actions."""
     env = gym.make(name)
     episodes = make_data.rollout(env, 12)
     path = minari_dataset(in_tmp, "toy/counted-v0", episodes, env=env)
@@ -683,7 +684,7 @@ ACTIONS = {
     "bytes": ((WHOLE + 1).astype(np.uint8), "3 discrete, 0 to 2", ""),
     "truth values": (WHOLE == 0, "2 discrete, 0 and 1", ""),
     "ids from -1": (WHOLE, "3 discrete, -1 to 1", ""),
-    "ids with a gap": (abs(WHOLE) * 2 + 1, "3 discrete, 1 to 3", "never occur"),
+    "ids with a gap": (abs(WHOLE) * 2 + 1, "3 discrete, 1 to 3", "do not occur"),
     "two integer columns": (np.stack([WHOLE] * 2, 1), "2 in [-1, 1]", "whole numbers"),
     "whole floats": (WHOLE.astype(float), "1 in [-1, 1]", "whole numbers"),
     "three numbers": (np.stack([WHOLE / 2] * 3, 1), "3 in [-1, 1]", ""),
@@ -692,14 +693,14 @@ ACTIONS = {
 
 @pytest.mark.parametrize("kind", ACTIONS)
 def test_what_the_actions_are_taken_to_be(kind, in_tmp):
-    """A run says so in its opening lines, and a policy returns such actions."""
+    """The opening lines describe the actions, and a policy returns such actions."""
     actions, described, word = ACTIONS[kind]
     episodes = random_episodes([20, 20])
     file = d4rl_file(in_tmp / "table.hdf5", episodes, actions=actions)
     status, out, err = run(env=file, resume="out")
     assert (status, err) == (0, "")
     assert line(out, "actions:") == f"actions: {described}"
-    said = "never occur" in out or "whole numbers" in out
+    said = "do not occur" in out or "whole numbers" in out
     assert said == bool(word) and word in out
     action = cql.load_policy("out/checkpoint.pt")(states(episodes))
     if "discrete" in described:
@@ -711,7 +712,7 @@ def test_what_the_actions_are_taken_to_be(kind, in_tmp):
 @pytest.mark.parametrize(
     "actions, name, described",
     [
-        (abs(WHOLE), "CqlThree-v0", "3 discrete, 0 to 2"),  # one that never occurs
+        (abs(WHOLE), "CqlThree-v0", "3 discrete, 0 to 2"),  # one action never occurs
         (abs(WHOLE).astype(np.float32), "CqlThree-v0", "3 discrete, 0 to 2"),
         (WHOLE, "CqlUnit-v0", "1 in [-1, 1]"),
         (np.stack([WHOLE * 3] * 2, 1), "CqlWide-v0", "2 in [-3, 3]"),
@@ -720,13 +721,13 @@ def test_what_the_actions_are_taken_to_be(kind, in_tmp):
     ],
 )
 def test_eval_env_says_what_the_actions_are(actions, name, described, levers, in_tmp):
-    """Whatever type they are stored in; each is taken by an environment that refuses
-    actions of another type than its space's."""
+    """The environment's space decides, whatever the stored type. The environment
+    refuses actions of another type."""
     file = d4rl_file(in_tmp / "x.hdf5", random_episodes([20, 20]), actions=actions)
     status, out, err = run(env=file, eval_env=name, resume="out")
     assert (status, err) == (0, "")
     assert line(out, "actions:") == f"actions: {described}"
-    assert "taken as a box" not in out or "discrete" not in described  # no untrue word
+    assert "taken as a box" not in out or "discrete" not in described
     assert len(Levers.done) == 5
     taken = everything(loaded(file, eval_env=name)[0]).actions
     np.testing.assert_array_equal(taken.ravel(), actions.ravel())
@@ -760,8 +761,8 @@ def test_actions_of_a_box_of_integers_are_rounded():
 @pytest.mark.parametrize("stored", [np.int32, np.float32, np.float64])
 @pytest.mark.parametrize("name", ["CqlWhole-v0", "CqlSingle-v0"])
 def test_actions_are_cast_to_the_environment_s_type(name, stored, levers, in_tmp):
-    """Whatever type the dataset recorded: the environment refuses what its space does
-    not hold."""
+    """Actions have the environment's type, whatever type the dataset recorded. The
+    environment refuses others."""
     episodes = random_episodes([9, 9])
     for episode in episodes:
         episode["actions"] = np.rint(2 * episode["actions"]).astype(stored)
@@ -781,8 +782,8 @@ def test_actions_are_cast_to_the_environment_s_type(name, stored, levers, in_tmp
 
 @pytest.mark.parametrize("low, high", [([-2, 0], [6, 0.5]), ([0, -1e-3], [100, 1e-3])])
 def test_actions_keep_their_bounds_from_end_to_end(low, high, in_tmp):
-    """A policy that clones actions near the bounds returns those actions; an environment
-    that refuses any out of bounds runs its evaluation."""
+    """A cloned policy returns actions near the bounds, and evaluation works in an
+    environment that refuses actions out of bounds."""
     bounds = {"low": low, "high": high}
     env = gym.make("CqlToy-v0", **bounds)
     low, high = env.action_space.low, env.action_space.high
@@ -806,7 +807,7 @@ def test_actions_keep_their_bounds_from_end_to_end(low, high, in_tmp):
 
 
 def test_statistics_are_of_the_transitions_states(in_tmp):
-    """Over s, not s': an outlier that is only ever an s' does not count."""
+    """Statistics are over s; an outlier in next observations has no effect."""
     episodes = random_episodes([5, 1, 7])
     episodes[1]["observations"][-1] = 1e6
     path = minari_dataset(in_tmp, "toy/outlier-v0", episodes)
@@ -819,11 +820,11 @@ def test_statistics_are_of_the_transitions_states(in_tmp):
         agent = torch.load(out / "checkpoint.pt", weights_only=True)["agent"]
         expected = (mean, std) if normalize else (torch.zeros(3), torch.ones(3))
         for name, value in zip(("observation_mean", "observation_std"), expected):
-            torch.testing.assert_close(agent[name], value.float())
+            torch.testing.assert_close(agent[f"units.{name}"], value.float())
 
 
 def with_column(tmp_path, form, column):
-    """A dataset of 400 states whose second column is this one, [401]."""
+    """Return a dataset of 400 states with this second column, [401]."""
     [episode] = random_episodes([400], ends="timeout")
     observations = episode["observations"].astype(column.dtype)
     observations[:, 1] = column
@@ -840,7 +841,7 @@ STEPS = np.arange(401.0)
 @pytest.mark.parametrize("form", ["minari", "d4rl"])
 @pytest.mark.parametrize("column", [1.7e9 + STEPS, -3e4 + 1e-3 * STEPS])
 def test_a_column_that_float32_would_flatten(form, column, tmp_path, refused):
-    """400 seconds of unix time are four numbers in float32."""
+    """Unix time of 400 seconds has four different values in float32."""
     assert len(np.unique(column.astype(np.float32))) < 401
     refused(
         None, "--env", "column 1", "float32", env=with_column(tmp_path, form, column)
@@ -851,11 +852,11 @@ def test_a_column_that_float32_would_flatten(form, column, tmp_path, refused):
 @pytest.mark.parametrize(
     "column",
     [
-        0.3 + 1e-7 * np.sin(STEPS),  # the pose of an object that nobody moves
+        0.3 + 1e-7 * np.sin(STEPS),  # the pose of an object at rest
         1000 + np.sin(STEPS),
         np.full(401, 1.7e9),
         np.full(401, 1e12 + 0.1),
-        np.full(401, 1200.3, np.float32),  # whose float32 sums are inexact
+        np.full(401, 1200.3, np.float32),  # float32 sums of it are inexact
         np.full(401, 12345.678, np.float32),
         np.full(401, 0.0),
     ],
@@ -867,8 +868,8 @@ def test_a_column_that_float32_holds_well_enough(form, column, tmp_path):
 
 
 def test_the_fingerprint_is_of_what_is_learned_from(tmp_path):
-    """The count, and the float64 sums of the float32 rewards, transformed, and of
-    |observations|."""
+    """The fingerprint is the number of transitions, and the float64 sums of transformed
+    float32 rewards and of |observations|."""
     episodes = toy_episodes()
     rewards = np.concatenate([e["rewards"] for e in episodes])
     seen = np.concatenate([e["observations"] for e in episodes]).astype(float)
@@ -891,7 +892,7 @@ def test_the_fingerprint_is_of_what_is_learned_from(tmp_path):
 
 
 def test_data_may_move_between_two_halves_of_a_run(in_tmp):
-    """Other data may not take its place."""
+    """A resumed run accepts moved data, but not other data."""
     path = toy_dataset(in_tmp / "here")
     assert run(env=path, resume="out", max_timesteps=2)[0] == 0
     moved = in_tmp / "there"
@@ -901,16 +902,16 @@ def test_data_may_move_between_two_halves_of_a_run(in_tmp):
     assert [row["step"] for row in evaluations(in_tmp / "out")][-1] == "4"
     other = toy_dataset(in_tmp / "other", seed=1)
     status, _, err = run(env=other, resume="out", max_timesteps=6)
-    assert status == 2 and "--env" in err and "other data" in err
+    assert status == 2 and "--env" in err and "the run began with 54" in err
 
 
 @pytest.mark.parametrize("form", ["minari", "d4rl", "d4rl without next observations"])
 def test_normalize_reward(form, tmp_path):
-    """1000 over the spread of whole episodes' returns, then scale and bias."""
+    """Rewards are multiplied by 1000 / range of whole returns, then transformed."""
     episodes = random_episodes([5, 6, 9, 7], obs_dim=11, action_dim=3, ends="terminal")
     episodes[0]["truncations"] = episodes[0]["terminations"]
     episodes[0]["terminations"] = np.zeros(5, bool)
-    episodes[0]["rewards"][-1] -= 20  # the least return, its last step included
+    episodes[0]["rewards"][-1] -= 20  # the smallest return includes the last step
     returns = [e["rewards"].sum() for e in episodes]
     cut = random_episodes([4], obs_dim=11, action_dim=3, ends="cut")
     cut[0]["rewards"] += 1e4
@@ -945,7 +946,7 @@ def test_normalize_reward_elsewhere_says_that_it_does_nothing(tmp_path, capsys):
 
 
 def test_normalize_reward_goes_by_the_data_s_environment(tmp_path):
-    """Not by where it is evaluated, which a resumed run may change."""
+    """The factor depends on the recorded environment, not on eval_env."""
     episodes = random_episodes([5, 6], obs_dim=11, action_dim=3, ends="terminal")
     path = minari_dataset(tmp_path, "toy/hop-v0", episodes, env=gym.make("Hopper-v5"))
     factors = [
@@ -958,12 +959,12 @@ def test_normalize_reward_goes_by_the_data_s_environment(tmp_path):
 def test_normalize_reward_without_a_whole_episode(tmp_path):
     episodes = random_episodes([9, 9], obs_dim=11, action_dim=3, ends="cut")
     file = d4rl_file(tmp_path / "hopper_medium-v2.hdf5", episodes)
-    with pytest.raises(cql.UserError, match="--normalize_reward.*whole episodes"):
+    with pytest.raises(cql.UserError, match="--normalize_reward.*complete episodes"):
         load(file, normalize_reward=True)
 
 
 def test_returns_to_go_end_with_their_episode(tmp_path):
-    """In joined files, of transitions that are kept, after scale and bias."""
+    """Returns-to-go use transformed rewards of the transitions that are kept."""
     parts = [random_episodes([5, 1, 3], 1), random_episodes([4, 2], 2, ends="timeout")]
     paths = [
         minari_dataset(tmp_path, "toy/one-v0", parts[0]),
@@ -1004,7 +1005,7 @@ def test_without_an_environment_there_is_no_evaluation(form, in_tmp):
 
 
 def test_the_evaluation_environment_comes_first(in_tmp):
-    """Recorded beside that of the recording: there nothing moves, 9 steps are all."""
+    """The environment recorded for evaluation is preferred; here nothing moves in it."""
     still = gym.make("CqlToy-v0", push=0.0, max_episode_steps=9)
     path = toy_dataset(in_tmp, eval_env=still)
     assert run(env=path, resume="out", n_episodes=3)[0] == 0
@@ -1014,7 +1015,7 @@ def test_the_evaluation_environment_comes_first(in_tmp):
 
 
 def test_the_recorded_environment_by_its_name(tmp_path):
-    """eval_env that names it keeps the recorded settings, which the scores hold for."""
+    """The recorded settings apply if eval_env names the recorded environment."""
     path = toy_dataset(tmp_path, env_kwargs={"push": 0.1})
     task = task_of(path)
     for name, push in (
@@ -1028,15 +1029,15 @@ def test_the_recorded_environment_by_its_name(tmp_path):
 
 
 def limit(env, **flags):
-    """The time limit of evaluation in `env`'s environment."""
+    """Return the time limit of evaluation in `env`'s environment."""
     config = config_of(env, **flags)
     made = cql.make_env(config, cql.read_data(config)[1])
     return made.get_wrapper_attr("_max_episode_steps")
 
 
 def test_the_limit_is_the_environment_s(tmp_path):
-    """The recorded one in the recorded environment, the registered one elsewhere; a flag
-    goes before both."""
+    """The recorded limit applies in the recorded environment, the registered limit in
+    others; the flag overrides both."""
     env = gym.make("CqlToy-v0", max_episode_steps=11)
     path = minari_dataset(tmp_path, "toy/limit-v0", toy_episodes(), env=env)
     assert limit(path) == limit(path, eval_env="CqlToy-v0") == 11
@@ -1047,8 +1048,8 @@ def test_the_limit_is_the_environment_s(tmp_path):
 
 
 def test_without_any_limit_it_is_the_data_s_longest_recorded_episode(tmp_path):
-    """A step left out counted in; at least 1,000, also where shuffled rows are episodes
-    of one step each."""
+    """The longest episode counts steps that are left out. The limit is at least 1,000,
+    also if shuffled rows make episodes of one step."""
     short, long = random_episodes([13, 5]), random_episodes([5, 1200], ends="timeout")
     endless = {"eval_env": "CqlEndless-v0"}
     env = gym.make("CqlEndless-v0")
@@ -1070,7 +1071,7 @@ def test_without_any_limit_it_is_the_data_s_longest_recorded_episode(tmp_path):
 
 
 def test_an_environment_without_a_time_limit_ends(in_tmp):
-    """And the run says when."""
+    """The episode ends at the limit that the opening line names."""
     env = gym.make("CqlEndless-v0", push=0.0)
     assert env.spec.max_episode_steps is None
     path = minari_dataset(in_tmp, "toy/endless-v0", random_episodes([4, 13, 5]), env=env)
@@ -1106,7 +1107,7 @@ def test_no_score_without_references(in_tmp):
 
 
 def task_in(env_id, **more):
-    """A task of the toy's spaces, recorded in this environment."""
+    """Return a task of the toy's spaces, recorded in this environment."""
     return cql.make_task(Box(-9, 9, (3,)), Box(-1, 1, (2,)), env_id=env_id, **more)
 
 
@@ -1144,13 +1145,13 @@ def test_the_table_of_references(env_id, low, high):
     "env_id, kwargs, recorded",
     [
         ("AntMaze_UMaze-v4", {"continuing_task": True}, True),
-        ("AntMaze_UMaze-v4", {}, True),  # its own default is true
+        ("AntMaze_UMaze-v4", {}, True),  # the default is true
         ("AntMaze_UMaze-v4", {"continuing_task": False}, False),  # --eval_env's default
         ("FrankaKitchen-v1", {"remove_task_when_completed": False}, True),
     ],
 )
 def test_no_d4rl_score_where_returns_are_others(env_id, kwargs, recorded):
-    """These settings pay at every step what D4RL pays once."""
+    """With these settings every step pays what D4RL pays once."""
     task = task_in(env_id if recorded else "Other-v0", env_kwargs=kwargs)
     reference, why = cql.reference_returns(task, env_id)
     assert reference is None and "not scored" in why
@@ -1158,8 +1159,8 @@ def test_no_d4rl_score_where_returns_are_others(env_id, kwargs, recorded):
 
 
 def test_whose_references():
-    """The table's for an environment that it knows, before the data's of another one;
-    the data's where no environment is recorded."""
+    """D4RL's references are preferred to those recorded for another environment. The
+    recorded ones apply if no environment is recorded."""
     task = task_in("PointMaze_UMaze-v3", reference=[1.0, 2.0])
     assert cql.reference_returns(task, "PointMaze_UMaze-v3")[0] == [1, 2]
     reference, whose = cql.reference_returns(task, "PointMaze_Medium-v3")
@@ -1171,7 +1172,7 @@ def test_whose_references():
 
 
 # --------------------------------------------------------------------------------------
-# A dataset is data: none of what it names is run
+# Nothing that a dataset names is run
 # --------------------------------------------------------------------------------------
 
 PLANTED = """
@@ -1191,7 +1192,7 @@ CODE = {"entry_point": "planted:Env", "additional_wrappers": [WRAPPER]}
 
 @pytest.fixture
 def planted(tmp_path, monkeypatch):
-    """A dataset maker that records a spec, and the file that the spec's code writes."""
+    """Return a function that records a spec, and the file that its code writes."""
     marker = tmp_path / "ran"
     (tmp_path / "modules").mkdir()
     source = PLANTED.format(marker=str(marker))
@@ -1217,7 +1218,7 @@ def planted(tmp_path, monkeypatch):
 
 
 def test_the_planted_code_would_run(planted):
-    """The user's own --eval_env runs it, so the tests below are able to fail."""
+    """--eval_env runs the planted code, so the tests below can fail."""
     record, marker = planted
     assert run(env=record(), eval_env="planted:Planted-v0")[0] == 0
     assert marker.read_text() == "ran"
@@ -1248,7 +1249,7 @@ def test_an_id_that_names_a_module_is_not_run(name, planted, refused):
 
 
 def test_the_other_spec_s_id_is_not_run_either(planted):
-    """Where a plain environment of evaluation is recorded beside it."""
+    """The id of env_spec is not run if eval_env_spec is plain."""
     record, marker = planted
     plain = json.dumps({"id": "CqlToy-v0"})
     path = record((), {"eval_env_spec": plain}, id="planted:Planted-v0", **CODE)
@@ -1269,7 +1270,7 @@ def test_arguments_that_name_code_are_not_run(planted, refused):
 
 
 # --------------------------------------------------------------------------------------
-# Numbers at fault
+# Bad numbers
 # --------------------------------------------------------------------------------------
 
 
@@ -1280,8 +1281,8 @@ FAULTS.append(("terminations", math.nan))  # any other number but zero is true
 
 @pytest.mark.parametrize("field, value", FAULTS)
 def test_a_number_that_is_not_finite_is_named(field, value, tmp_path):
-    """By file, episode and field, in the first row and in the last."""
-    for row in (0, -1):  # the last observation is that after the last action
+    """The message names file, episode and field, for the first and the last row."""
+    for row in (0, -1):  # the last observation follows the last action
         episodes = random_episodes([5, 1, 6, 1, 7])
         episodes = [{**e, field: e[field].astype(float)} for e in episodes]
         episodes[3][field][row, ...] = value
@@ -1290,7 +1291,7 @@ def test_a_number_that_is_not_finite_is_named(field, value, tmp_path):
         with pytest.raises(cql.UserError, match=f"{path}.*episode 3.*{named}"):
             load(path)
         file = d4rl_file(tmp_path / "toy.hdf5", episodes)
-        # A next observation like that is not the next row's, and splits an episode.
+        # A bad next observation differs from the next row, which splits the episode.
         number = "" if field == "observations" else "3"
         with pytest.raises(cql.UserError, match=f"{file}.*episode {number}.*{named}"):
             load(file)
@@ -1298,7 +1299,7 @@ def test_a_number_that_is_not_finite_is_named(field, value, tmp_path):
 
 @pytest.mark.parametrize("fault", ["infinite", "infinite action", "huge", "complex"])
 def test_bad_numbers_are_told_in_one_line(fault, in_tmp, recwarn):
-    """No warning of NumPy's or torch's beside it."""
+    """Neither NumPy nor torch adds a warning."""
     changes, episodes = {}, random_episodes([20, 20], ends="terminal")
     table = states(episodes)
     if fault == "complex":

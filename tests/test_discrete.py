@@ -11,14 +11,17 @@ import torch
 from make_data import d4rl_file, minari_dataset, random_episodes, rollout, run
 from reference import (
     OBS,
-    bend_every_layer,
+    answers,
+    assert_close,
+    bend_every_network,
     clamp,
+    critic_outputs,
     in_float64,
     least_of_targets,
     logsumexp,
+    losses_of,
+    mapped,
     mean,
-    mlp,
-    network_layers,
     of_run,
     scrambled,
     tiny,
@@ -53,7 +56,7 @@ def discrete_agent(low=0, **flags):
 def transitions(*shape, low=0):
     generator = torch.Generator().manual_seed(1)
     actions = torch.randint(N_ACTIONS, (*shape, 1), generator=generator)
-    return continuous_transitions(*shape)._replace(actions=actions + low)
+    return {**continuous_transitions(*shape), "actions": actions + low}
 
 
 # --- the loss -------------------------------------------------------------------------
@@ -71,7 +74,7 @@ CASES = {
 
 
 class Row(NamedTuple):
-    """A critic's values in a state, and what the loss makes of them."""
+    """One critic's values in one state, and the loss's numbers from them."""
 
     q: list
     q_data: complex
@@ -80,24 +83,21 @@ class Row(NamedTuple):
 
 
 class Reference:
-    """One run's loss from the formulas, parameters name -> array, by Python loops."""
+    """One run's loss from the formulas, by Python loops over its parameters."""
 
     def __init__(self, agent, batch, noise, r):
         self.parameters = {}
         for name, value in agent.named_parameters():
             self.parameters[name] = value.detach()[r].numpy().copy()
         self.config, self.sweep = agent.config, agent.runs[r]
-        self.batch, self.keys = of_run(batch, r), of_run(noise, r).subset_keys
+        self.batch, self.keys = of_run(batch, r), of_run(noise, r).get("subset_keys")
         self.low = int(agent.task.action_low[0])
 
     def critics(self, network, state):
-        values = []
-        for j in range(self.config.n_critics):
-            values.append(mlp(network_layers(self.parameters, network, j), state))
-        return values
+        return critic_outputs(self.parameters, network, self.config.n_critics, state)
 
     def next_value(self, b):
-        following = self.batch.next_observations[b]
+        following = self.batch["next_observations"][b]
         by_critic = self.critics("critic", following)
         means = [mean(q[a] for q in by_critic).real for a in range(N_ACTIONS)]
         best = means.index(max(means))
@@ -105,25 +105,25 @@ class Reference:
         return least_of_targets(values, self.keys, self.config.n_target_critics)
 
     def target(self, b):
-        kept = 0.0 if self.batch.terminations[b] else self.config.discount
-        return self.batch.rewards[b] + kept * self.next_value(b)
+        kept = 0.0 if self.batch["terminations"][b] else self.config.discount
+        return self.batch["rewards"][b] + kept * self.next_value(b)
 
     def rows(self):
-        """Row of every critic and state."""
+        """A Row for every critic and every state."""
         T, critics = self.sweep["cql_temp"], []
         low, high = self.config.cql_clip_diff_min, self.config.cql_clip_diff_max
         for j in range(self.config.n_critics):
             critics.append([])
-            for b, state in enumerate(self.batch.observations):
+            for b, state in enumerate(self.batch["observations"]):
                 q = self.critics("critic", state)[j]
-                q_data = q[int(self.batch.actions[b][0]) - self.low]
+                q_data = q[int(self.batch["actions"][b][0]) - self.low]
                 error = (q_data - self.target(b)) ** 2
                 gap = T * logsumexp([x / T for x in q]) - q_data
                 critics[-1].append(Row(q, q_data, error, clamp(gap, low, high)))
         return critics
 
     def loss(self):
-        """[0] what trains the critics, [1] what trains log alpha'."""
+        """The loss that trains the critics, and the loss that trains log alpha'."""
         alpha, wanted = self.sweep["cql_alpha"], self.sweep["cql_target_action_gap"]
         prime = np.exp(self.parameters["log_alpha_prime"].item())
         critics = self.rows()
@@ -135,14 +135,24 @@ class Reference:
         return total, -mean(prime * alpha * (gap.real - wanted) for gap in gaps)
 
     def metrics(self):
-        """What only the discrete agent computes; {j} is the list over the critics."""
+        """All metrics; {j} stands for a list over critics."""
         critics = self.rows()
 
         def by_critic(value):
             return [mean(value(row) for row in rows) for rows in critics]
 
-        values = [self.next_value(b) for b in range(len(self.batch.rewards))]
+        values = [self.next_value(b) for b in range(len(self.batch["rewards"]))]
+        alpha, wanted = self.sweep["cql_alpha"], self.sweep["cql_target_action_gap"]
+        prime = np.exp(self.parameters["log_alpha_prime"].item()).real
+        if not self.config.cql_lagrange:
+            prime, wanted = 0.0, 0.0
+        weight = alpha * prime if self.config.cql_lagrange else alpha
+        gaps = by_critic(lambda row: row.gap)
         return {
+            "alpha_prime": prime,
+            "alpha_prime_loss": self.loss()[1],
+            "qf{j}_loss": by_critic(lambda row: row.error),
+            "cql_min_qf{j}_loss": [weight * (gap - wanted) for gap in gaps],
             "average_target_q": mean(values),
             "average_qf{j}": by_critic(lambda row: row.q_data),
             "cql_qf{j}_diff": by_critic(lambda row: row.gap),
@@ -153,16 +163,17 @@ class Reference:
 
 
 def check_against_loops(agent, batch, noise):
-    """Losses, metrics and gradients of every run; the last parameter by parameter, along
-    a random direction (complex step, exact)."""
+    """Compare losses, metrics and gradients of every run with the loops. Gradients are
+    compared tensor by tensor along a random direction (complex step, exact)."""
     agent.zero_grad()
-    losses, metrics = agent(agent.prepare(batch), noise, False)
+    losses, metrics = losses_of(agent, agent.prepare(batch), noise)
     losses.sum().backward()
     generator, compared = np.random.default_rng(0), 0
     for r in range(len(agent.runs)):
         reference = Reference(agent, batch, noise, r)
         total, multiplier = reference.loss()
         np.testing.assert_allclose(losses[r].item(), (total + multiplier).real, **close)
+        assert metrics.keys() == reference.metrics().keys()
         for name, value in reference.metrics().items():
             actual = metrics[name][r].detach().numpy()
             np.testing.assert_allclose(actual, np.real(value), **close, err_msg=name)
@@ -190,40 +201,92 @@ def test_loss_metrics_and_gradients_match_scalar_loops(flags, double):
     taken for a terminal, a (B) - (B, 1) broadcast."""
     agent = discrete_agent(**flags)
     batch = transitions(len(agent.runs), 5, low=flags.get("low", 0))
-    check_against_loops(agent, batch, agent.draw(5))
+    check_against_loops(agent, batch, agent.draw(0, 5))
 
 
-def test_every_forward_pass_goes_through_the_layer(double, monkeypatch):
-    """The layer is written once: changed, it is changed in the loss, in update and in
-    act."""
-    agent, batch = discrete_agent(), transitions(1, 40)
-    noise, plain = agent.draw(40), agent.act(batch.observations)
-    bend_every_layer(monkeypatch)
+@pytest.mark.parametrize("seed", [0, [0, 1]], ids=["single", "stacked"])
+def test_every_forward_pass_goes_through_the_network(seed, double, monkeypatch):
+    """The network is written once: a change of its activation or forward is a change in
+    the loss, in update, in act and in q."""
+    agent = discrete_agent(seed=seed)
+    R = len(agent.runs)
+    batch = transitions(R, 40)
+    noise, plain = agent.draw(0, 40), agent.act(batch["observations"])
+    bend_every_network(monkeypatch)
     check_against_loops(agent, batch, noise)
-    reference, wanted = Reference(agent, batch, noise, 0), []
-    for state in batch.observations[0].tolist():
-        by_critic = reference.critics("critic", state)
-        wanted.append(np.mean(by_critic, axis=0).real.argmax())
-    np.testing.assert_array_equal(agent.act(batch.observations)[0, :, 0], wanted)
-    assert (plain[0, :, 0] != wanted).any()
-    metrics, expected = agent.update(batch, noise), reference.metrics()
-    for name in ("average_qf{j}", "cql_qf{j}_diff"):
-        np.testing.assert_allclose(metrics[name][0], np.real(expected[name]), **close)
+    acted, q = agent.act(batch["observations"]), agent.q(batch["observations"])
+    metrics = agent.update(batch, noise)
+    agent = discrete_agent(seed=seed)  # as it was before the update
+    for r in range(R):
+        reference, wanted = Reference(agent, batch, noise, r), []
+        for state in batch["observations"][r].tolist():
+            wanted.append(np.real(reference.critics("critic", state)))
+        wanted = np.stack(wanted, axis=1)  # [N, n, A]
+        np.testing.assert_allclose(q[r], wanted, **close)
+        np.testing.assert_array_equal(acted[r, :, 0], wanted.mean(0).argmax(-1))
+        assert (plain[r] != acted[r]).any()
+        expected = reference.metrics()
+        for name in ("average_qf{j}", "cql_qf{j}_diff"):
+            np.testing.assert_allclose(
+                metrics[name][r], np.real(expected[name]), **close
+            )
 
 
-def test_gap_is_the_exact_soft_maximum(double):
-    """T log sum_a exp(Q / T) - Q(s, a_data), over the actions and nothing else."""
-    config = cql.TrainConfig(cql_alpha=0)
-    q = torch.randn(1, 2, 6, N_ACTIONS)
-    gap = cql.conservative_gap(
-        q, torch.zeros_like(q), q[..., 2], torch.tensor([0.3]), config
-    )
-    exact = 0.3 * torch.logsumexp(q / 0.3, -1) - q[..., 2]
-    torch.testing.assert_close(gap, exact, **close)
+PRECISE = dict(rtol=1e-12, atol=1e-12)
+SINGLE = {**CASES, "temperature": dict(cql_temp=0.5), "discount": dict(discount=0.5)}
+
+
+@pytest.mark.parametrize("flags", SINGLE.values(), ids=SINGLE)
+def test_both_layouts_of_a_single_run_are_equal(flags, double):
+    """Losses, metrics, gradients, act and q with vmap and with critics in a loop."""
+    agent = discrete_agent(**flags)
+    batch, noise = transitions(1, 6, low=flags.get("low", 0)), agent.draw(0, 6)
+    found = []
+    for batched in (False, True):
+        agent.layout.batched = batched
+        found.append(answers(agent, agent.prepare(batch), noise))
+    assert_close(found[1], found[0], **PRECISE)
+
+
+@pytest.mark.parametrize("flags", SINGLE.values(), ids=SINGLE)
+def test_one_run_of_three_answers_as_it_does_alone(flags, double):
+    """Losses, metrics, gradients, act and q of a stacked run equal those of a solo run
+    with the same weights."""
+    stacked, solo = discrete_agent(**flags, seed=[0, 1, 2]), discrete_agent(**flags)
+    batch, noise = transitions(3, 6, low=flags.get("low", 0)), stacked.draw(0, 6)
+    of_three = answers(stacked, stacked.prepare(batch), noise)
+    for r in range(3):
+        with torch.no_grad():
+            for name, value in solo.run_tensors().items():
+                value.copy_(stacked.run_tensors()[name][r : r + 1])
+        parts = [mapped(lambda x: x[r : r + 1], x) for x in (batch, noise)]  # noqa: B023
+        alone = answers(solo, solo.prepare(parts[0]), parts[1])
+        own = mapped(lambda x: x[r : r + 1], of_three)  # noqa: B023
+        assert_close(own, alone, **PRECISE)
+
+
+def test_gap_is_the_exact_soft_maximum(double, monkeypatch):
+    """The gap is T log sum_a exp(Q / T) - Q(s, a_data), over the actions alone."""
+    agent = discrete_agent(cql_temp=0.3, n_critics=1)
+    batch, gaps = transitions(1, 6), []
+    gap_of = cql.conservative_gap
+
+    def recorded(*inputs):
+        gaps.append(gap_of(*inputs))
+        return gaps[-1]
+
+    monkeypatch.setattr(cql, "conservative_gap", recorded)
+    losses_of(agent, batch, agent.draw(0, 6))
+    q = agent.q(batch["observations"])[0, 0]
+    q_data = q.gather(1, batch["actions"][0])[:, 0]
+    (gap,) = gaps
+    exact = 0.3 * torch.logsumexp(q / 0.3, -1) - q_data
+    torch.testing.assert_close(gap.detach(), exact, **close)
     assert (gap > 0).all()
 
 
 def test_stacked_runs_equal_solo_runs(double):
+    """Parameters after 60 updates are the same in a stacked run and alone."""
     flags = dict(n_critics=3, n_target_critics=2, cql_lagrange=True)
     config, data = tiny(**flags, seed=[3, 5], cql_alpha=[0.5, 2.0]), transitions(200)
     stacked = cql.DiscreteCQL(config, discrete_task())
@@ -240,9 +303,12 @@ def test_acts_greedily_by_the_mean_of_the_critics():
     agent = discrete_agent(low=2, seed=[0, 1])
     x = np.random.default_rng(0).normal(size=(2, 50, OBS))
     actions = agent.act(x)
-    q = agent.critic(torch.tensor(x).float()).mean(1)
-    np.testing.assert_array_equal(actions[..., 0], q.argmax(-1) + 2)
+    q = agent.q(x)
+    assert q.shape == (2, 2, 50, N_ACTIONS)
+    np.testing.assert_array_equal(actions[..., 0], q.mean(1).argmax(-1) + 2)
     assert actions.dtype == np.int64 and len(np.unique(actions)) > 1
+    of_actions = q.take_along_dim(torch.as_tensor(actions - 2).unsqueeze(1), -1)
+    torch.testing.assert_close(agent.q(x, actions), of_actions.squeeze(-1))
 
 
 @pytest.mark.parametrize(
@@ -272,6 +338,7 @@ def table(path):
 
 def test_a_discrete_dataset_trains_evaluates_and_resumes(cartpole, tmp_path):
     flags = {**SMALL, "env": cartpole, "seed": "[0,1]", "cql_alpha": "[0.5,2]"}
+    flags["log_freq"] = 4  # update 8, where a half ends, is on the schedule
     status, out, err = run(resume=tmp_path / "whole", **flags)
     assert status == 0, err
     rows = table(tmp_path / "whole" / "evaluations.csv")
@@ -321,7 +388,7 @@ def integers(episodes, dtype=np.int64, n=3, low=0):
 
 
 def test_whole_numbers_in_a_plain_file_are_discrete(tmp_path):
-    """Integers in one column; 0 is the first of them, and the largest the last."""
+    """Integers in one column are actions from 0 to the largest one."""
     episodes = integers(random_episodes([10, 12, 9]))
     for name, actions in (("flat", None), ("column", (31, 1))):
         path = d4rl_file(tmp_path / f"{name}.hdf5", episodes)
@@ -370,7 +437,7 @@ def test_an_eval_env_of_the_other_kind_is_refused(cartpole, tmp_path, refused):
 def test_flags_of_continuous_actions_say_that_they_do_nothing(cartpole):
     flags = {**SMALL, "policy_lr": 1, "bc_steps": 3, "checkpoints_path": "null"}
     status, out, _ = run(env=cartpole, **flags)
-    (line,) = [line for line in out.splitlines() if "without effect" in line]
+    (line,) = [line for line in out.splitlines() if "no effect" in line]
     assert status == 0 and "bc_steps" in line and "policy_lr" in line
     assert "qf_lr" not in line and "precision" not in line
 
@@ -385,21 +452,21 @@ def test_load_model_refuses_the_other_kind(cartpole, tmp_path, refused):
 
 
 def test_learns_what_the_data_show(double):
-    """Two states, two actions, one step: greedy on the rewards, and the gap shrinks."""
+    """Two states, two actions, one step: the agent is greedy on the rewards, and the gap
+    shrinks."""
     rng = np.random.default_rng(0)
     states = rng.integers(2, size=400)
     actions = rng.integers(2, size=400)
-    rewards = np.where(actions == states, 1.0, 0.0)
     observations = np.eye(2)[states]
     agent = cql.DiscreteCQL(tiny(cql_alpha=0.1), discrete_task(2, observation_dim=2))
-    batch = cql.Batch(
-        observations=observations,
-        actions=actions[:, None],
-        rewards=rewards,
-        next_observations=observations,
-        terminations=np.ones(400),
-    )
-    for _ in range(300):
-        metrics = agent.update(batch)
+    batch = {
+        "observations": observations,
+        "actions": actions[:, None],
+        "rewards": np.where(actions == states, 1.0, 0.0),
+        "next_observations": observations,
+        "terminations": np.ones(400),
+    }
+    for update in range(300):
+        metrics = agent.update(batch, agent.draw(update, 400))
     assert agent.act(np.eye(2))[:, 0].tolist() == [0, 1]
     assert metrics["cql_qf{j}_diff"].max() < math.log(2) + 0.5

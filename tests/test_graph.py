@@ -1,12 +1,13 @@
-"""Updates by CUDA graphs, and what a graph asks of an update.
+"""Tests of updates by CUDA graphs, and of what a graph requires of an update.
 
-A graph cannot be made without a GPU. Here tensordict's own CudaGraphModule runs with a
-stand-in for the driver: it records what the captured function launches and launches it
+A graph cannot be made without a GPU. Here tensordict's CudaGraphModule runs with a
+substitute for the driver: it records what the captured function launches and launches it
 again, on the same memory with the same numbers."""
 
 import copy
 import importlib.util
 import io
+import re
 import shutil
 import sys
 import warnings
@@ -50,7 +51,7 @@ MODES = [
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """D4RL files of box actions and, by the key True, of three discrete ones."""
+    """D4RL files with continuous actions (False) and three discrete ones (True)."""
     root = tmp_path_factory.mktemp("data")
     episodes, rng = random_episodes([30, 20]), np.random.default_rng(0)
     files = {False: d4rl_file(root / "x.hdf5", episodes)}
@@ -61,49 +62,55 @@ def files(tmp_path_factory):
 
 
 def trainer_of(files, device="cpu", discrete=False, **flags):
-    """A fresh agent of two runs, and its `step` as `train` has it."""
+    """A new agent of two runs, with the `step` that `train` has."""
     values = dict(env=str(files[discrete]), batch_size=8, seed=[0, 1])
-    config = tiny(**values, **flags)
+    config = tiny(**{**values, **flags})
     episodes, task = cql.read_data(config)
     data = cql.Dataset(config, episodes, task, device)
     agent = cql.make_agent(config, task, device)
     replay, metrics = cql.Replay(config, data, agent), cql.Metrics(device)
 
-    def step(noise):
-        metrics.add(agent.update(replay.sample(noise.fractions), noise))
+    def step(noise, stage):
+        batch = replay.sample(noise["fractions"])
+        metrics.add(agent.update(batch, noise, *stage))
 
-    return SimpleNamespace(agent=agent, replay=replay, metrics=metrics, step=step)
+    parts = dict(agent=agent, replay=replay, metrics=metrics, step=step, updates=0)
+    return SimpleNamespace(**parts)
 
 
 def graphed(trainer, step=None):
-    """The same trainer, whose step goes by graphs."""
-    trainer.step = cql.GraphedStep(step or trainer.step, trainer.agent, trainer.metrics)
+    """The same trainer, but its step runs by graphs."""
+    parts = trainer.agent, trainer.metrics, trainer.replay
+    trainer.step = cql.GraphedStep(step or trainer.step, *parts)
     return trainer
 
 
 def run(trainer, n):
+    """Make n updates."""
     for _ in range(n):
-        trainer.step(trainer.agent.draw(8))
+        noise = trainer.agent.draw(trainer.updates, 8)
+        trainer.step(noise, cql.stage_of(trainer.agent.config, trainer.updates))
+        trainer.updates += 1
     return trainer
 
 
 def go_online(trainer, n=12):
-    """Steps of both runs, of which the first half is an episode, and the online weight,
-    between updates."""
+    """Set the online weight and add n steps of both runs, as between updates; the first
+    half of run 0's steps is an episode."""
     agent, replay = trainer.agent, trainer.replay
-    agent.sweep.cql_alpha.fill_(agent.config.cql_alpha_online)
+    agent.sweep["cql_alpha"].fill_(agent.config.cql_alpha_online)
     rng = np.random.default_rng(n)
     for t in range(n):
         columns = {}
-        for name in cql.Batch._fields[:5]:
-            columns[name] = rng.uniform(-1, 1, (2, *agent.column_sizes.get(name, ())))
-        replay.add([0, 1], cql.Batch(**columns))
+        for name in cql.COLUMNS[:5]:
+            columns[name] = rng.uniform(-1, 1, (2, *agent.column_sizes[name]))
+        replay.add([0, 1], columns)
         if t == n // 2:
             replay.end_episode(0, [1.0] * t)
 
 
 def assert_same(trainer, other, **tolerance):
-    """Parameters, moments and metrics; to the last bit unless told otherwise."""
+    """Assert equal parameters, moments and metrics; without tolerance, bit for bit."""
     exact = dict(rtol=0, atol=0)
     states = []
     for each in (trainer, other):
@@ -112,15 +119,15 @@ def assert_same(trainer, other, **tolerance):
         states.append([trained(each.agent), moments, sums, each.metrics.count])
     torch.testing.assert_close(*states, **(tolerance or exact))
     assert trainer.metrics.names == other.metrics.names
-    assert trainer.agent.updates == other.agent.updates
+    assert trainer.updates == other.updates
 
 
-# --- the stand-in ---------------------------------------------------------------------
+# --- a substitute for the driver ------------------------------------------------------
 
 
 class Recorded(TorchDispatchMode):
-    """What is launched inside, to be launched again on the same memory with the same
-    numbers, whatever Python would do by then."""
+    """Records what is launched inside. `replay` launches it again on the same memory
+    with the same numbers, whatever Python would do by then."""
 
     def __enter__(self):
         self.calls, self.before = [], []
@@ -159,14 +166,14 @@ class Recorded(TorchDispatchMode):
 
 
 class Stream:
-    """Of the driver; on the CPU all runs in turn anyway."""
+    """A stream of the driver. On a CPU everything is in order without it."""
 
     def wait_stream(self, other):
         pass
 
 
 class GraphOnCPU(tensordict.nn.CudaGraphModule):
-    """The real one, told that there is CUDA; counts its replays."""
+    """tensordict's module, which believes that there is CUDA; counts its replays."""
 
     def __init__(self, module, warmup):
         with warnings.catch_warnings(action="ignore"):  # that there is none
@@ -183,7 +190,7 @@ class GraphOnCPU(tensordict.nn.CudaGraphModule):
 
 
 def use_cpu(monkeypatch):
-    """Graphs on the CPU for the rest of the test."""
+    """Run graphs on the CPU for the rest of the test."""
     monkeypatch.setattr(tensordict.nn, "CudaGraphModule", GraphOnCPU)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
@@ -203,21 +210,21 @@ def replays(trainer):
 
 
 def test_replays_are_updates(files, on_cpu, capsys):
-    """40 updates in four stages: each is warmed up by three eager updates, then
-    replayed, and all is as without graphs."""
+    """40 updates in four stages equal plain ones. Each stage is warmed up by three eager
+    updates and then replayed."""
     plain = run(trainer_of(files, **STAGES), 40)
     captured = run(graphed(trainer_of(files, **STAGES)), 40)
     # Of 5 cloning updates 1 moves targets, of 35 others 12 do.
     counts = {(True, False): 1, (True, True): 0, (False, False): 20, (False, True): 9}
     assert replays(captured) == counts
     assert_same(captured, plain)
-    assert captured.agent.updates == captured.metrics.count == 40
+    assert captured.updates == captured.metrics.count == 40
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("flags", MODES, ids=str)
 def test_replays_in_every_mode(files, on_cpu, flags):
-    """With what comes between updates: a row of metrics, and an agent's state loaded."""
+    """Also across a row of metrics and the loading of an agent's state."""
     plain, captured = trainer_of(files, **flags), graphed(trainer_of(files, **flags))
     for trainer in (plain, captured):
         run(trainer, 8)
@@ -225,6 +232,7 @@ def test_replays_in_every_mode(files, on_cpu, flags):
         trainer.metrics.reset()
         run(trainer, 6)
         trainer.agent.load_state_dict(state)
+        trainer.updates = 8
         run(trainer, 6)
     assert_same(captured, plain)
     assert captured.step.works and sum(replays(captured).values()) >= 6
@@ -232,28 +240,28 @@ def test_replays_in_every_mode(files, on_cpu, flags):
 
 @pytest.mark.parametrize("ratio", [-1, 0.5])
 def test_replays_see_the_online_phase(files, on_cpu, ratio):
-    """What changes between updates changes in place, where a graph reads it."""
+    """What changes between updates changes in place, so that a graph reads it."""
     flags = {**ONLINE, "mixing_ratio": ratio}
     plain, captured = trainer_of(files, **flags), graphed(trainer_of(files, **flags))
     for trainer in (plain, captured):
         run(trainer, 8)
         go_online(trainer)
         run(trainer, 4)
-        go_online(trainer, 35)  # the buffer goes round
+        go_online(trainer, 35)  # the ring buffer starts over
         run(trainer, 8)
     assert captured.step.works and sum(replays(captured).values()) == 17
     assert_same(captured, plain)
     offline = run(trainer_of(files, **flags), 20)
-    weights = [each.agent.critic.layers[0].weight for each in (offline, plain)]
+    weights = [each.agent.critic.net[0].weight for each in (offline, plain)]
     assert not torch.equal(*weights)
 
 
 def test_a_diverged_run_does_not_end_the_graph(files, on_cpu, capsys):
-    """Its metrics are NaN in either way; the other run trains on by replays."""
+    """Its metrics are NaN with and without a graph; the other run trains by replays."""
     plain, captured = trainer_of(files), graphed(trainer_of(files))
     for trainer in (plain, captured):
         with torch.no_grad():
-            trainer.agent.policy.layers[0].weight[1].fill_(torch.nan)
+            trainer.agent.policy.net[0].weight[1].fill_(torch.nan)
         run(trainer, 10)
     assert captured.metrics.sums[1].isnan().any()
     assert_same(captured, plain, rtol=0, atol=0, equal_nan=True)
@@ -261,18 +269,16 @@ def test_a_diverged_run_does_not_end_the_graph(files, on_cpu, capsys):
 
 
 def test_without_cuda_the_real_one_passes_through(files):
-    """Noise, a NamedTuple some of whose fields are None, goes through its trees."""
     if torch.cuda.is_available():
         pytest.skip("there is CUDA")
     plain, captured = trainer_of(files), graphed(trainer_of(files))
-    assert plain.agent.draw(8).subset_keys is None
     with pytest.warns(UserWarning, match="CUDA"):
         run(captured, 8)
     assert_same(captured, run(plain, 8))
 
 
 def load_copy(path, text):
-    """The module of a copy of cql.py."""
+    """Write a copy of cql.py and return its module."""
     path.write_text(text)
     spec = importlib.util.spec_from_file_location(f"copy_{path.parent.name}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
@@ -281,18 +287,19 @@ def load_copy(path, text):
 
 
 def with_graphs(text):
-    """A copy of cql.py whose training goes by graphs on any device."""
-    condition = 'if device.type == "cuda":\n        do_step'
-    assert text.count(condition) == 1
-    return text.replace(condition, "if True:\n        do_step")
+    """Change the text of cql.py so that it trains by graphs on any device."""
+    condition = r'if device.type == "cuda":(?=\s+\w+ = GraphedStep)'
+    text, n = re.subn(condition, "if True:", text)
+    assert n == 1
+    return text
 
 
 def train_copy(module, directory, **flags):
-    """Trains by a copy of cql.py; returns the checkpoint and the lines of the tables."""
+    """Train by a copy of cql.py; return the agent's state and the tables' text."""
     values = {**flags, "resume": directory}
     with redirect_stdout(io.StringIO()) as out:
         status = module.main(arguments(**values))
-    assert status == 0 and "no CUDA graph" not in out.getvalue(), out.getvalue()
+    assert status == 0 and "CUDA graph" not in out.getvalue(), out.getvalue()
     tables = []
     for name in ("metrics.csv", "evaluations.csv"):
         path = Path(directory) / name
@@ -303,40 +310,43 @@ def train_copy(module, directory, **flags):
 
 @pytest.mark.parametrize("flags", [STAGES, {**ONLINE, "utd": 2}], ids=str)
 def test_the_command_by_graphs(files, on_cpu, tmp_path, flags):
-    """Its rows and weights are those of plain updates, interrupted or not."""
+    """Rows and weights are those of plain updates, also of a resumed run, and across
+    several checks of the graphs."""
     text = with_graphs(Path(cql.__file__).read_text())
     captured = load_copy(tmp_path / "cql.py", text)
+    captured.GraphedStep.CHECK_EVERY = 7
     flags = {**flags, "env": files[False], "seed": [0, 1], "max_timesteps": 50}
-    flags |= {"eval_env": "CqlToy-v0", "eval_freq": 20, "log_freq": 7}
-    if "online_iterations" not in flags:
-        train_copy(captured, tmp_path / "graphs", **{**flags, "max_timesteps": 31})
+    flags |= {"eval_env": "CqlToy-v0", "eval_freq": 14, "log_freq": 7}
+    if "online_iterations" not in flags:  # 28 is on the schedule of both tables
+        train_copy(captured, tmp_path / "graphs", **{**flags, "max_timesteps": 28})
     agent, tables = train_copy(captured, tmp_path / "graphs", **flags)
     plain, plain_tables = train_copy(cql, tmp_path / "plain", **flags)
     assert tables == plain_tables
     torch.testing.assert_close(agent, plain, rtol=0, atol=0)
 
 
-# --- the check of the first replays ---------------------------------------------------
+# --- the check of replays -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("network", ["policy", "critic", "target_critic"])
 def test_a_graph_that_loses_a_step_is_found(files, on_cpu, capsys, network):
-    """The metrics are of before the step, so they alone would not tell."""
+    """The metrics are those before the step, so they alone would not tell."""
     plain, captured = trainer_of(files), trainer_of(files)
-    step = captured.step
+    step, stage = captured.step, (False, True)
     graphed(captured)
 
     def forgetful(noise):
         weights = list(getattr(captured.agent, network).parameters())
         before = [weight.detach().clone() for weight in weights]
-        step(noise)
+        step(noise, stage)
         with torch.no_grad():
             for weight, value in zip(weights, before):
                 weight.copy_(value)
 
     run(plain, 2)
     run(captured, 1)
-    captured.step.checked(forgetful, captured.agent.draw(8))
+    captured.step.graphs[stage] = forgetful
+    captured.step.checked(captured.agent.draw(1, 8), stage)
     assert not captured.step.works and "differ" in capsys.readouterr().out
     torch.testing.assert_close(trained(captured.agent), trained(plain.agent))
 
@@ -346,33 +356,163 @@ def test_a_graph_that_loses_a_step_is_found(files, on_cpu, capsys, network):
 def test_a_number_that_a_graph_froze_is_found(
     files, on_cpu, capsys, changes_at, sums_of
 ):
-    """At either of the first two replays, calls 4 and 5, of however many updates the
-    metrics are sums already: training goes on as without graphs, the update at hand
-    made once, and one line says so."""
+    """At either of the first two replays, calls 4 and 5, however many updates the sums
+    of the metrics hold. Training then equals training without graphs, and one line
+    reports it."""
     trainers = plain, captured = trainer_of(files), trainer_of(files)
 
     def step_of(trainer):
         agent, replay, metrics = trainer.agent, trainer.replay, trainer.metrics
 
-        def step(noise):
-            batch = replay.sample(noise.fractions)
-            scale = 1.0 if trainer.n < changes_at else 1.2  # a number of Python's
-            batch = batch._replace(rewards=batch.rewards * scale)
-            metrics.add(agent.update(batch, noise))
+        def step(noise, stage):
+            batch = replay.sample(noise["fractions"])
+            scale = 1.0 if trainer.updates < changes_at else 1.2  # a Python float
+            batch["rewards"] = batch["rewards"] * scale
+            metrics.add(agent.update(batch, noise, *stage))
 
         return step
 
     plain.step = step_of(plain)
     graphed(captured, step_of(captured))
     for trainer in trainers:
-        for trainer.n in range(10):
-            run(trainer, 1)
-            if trainer.n == 1:
-                trainer.metrics.sums *= sums_of / 2
+        run(trainer, 2)
+        trainer.metrics.sums *= sums_of / 2
+        run(trainer, 8)
     assert_same(captured, plain)
     assert not captured.step.works
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and "graph" in out and "differ" in out
+
+
+def check_every(monkeypatch, n):
+    """Check graphs every n calls; return the list that the numbers of checks go to."""
+    assert cql.GraphedStep.CHECK_EVERY == 1000
+    monkeypatch.setattr(cql.GraphedStep, "CHECK_EVERY", n)
+    checked, check = [], cql.GraphedStep.checked
+
+    def noted(step, noise, stage):
+        checked.append(step.calls[stage])
+        check(step, noise, stage)
+
+    monkeypatch.setattr(cql.GraphedStep, "checked", noted)
+    return checked
+
+
+LATER = [
+    ({}, 3),
+    (STAGES, 2),
+    ({**REDQ, "discrete": True, "cql_lagrange": True}, 3),
+    ({**ONLINE, "mixing_ratio": 0.5}, 3),
+]
+
+
+@pytest.mark.parametrize("flags, n_checks", LATER, ids=str)
+def test_later_checks_change_nothing(
+    files, on_cpu, monkeypatch, capsys, flags, n_checks
+):
+    """A run across several checks is bit for bit that of plain updates, and silent."""
+    checked = check_every(monkeypatch, 10)
+    plain, captured = trainer_of(files, **flags), graphed(trainer_of(files, **flags))
+    for trainer in (plain, captured):
+        run(trainer, 17)
+        if "online_iterations" in flags:
+            go_online(trainer)
+        run(trainer, 16)
+    assert_same(captured, plain)
+    assert sum(call % 10 == 0 for call in checked) == n_checks
+    assert captured.step.works and capsys.readouterr().out == ""
+
+
+def penalty_schedule(trainer, weight_at):
+    """Scale the penalty by a Python float inside the losses."""
+    losses = trainer.agent.losses
+
+    def scheduled(weights, batch, noise, sweep, cloning):
+        weight = sweep["cql_alpha"] * weight_at(trainer.updates)
+        sweep = {**sweep, "cql_alpha": weight}
+        return losses(weights, batch, noise, sweep, cloning)
+
+    trainer.agent.losses = scheduled
+
+
+def learning_rate_schedule(trainer, weight_at):
+    """Scale the critics' learning rate, a Python float, before each update."""
+    update, group = trainer.agent.update, trainer.agent.optimizer.param_groups[1]
+
+    def scheduled(*inputs):
+        group["lr"] = 1e-2 * weight_at(trainer.updates)
+        return update(*inputs)
+
+    trainer.agent.update = scheduled
+
+
+def target_rate_schedule(trainer, weight_at):
+    """Scale the rate of the targets' Polyak averaging, a Python float."""
+    agent, move, config = trainer.agent, trainer.agent.move_targets, trainer.agent.config
+
+    def scheduled():
+        config.soft_target_update_rate = 0.5 * weight_at(trainer.updates)
+        move()
+
+    agent.move_targets = scheduled
+
+
+SCHEDULES = [penalty_schedule, learning_rate_schedule, target_rate_schedule]
+
+
+@pytest.mark.parametrize("change", [0.5, 0.005])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.__name__)
+def test_a_schedule_that_a_graph_froze_is_found(
+    files, on_cpu, monkeypatch, capsys, schedule, change
+):
+    """Checks are at updates 3, 4, 5, 10, 20 and 30; the schedule starts at update 13.
+    The check at 20 finds it. From there on updates are plain ones, and one line reports
+    that the graph was right up to update 10."""
+    checked = check_every(monkeypatch, 10)
+
+    def weight_at(update):
+        return 1.0 if update < 12 else 1.0 - change
+
+    def trainer_with_schedule():
+        trainer = trainer_of(files)
+        schedule(trainer, weight_at)
+        return trainer
+
+    plain, captured = trainer_with_schedule(), graphed(trainer_with_schedule())
+    run(plain, 12)
+    assert_same(run(captured, 12), plain)
+    run(plain, 7)
+    run(captured, 7)
+    assert capsys.readouterr().out == "" and captured.step.works
+    with pytest.raises(AssertionError):
+        assert_same(captured, plain)  # the graph is wrong by now
+    # A plain trainer continues from the captured one's state as that does.
+    plain.agent.load_state_dict(copy.deepcopy(captured.agent.state_dict()))
+    plain.metrics.sums.copy_(captured.metrics.sums)
+    run(plain, 1)
+    run(captured, 1)
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "without CUDA graphs" in out and "differ" in out
+    assert re.findall(r"\d+", out.partition("differ")[2]) == ["10"]
+    assert_same(captured, plain)
+    n_replays = replays(captured)
+    assert_same(run(captured, 15), run(plain, 15))
+    assert replays(captured) == n_replays and checked == [3, 4, 5, 10, 20]
+    assert capsys.readouterr().out == ""
+
+
+def test_the_line_names_the_last_check_of_the_same_stage(
+    files, on_cpu, monkeypatch, capsys
+):
+    """Every third update moves the targets, at a rate that changes at update 18. Their
+    graph is checked at updates 15 and 30, the other one in between, at 14 and 29."""
+    checked = check_every(monkeypatch, 10)
+    captured = trainer_of(files, target_update_period=3)
+    target_rate_schedule(captured, lambda update: 1.0 if update < 17 else 0.5)
+    run(graphed(captured), 30)
+    assert checked[-4:] == [10, 5, 20, 10]
+    out = capsys.readouterr().out
+    assert re.findall(r"\d+", out.partition("differ")[2]) == ["15"]
 
 
 @pytest.mark.parametrize("when", ["before the capture", "at its end", "at a replay"])
@@ -380,7 +520,7 @@ def test_a_number_that_a_graph_froze_is_found(
 def test_where_a_graph_fails_updates_go_on(
     files, on_cpu, capsys, monkeypatch, when, flags
 ):
-    """Whatever it had done of the update at hand."""
+    """Whatever part of the update the graph had done."""
     plain, captured = trainer_of(files, **flags), trainer_of(files, **flags)
 
     def refuse(*_):
@@ -406,39 +546,47 @@ def test_where_a_graph_fails_updates_go_on(
 
 
 def test_the_check_holds_no_graph_of_the_parameters(files):
-    """One that lives while a graph is captured ties the parameters to the stream that
-    it was made on, the default one, which a capture may not touch."""
+    """An autograd graph that lives during a capture ties the parameters to the stream
+    that it was made on, the default one, which a capture must not use."""
     trainer = graphed(run(trainer_of(files), 1))
-    weight = trainer.agent.critic.layers[0].weight
+    weight = trainer.agent.critic.net[0].weight
     held = []
 
     def capture(noise):
-        for _ in range(2):  # a mark that outlives its node's last user is another's
+        for _ in range(2):  # a mark that is still there means that the node was held
             node = weight.view_as(weight).grad_fn.next_functions[0][0]
             held.append(node.metadata.get("seen"))
             node.metadata["seen"] = True
             del node
-        trainer.step.step(noise)
+        trainer.step.step(noise, stage)
 
-    trainer.step.checked(capture, trainer.agent.draw(8))
+    stage = (False, True)
+    trainer.step.graphs[stage] = capture
+    trainer.step.checked(trainer.agent.draw(1, 8), stage)
     assert held == [None, None]
 
 
-# --- what a graph asks of an update ---------------------------------------------------
+# --- what a graph requires of an update -----------------------------------------------
 
 
 class NoHost(TorchDispatchMode):
-    """Refuses tensors of the host, single numbers too, which mix with all devices and
-    which a graph would freeze."""
+    """Refuses tensors on the host, also single numbers, which mix with all devices and
+    which a graph would freeze. vmap passes Python's numbers as such tensors, so they are
+    allowed where asked for."""
+
+    def __init__(self, allow_numbers=False):
+        super().__init__()
+        self.allow_numbers = allow_numbers
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         for x in tree_leaves((args, kwargs)):
-            assert not isinstance(x, torch.Tensor) or x.is_meta, f"{op}: {x.device} {x}"
+            if isinstance(x, torch.Tensor) and not (self.allow_numbers and x.ndim == 0):
+                assert x.is_meta, f"{op}: {x.device} {x}"
         return op(*args, **(kwargs or {}))
 
 
 def to_meta(thing):
-    """Its tensors, and those in its dictionaries, on the meta device."""
+    """Move an object's tensors, and those in its dictionaries, to the meta device."""
     for name, x in vars(thing).items():
         if isinstance(x, torch.Tensor):
             setattr(thing, name, x.to("meta"))
@@ -449,20 +597,28 @@ def to_meta(thing):
             x.update(moved)
 
 
+@pytest.mark.parametrize("seed", [0, [0, 1]], ids=["solo", "stacked"])
 @pytest.mark.parametrize("flags", MODES, ids=str)
-def test_no_tensor_is_left_on_the_host(files, flags, monkeypatch):
-    """An update in a place that has shapes alone: whatever stayed on the CPU does not
+def test_no_tensor_is_left_on_the_host(files, flags, seed, monkeypatch):
+    """An update on the meta device, which has shapes alone: a tensor on the CPU does not
     mix with it, and nothing can be read back from it."""
-    trainer = trainer_of(files, **flags)
+    trainer = trainer_of(files, **flags, seed=seed)
+    noise = trainer.agent.draw(0, 8)
+    noise = {name: x.to("meta") for name, x in noise.items()}
     agent, replay = trainer.agent.to("meta"), trainer.replay
+    del agent.weights  # which names the tensors of before
     agent.device = torch.device("meta")
-    agent.sweep = cql.Sweep(*(x.to("meta") for x in agent.sweep))
+    agent.sweep = {name: x.to("meta") for name, x in agent.sweep.items()}
     agent.optimizer = SimpleNamespace(zero_grad=lambda: None, step=lambda: None)
     for thing in (replay, replay.data, trainer.metrics):
         to_meta(thing)
-    monkeypatch.setattr(cql, "generator_of", lambda numbers, device: None)
-    with NoHost():
-        trainer.step(agent.draw(8))
+    autocast = torch.autocast  # which does not know the meta device
+    monkeypatch.setattr(
+        torch, "autocast", lambda _, *more, **on: autocast("cpu", *more, **on)
+    )
+    assert agent.layout.batched == (seed != 0)
+    with NoHost(allow_numbers=agent.layout.batched):
+        trainer.step(noise, cql.stage_of(agent.config, 0))
     assert trainer.metrics.sums.is_meta
     learned = [p for p in agent.parameters() if p.requires_grad]
     assert sum(p.grad is not None for p in learned) > len(learned) / 2
@@ -475,14 +631,14 @@ LAUNCH_NOTHING = {"_unsafe_view", "new_empty", "empty_like", "new_empty_strided"
 
 
 @pytest.mark.parametrize(
-    "flags, most", [({}, 310), (dict(cql_backward_actions=1), 350)], ids=str
+    "flags, most", [({}, 340), (dict(cql_backward_actions=1), 380)], ids=str
 )
 def test_kernels_of_an_update(files, flags, most):
-    """About as many as a GPU would launch: all but views and allocations."""
+    """About as many kernels as a GPU would launch: all but views and allocations."""
     trainer = run(trainer_of(files, **flags), 5)
-    noise = trainer.agent.draw(8)
+    noise = trainer.agent.draw(5, 8)
     with Recorded() as recorded:
-        trainer.step(noise)
+        trainer.step(noise, (False, True))
     names = [op._schema.name.removeprefix("aten::") for op, *_ in recorded.calls]
     count = sum(name not in LAUNCH_NOTHING for name in names)
     print(f"{flags}: {count} kernels")
@@ -499,7 +655,7 @@ FEW = [  # since compiling takes its time
 
 @pytest.fixture
 def compiling(monkeypatch):
-    """compiling(**options) sets those of torch.compile, with nothing compiled so far."""
+    """compiling(**options) sets options of torch.compile; nothing is compiled before."""
     torch._dynamo.reset()
 
     def set_options(**options):
@@ -510,16 +666,31 @@ def compiling(monkeypatch):
     torch._dynamo.reset()
 
 
+def compiled_trainer(files, **flags):
+    """A single run with --compile, which raises where something does not compile."""
+    trainer = trainer_of(files, **flags, seed=0, compile=True)
+    torch._dynamo.config.suppress_errors = False
+    return trainer
+
+
 @pytest.mark.parametrize("flags", FEW, ids=str)
 def test_losses_compile_whole(files, flags, compiling):
     """In one graph, without a break, and to the same updates."""
     compiling(backend="eager", fullgraph=True)
-    compiled = trainer_of(files, **flags, compile=True)
-    torch._dynamo.config.suppress_errors = False
-    run(compiled, 7)  # on into another stage
+    compiled = run(compiled_trainer(files, **flags), 7)  # on into another stage
     # Not to the last bit: compiled, a layer's bias is added after the product.
-    other = run(trainer_of(files, **flags), 7)
+    other = run(trainer_of(files, **flags, seed=0), 7)
     assert_same(compiled, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("flags", FEW, ids=str)
+def test_stacked_losses_compile_whole(files, flags, compiling):
+    """As on a GPU, where several runs are compiled, too."""
+    compiled = trainer_of(files, **flags)
+    compiled.agent.layout.compile(backend="eager", fullgraph=True)
+    assert compiled.agent.layout.batched
+    other = run(trainer_of(files, **flags), 7)
+    assert_same(run(compiled, 7), other, rtol=1e-4, atol=1e-6)
 
 
 def test_where_nothing_compiles_updates_go_on(files, compiling, capsys):
@@ -530,9 +701,35 @@ def test_where_nothing_compiles_updates_go_on(files, compiling, capsys):
         raise RuntimeError("no compiler here")
 
     compiling(backend=backend)
-    compiled = run(trainer_of(files, discrete=True, compile=True), 4)
+    flags = {"discrete": True, "seed": 0}
+    compiled = run(trainer_of(files, compile=True, **flags), 4)
     assert tried and "compil" in capsys.readouterr().out
-    assert_same(compiled, run(trainer_of(files, discrete=True), 4))
+    assert_same(compiled, run(trainer_of(files, **flags), 4))
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_stacked_runs_on_a_cpu_are_not_compiled(
+    files, compiling, tmp_path, monkeypatch, discrete
+):
+    """One line says so, and training is as without --compile."""
+
+    def refuse(*inputs):
+        raise AssertionError("compiled")
+
+    compiling(backend=refuse)
+    flags = {"env": files[discrete], "eval_env": "none", "max_timesteps": 4}
+    flags |= {"log_freq": 1, "seed": [0, 1], "checkpoints_path": "null"}
+    lines = []
+    for compile in (False, True):
+        monkeypatch.chdir(tmp_path)
+        directory = tmp_path / str(compile)
+        status, out, err = command(**flags, compile=compile, resume=directory)
+        assert (status, err) == (0, "")
+        lines.append([line for line in out.splitlines() if "compil" in line])
+    assert lines[0] == [] and len(lines[1]) == 1
+    assert "--compile" in lines[1][0] and "CPU" in lines[1][0]
+    tables = [tmp_path / name / "metrics.csv" for name in ("False", "True")]
+    assert tables[0].read_bytes() == tables[1].read_bytes()
 
 
 @pytest.mark.slow
@@ -541,10 +738,8 @@ def test_where_nothing_compiles_updates_go_on(files, compiling, capsys):
 def test_compiled_equals_eager(files, flags, compiling):
     """By Inductor, whose kernels round otherwise. In bf16 that may change the sign of a
     gradient near zero, for which Adam steps as far as for any."""
-    compiled = trainer_of(files, **flags, compile=True)
-    torch._dynamo.config.suppress_errors = False
-    run(compiled, 4)
-    eager = run(trainer_of(files, **flags), 4)
+    compiled = run(compiled_trainer(files, **flags), 4)
+    eager = run(trainer_of(files, **flags, seed=0), 4)
     if "precision" not in flags:
         assert_same(compiled, eager, rtol=1e-3, atol=1e-4)
         return
@@ -590,29 +785,26 @@ def test_a_compiled_graph_equals_eager_updates(files, flags):
 
 @NEEDS_GPU
 def test_noise_within_a_block(files):
-    """A GPU draws 32 updates at once: what an update gets does not depend on which were
+    """A GPU draws 32 updates at once: an update's noise does not depend on which were
     drawn before it."""
     agent = trainer_of(files, "cuda").agent
-    drawn = []
-    for agent.updates in range(70):
-        drawn.append(agent.draw(8))
-    for agent.updates in (40, 69, 3, 31, 32):
+    drawn = [agent.draw(update, 8) for update in range(70)]
+    for update in (40, 69, 3, 31, 32):
         other = trainer_of(files, "cuda").agent
-        other.updates = agent.updates
-        for ours, theirs in zip(agent.draw(8), other.draw(8)):
-            assert ours is theirs is None or torch.equal(ours, theirs)
-        for ours, theirs in zip(agent.draw(8), drawn[agent.updates]):
-            assert ours is theirs is None or torch.equal(ours, theirs)
+        ours, theirs = agent.draw(update, 8), other.draw(update, 8)
+        for name, values in drawn[update].items():
+            assert torch.equal(ours[name], theirs[name])
+            assert torch.equal(ours[name], values)
 
 
 @NEEDS_GPU
 @pytest.mark.parametrize("precision", ["fp32", "tf32"])
 def test_the_command_on_a_gpu(files, tmp_path, precision):
-    """Trains by graphs; interrupted and resumed within a block it ends the same."""
+    """Training by graphs that is resumed within a block ends the same."""
     flags = {"env": files[False], "device": "cuda", "eval_env": "none"}
     flags |= {"precision": precision, "log_freq": 5}
     tables = []
-    for name, parts in (("whole", [60]), ("parts", [41, 60])):
+    for name, parts in (("whole", [60]), ("parts", [45, 60])):
         for n in parts:
             flags |= {"resume": tmp_path / name, "max_timesteps": n}
             status, out, err = command(**flags)

@@ -26,7 +26,7 @@ def trained(data, directory, **flags):
     status, _, err = run(env=data, resume=directory, seed="[0,1]", **flags)
     assert status == 0, err
     payload = torch.load(directory / "checkpoint.pt", weights_only=True)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
     for name, values in payload["agent"].items():
         if name.endswith(("weight", "bias")):
             values += 0.3 * torch.randn(values.shape, generator=generator)
@@ -180,9 +180,11 @@ def test_sampled_actions(toy_run, tmp_path):
     observations, actions = actions_of(recorded(tmp_path / "s-v0", *argv)[0])
     agent = cql.load_policy(toy_run).agent
     x = torch.as_tensor(observations)[None].expand(2, -1, -1)
-    mean, log_std = agent.policy((x - agent.observation_mean) / agent.observation_std)
-    units = agent.unit_actions(torch.as_tensor(actions)).clamp(-0.9999, 0.9999)
-    normals = (units.atanh() - mean[1]) / log_std[1].exp()
+    weights = {name: value[1] for name, value in agent.weights["policy"].items()}
+    with torch.no_grad():
+        mean, log_std = cql.call(agent.policy, weights, agent.units.standardize(x[1]))
+    units = agent.units.unit_actions(actions).clamp(-0.9999, 0.9999)
+    normals = (units.atanh() - mean) / log_std.exp()
     normals = normals[(units.abs() < 0.999).all(-1)]
     assert len(normals) > 300
     torch.testing.assert_close(normals.mean(0), torch.zeros(2), atol=0.2, rtol=0)
@@ -223,7 +225,7 @@ def test_measured_references(tmp_path, capsys, monkeypatch):
     The policy here does not move, which is better than random actions."""
     directory = trained(toy_dataset(tmp_path), tmp_path / "run")
     still = lambda self, x, normals=None: torch.zeros(*x.shape[:-1], 2)  # noqa: E731
-    monkeypatch.setattr(cql.ContinuousCQL, "choose", still)
+    monkeypatch.setattr(cql.ContinuousCQL, "actions", still)
     argv = [directory, "--steps", 30, "--noise", 1]
     episodes, task = recorded(tmp_path / "m-v0", *argv)
     env = gym.make("CqlToy-v0")
@@ -245,7 +247,7 @@ def test_measured_references(tmp_path, capsys, monkeypatch):
 def test_a_policy_no_better_than_random_measures_nothing(tmp_path, monkeypatch, capsys):
     directory = trained(toy_dataset(tmp_path), tmp_path / "run")
     away = lambda self, x, normals=None: torch.ones(*x.shape[:-1], 2)  # noqa: E731
-    monkeypatch.setattr(cql.ContinuousCQL, "choose", away)
+    monkeypatch.setattr(cql.ContinuousCQL, "actions", away)
     _, task = recorded(tmp_path / "m-v0", directory, "--steps", 30)
     assert task.reference is None
     assert "not scored: the policy is no better than random: " in capsys.readouterr().out
@@ -278,7 +280,7 @@ def test_cql_trains_on_it(toy_run, tmp_path):
     status, printed, err = run(env=out, resume=tmp_path / "run")
     assert status == 0, err
     assert "100 transitions" in printed and "evaluation: CqlToy-v0 with" in printed
-    assert "scored by the data's reference returns" in printed
+    assert "scored by the dataset's reference returns" in printed
 
 
 def test_minari_reads_it(tmp_path, monkeypatch):

@@ -188,8 +188,8 @@ def checkpoint(directory):
 
 
 def state(directory):
-    """All that must be equal: each value of the checkpoints, best.pt among them, and
-    each byte of the tables."""
+    """Return all that must be equal: each value of the checkpoints, including best.pt,
+    and each byte of the tables."""
     values = {}
     for path in directory.glob("[bc]*.pt"):  # not what a run that diverged left
         values |= flattened(torch.load(path, weights_only=True), path.name)
@@ -197,16 +197,44 @@ def state(directory):
     private = rf"[^/]*/({private})|checkpoint_\d+.pt/config/.*"
     values = {k: v for k, v in values.items() if not re.fullmatch(private, k)}
     tables = {name: (directory / name).read_bytes() for name in TABLES}
-    if (directory / "fqe.csv").exists():
-        tables["fqe.csv"] = (directory / "fqe.csv").read_bytes()
     steps = [row["step"] for row in rows(directory, "timing.csv")]
     repeated = [step for step in steps if steps.count(step) > 1]
     return {**values, **tables, "repeated in timing.csv": repeated}
 
 
-def differences(one, other):
-    one, other = state(one), state(other)
-    return [k for k in one.keys() | other.keys() if one.get(k) != other.get(k)]
+def without_step(table, step):
+    """Return a table's bytes without the rows of that step."""
+    lines = table.splitlines(keepends=True)
+    return b"".join(line for line in lines if not line.startswith(b"%d," % step))
+
+
+def differences(one, other, first_end=None):
+    """Return the names of what differs between two runs' directories. first_end: the
+    step at which the other run ended first. Its rows stay there, off the schedule, and
+    such an evaluation may be its best."""
+    ours, theirs = state(one), state(other)
+    if first_end is not None:
+        extra = []
+        for name in TABLES:
+            if not rows(one, name, step=first_end):
+                theirs[name] = without_step(theirs[name], first_end)
+                extra.append(name)
+        if "evaluations.csv" in extra:
+            for values in (ours, theirs):
+                for key in list(values):
+                    if re.match(r"best\.pt/|[^/]*/best/", key):
+                        del values[key]
+    return [k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)]
+
+
+def check_best(directory):
+    """Assert that each run's best step is that of its highest return in the table."""
+    best = torch.load(directory / "best.pt", weights_only=True)["best"]
+    for run, step in enumerate(best["steps"]):
+        table = rows(directory, "evaluations.csv", run=run)
+        returns = [float(row["return_mean"]) for row in table]
+        assert step == int(table[np.argmax(returns)]["step"])
+        assert best["returns"][run] == pytest.approx(max(returns), rel=1e-6)
 
 
 def rows(directory, name, **which):
@@ -365,22 +393,39 @@ def signal_at(update, number=signal.SIGTERM):
 # --- resume ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("half", [0, 4, 5, 6])  # log_freq is 3, eval_freq 4
-def test_a_run_made_longer_in_another_process_is_bit_exact(toy, tmp_path, whole, half):
-    """Rows that stood between two regular ones, because the run was to end there, go."""
+@pytest.mark.parametrize(
+    "half, off_schedule",  # log_freq is 3, eval_freq 4
+    [
+        (0, ["evaluations.csv"]),
+        (4, ["metrics.csv"]),
+        (5, TABLES),
+        (6, ["evaluations.csv"]),
+    ],
+)
+def test_a_run_made_longer_in_another_process_is_bit_exact(
+    toy, tmp_path, whole, half, off_schedule
+):
+    """The rows of its first end stay, on the schedule or off it."""
     assert cql.main(command(toy, tmp_path, **{**FULL, "max_timesteps": half})) == 0
     assert checkpoint(tmp_path)["step"] == half
-    assert rows(tmp_path, "evaluations.csv", step=half)
+    assert len(rows(tmp_path, "evaluations.csv", step=half)) == 4
+    written = {}
+    for name in TABLES:
+        if (tmp_path / name).exists():  # there is no metrics.csv at update 0
+            written[name] = (tmp_path / name).read_bytes()
     assert finish(start(flags(resume=tmp_path, max_timesteps=12))) == 0
     reference = whole(**FULL)
-    assert differences(reference, tmp_path) == []
+    assert differences(reference, tmp_path, first_end=half) == []
+    for name, table in written.items():
+        assert (tmp_path / name).read_bytes().startswith(table)
+    check_best(tmp_path)
     names = " ".join(state(reference))
     parts = "policy target_critic exp_avg_sq log_alpha_prime updates sums fingerprint"
-    parts += " best.pt/agent/critic"
+    parts += " replay best.pt/agent/critic best/tensors/policy"
     for part in parts.split():
         assert part in names
-    assert len(rows(tmp_path, "metrics.csv")) == 4 * 4
-    assert len(rows(tmp_path, "evaluations.csv")) == 4 * 3
+    for name, n_regular in zip(TABLES, (4, 3)):
+        assert len(rows(tmp_path, name)) == 4 * (n_regular + (name in off_schedule))
 
 
 def test_killed_at_random_moments(toy, tmp_path, whole):
@@ -509,7 +554,7 @@ def test_resume_in_a_simulator(tmp_path):
         for steps in stops:
             argv = command(data, tmp_path / name, max_timesteps=steps, seed=[0, 1])
             assert cql.main(argv) == 0
-    assert differences(tmp_path / "whole", tmp_path / "halves") == []
+    assert differences(tmp_path / "whole", tmp_path / "halves", first_end=4) == []
     assert len(rows(tmp_path / "halves", "evaluations.csv")) == 4
 
 
@@ -538,12 +583,51 @@ def test_a_complete_run_stays_as_it_is(toy, train, capsys):
         assert closing_lines(capsys.readouterr().out) == closing
 
 
+class Prioritized(cql.Replay):
+    """A fork's replay: each draw of a transition halves its priority."""
+
+    def __init__(self, config, data, agent):
+        super().__init__(config, data, agent)
+        self.priorities = torch.ones(len(agent.runs), len(data), dtype=torch.float64)
+
+    def sample(self, fractions):
+        total = self.priorities.cumsum(1)
+        drawn = torch.searchsorted(total, fractions * total[:, -1:])
+        self.priorities.scatter_(1, drawn, self.priorities.gather(1, drawn) / 2)
+        return self.data.gather(drawn)
+
+    def state(self):
+        return {**super().state(), "priorities": self.priorities}
+
+    def load(self, state):
+        super().load(state)
+        self.priorities.copy_(state["priorities"])
+
+
+def test_the_replay_s_state_is_resumed(train, whole, monkeypatch):
+    """Also offline, where this project's own replay has no state."""
+    plain = rows(whole(**FULL), "metrics.csv")[-1]["qf1_loss"]
+    monkeypatch.setattr(cql, "Replay", Prioritized)
+    _, reference = train("whole", **FULL)
+    for update in (5, 2):  # ends after 5 and after 7 updates
+        with monkeypatch.context() as patch:
+            after_update(patch, signal_at(update))
+            assert train("run", **FULL)[0] == 143
+    payload = checkpoint(train("run", **FULL)[1])
+    assert differences(reference, reference.with_name("run")) == []
+    drawn = -payload["replay"]["priorities"].log2()  # how often, [R, n]
+    assert drawn.shape[0] == 4 and 12 < drawn.sum(1).min() <= 12 * BASE["batch_size"]
+    # Of runs that share a seed, and of runs that do not.
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert plain != rows(reference, "metrics.csv")[-1]["qf1_loss"]
+
+
 # --- what a resumed run may change ----------------------------------------------------
 
 ALLOWED = dict(
     max_timesteps=8, eval_freq=3, n_episodes=3, eval_seed=1, eval_env="CqlHooked-v0",
     max_episode_steps=5, log_freq=5, device="auto", project="other", group="other",
-    name="other", checkpoints_path="elsewhere", fqe_updates=2, checkpoint_freq=2,
+    name="other", checkpoints_path="elsewhere", checkpoint_freq=2,
 )  # fmt: skip
 
 
@@ -613,7 +697,7 @@ def test_data_that_was_moved(toy, tmp_path, whole):
     here.rename(there)
     argv = flags(resume=tmp_path / "run", max_timesteps=12, env=there)
     assert cql.main(argv) == 0
-    assert differences(whole(), tmp_path / "run") == []
+    assert differences(whole(), tmp_path / "run", first_end=5) == []
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert config["env"] == str(there)
 
@@ -676,11 +760,11 @@ def test_the_environment_of_an_evaluation_does_not_change_what_is_learned(tmp_pa
 
 
 def test_a_new_metric_on_resume(train, monkeypatch):
-    """A fork's: one column more, and the sums of the interval begin anew."""
+    """A fork's new metric adds a column, and the sums of the interval start again."""
     seen = []
 
     def note(number, agent, metrics):
-        metrics["mine"] = torch.full((1,), float(agent.updates))
+        metrics["mine"] = torch.full((1,), 4.0 + number)  # the number of the update
         seen.append(float(metrics["policy_loss"]))
 
     _, directory = train("run", max_timesteps=4)
@@ -688,16 +772,17 @@ def test_a_new_metric_on_resume(train, monkeypatch):
     code, _ = train("run", max_timesteps=9)
     assert code == 0
     table = rows(directory, "metrics.csv")
-    assert [row["step"] for row in table] == ["3", "6", "9"]
-    assert [row["mine"] for row in table] == ["", "5.5", "8"]  # of 5, 6 and 7, 8, 9
-    losses = [float(row["policy_loss"]) for row in table[1:]]
+    assert [row["step"] for row in table] == ["3", "4", "6", "9"]
+    mine = [row["mine"] for row in table]
+    assert mine == ["", "", "5.5", "8"]  # of 5, 6 and 7, 8, 9
+    losses = [float(row["policy_loss"]) for row in table[2:]]
     means = [np.mean(seen[:2]), np.mean(seen[2:])]
     np.testing.assert_allclose(losses, means, rtol=1e-6)
 
 
 def test_a_new_swept_flag_on_resume(train, whole, capsys):
     """One that the run was begun without counts as at its default until now."""
-    directory = train("run", max_timesteps=4)[1]
+    directory = train("run", max_timesteps=3)[1]
     config = yaml.safe_load((directory / "config.yaml").read_text())
     payload, table = checkpoint(directory), rows(directory, "evaluations.csv")
     del config["cql_temp"], payload["config"]["cql_temp"]
@@ -715,7 +800,7 @@ def test_a_new_swept_flag_on_resume(train, whole, capsys):
     metrics = [run / "metrics.csv" for run in (directory, whole())]
     assert metrics[0].read_bytes() == metrics[1].read_bytes()
     temperatures = [row["cql_temp"] for row in rows(directory, "evaluations.csv")]
-    assert temperatures[0] == "" and [float(t) for t in temperatures[1:]] == [1, 1]
+    assert temperatures[0] == "" and [float(t) for t in temperatures[1:]] == [1, 1, 1]
     assert (directory / "cql.py").read_text() == SCRIPT.read_text()
 
 
@@ -845,9 +930,9 @@ def test_statistics_and_bounds_matter(train):
     raw = cql.load_policy(directory / "checkpoint.pt")(x)
     assert raw.shape == (4, 2) and (raw >= BOUNDS["low"]).all()
     assert (raw <= BOUNDS["high"]).all()
-    mean, std = agent["observation_mean"].clone(), agent["observation_std"].clone()
-    agent["observation_mean"].zero_()
-    agent["observation_std"].fill_(1)
+    mean, std = agent["units.observation_mean"], agent["units.observation_std"]
+    agent["units.observation_mean"] = torch.zeros_like(mean)
+    agent["units.observation_std"] = torch.ones_like(std)
     torch.save(payload, directory / "plain.pt")
     plain = cql.load_policy(directory / "plain.pt")
     assert np.abs(plain(x) - raw).max() > 1e-3
@@ -914,7 +999,7 @@ def test_a_module_of_the_recorded_environment(tmp_path, capsys):
         assert cql.main(command(data, tmp_path / name, **changes)) == 0
         out = capsys.readouterr().out
         [opening] = re.findall("^evaluation: .*", out, re.M)
-        for part in ("CqlToy-v0", "'low': [-2", "7 steps", "the data's reference"):
+        for part in ("CqlToy-v0", "'low': [-2", "7 steps", "the dataset's reference"):
             assert part in opening
     assert differences(tmp_path / "out", tmp_path / "named") == []
     for row in rows(tmp_path / "named", "evaluations.csv"):
@@ -927,7 +1012,7 @@ def test_another_environment_is_told(train, capsys):
     """Its own settings and limit; whose references score is said."""
     assert train("run", eval_env="CqlHooked-v0")[0] == 0
     [opening] = re.findall("^evaluation: .*", capsys.readouterr().out, re.M)
-    for part in ("CqlHooked-v0", "20 steps", "which are CqlToy-v0's"):
+    for part in ("CqlHooked-v0", "20 steps", "returns for CqlToy-v0"):
         assert part in opening
 
 
@@ -1057,8 +1142,9 @@ def test_data_without_an_environment(tmp_path, capsys):
     assert one.keys() == other.keys()
     unequal = {key for key in one if one[key] != other[key]}
     assert unequal <= {"/config/resume", "/wandb_ids/0", "/wandb_ids/1"}
-    metrics = [run / "metrics.csv" for run in (directory, half)]
-    assert metrics[0].read_bytes() == metrics[1].read_bytes()
+    metrics = [(run / "metrics.csv").read_bytes() for run in (directory, half)]
+    assert len(rows(half, "metrics.csv", step=5)) == 2
+    assert metrics[0] == without_step(metrics[1], 5)
 
 
 # --- load_model -----------------------------------------------------------------------
@@ -1083,8 +1169,10 @@ def test_a_loaded_model_is_evaluated_without_the_dataset(toy, tmp_path, hooked, 
     one, other = (checkpoint(d)["agent"] for d in (source, tmp_path / "again"))
     one, other = flattened(one), flattened(other)
     assert one.keys() == other.keys()
-    # Weights, optimizers, statistics are taken over; counting starts anew.
-    assert [k for k in one if one[k] != other[k]] == ["/_extra_state/updates"]
+    # Weights, optimizers and statistics are taken over; the counts start at 0.
+    assert [k for k in one if one[k] != other[k]] == []
+    payload = checkpoint(tmp_path / "again")
+    assert (payload["step"], payload["updates"]) == (0, 0)
     env = gym.make("CqlToy-v0", **BOUNDS)
     for run, row in enumerate(rows(tmp_path / "again", "evaluations.csv")):
         policy = cql.load_policy(source, run=run)
@@ -1103,8 +1191,9 @@ def test_a_loaded_model_keeps_its_statistics(toy, whole, tmp_path):
     config = cql.TrainConfig(env=str(other), batch_size=8)
     data = cql.Dataset(config, *cql.read_data(config))
     for name, value in zip(("observation_mean", "observation_std"), data.statistics()):
-        assert torch.equal(mine[name], own[name])
-        assert not torch.allclose(own[name].double(), value.double(), rtol=0.05)
+        kept, given = own[f"units.{name}"], mine[f"units.{name}"]
+        assert torch.equal(given, kept)
+        assert not torch.allclose(kept.double(), value.double(), rtol=0.05)
 
 
 def test_temperature_and_multiplier_still_move(toy, whole, tmp_path):
@@ -1152,40 +1241,40 @@ def test_a_loaded_model_brings_its_flags(square, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flag", ["resume", "load_model"])
-def test_a_checkpoint_of_before_the_redesign(toy, tmp_path, capsys, flag):
-    """A run's directory with that version and flags which are no more."""
+def test_a_checkpoint_of_an_older_version(toy, tmp_path, capsys, flag):
+    """A checkpoint of another version, with flags that no longer exist, is refused."""
     run = tmp_path / "run"
     assert cql.main(command(toy, run)) == 0
     payload = checkpoint(run)
-    payload["version"] = 4
-    payload["config"] |= {"eval_workers": 0, "record_dataset": None}
+    payload["version"] = 6
+    payload["config"] |= {"eval_workers": 0, "fqe_updates": 0}
     torch.save(payload, run / "checkpoint.pt")
     (run / "config.yaml").write_text(yaml.safe_dump(payload["config"]))
     capsys.readouterr()
     before = listing(tmp_path)
     argv = flags(env=toy, checkpoints_path=tmp_path / "new", **{**BASE, flag: run})
     assert cql.main(argv) == 2
-    check_refusal(capsys.readouterr().err, run, "redesign")
+    check_refusal(capsys.readouterr().err, run, "an older one or a fork")
     assert listing(tmp_path) == before
-    with pytest.raises(cql.UserError, match="redesign"):
+    with pytest.raises(cql.UserError, match="an older one or a fork"):
         cql.load_policy(run)
 
 
 def test_a_forks_checkpoint(toy, tmp_path):
-    """With a flag that is not known here, and the version of today."""
+    """A checkpoint of the current version with an unknown flag is refused."""
     run = tmp_path / "run"
     assert cql.main(command(toy, run)) == 0
     payload = checkpoint(run)
     payload["config"]["gap_margin"] = 1.5
     torch.save(payload, run / "checkpoint.pt")
-    with pytest.raises(cql.UserError, match="a fork; take it up with the cql.py that"):
+    with pytest.raises(cql.UserError, match="a fork; use the "):
         cql.load_policy(run)
 
 
 def test_flags_of_discrete_actions_say_that_they_do_nothing(toy, capsys):
     argv = flags(env=toy, checkpoints_path="null", **BASE, exploration_epsilon=0.5)
     assert cql.main(argv) == 0
-    said = "without effect on continuous actions: exploration_epsilon"
+    said = "no effect on continuous actions: exploration_epsilon"
     assert said in capsys.readouterr().out
 
 
@@ -1240,7 +1329,7 @@ def test_no_space_left(train, whole, monkeypatch, capsys, fault):
     assert (directory / "checkpoint.pt").read_bytes() == before
     assert not (directory / "checkpoint.tmp").exists()  # it would take up the space
     assert train("run")[0] == 0
-    assert differences(whole(), directory) == []
+    assert differences(whole(), directory, first_end=4) == []
 
 
 def test_no_space_for_the_first_files(train, monkeypatch, capsys):
@@ -1353,7 +1442,7 @@ def test_a_run_that_ends_while_another_reads_the_data(
 
     monkeypatch.setattr(cql, "read_episodes", read_slowly)
     assert cql.main(argv) == 2
-    check_refusal(capsys.readouterr().err, tmp_path / "run", "meanwhile")
+    check_refusal(capsys.readouterr().err, tmp_path / "run", "another process")
     assert checkpoint(tmp_path / "run")["step"] == 12
 
 
@@ -1493,7 +1582,13 @@ def test_weights_that_go_before_the_loss(train, monkeypatch, seed):
 
 # --- Q that runs away -----------------------------------------------------------------
 
-BETWEEN = {"cost": (-16.0, 0.0), "gain": (0.0, 1.0), "both": (-1.0, 1.0)}
+BETWEEN = {
+    "cost": (-16.0, 0.0),
+    "gain": (0.0, 1.0),
+    "both": (-1.0, 1.0),
+    "only cost": (-16.0, -1.0),  # an episode may end, so Q of 0 is possible
+    "only gain": (1.0, 16.0),
+}
 
 
 @pytest.mark.parametrize(
@@ -1509,13 +1604,21 @@ BETWEEN = {"cost": (-16.0, 0.0), "gain": (0.0, 1.0), "both": (-1.0, 1.0)}
         ("gain", -60.0, 50.0, {}, True),
         ("gain", 90.0, 50.0, {"discount": 0.5}, True),
         ("both", 90.0, -90.0, {}, False),
+        ("only cost", -50.0, -60.0, {}, False),  # above -1 / (1 - 0.99)
+        ("only cost", -1580.0, -20.0, {}, False),  # apart by less than 16 / (1 - 0.99)
+        ("only cost", 10.0, -60.0, {}, True),
+        ("only cost", -1650.0, -20.0, {}, True),
+        ("only gain", 1580.0, 20.0, {}, False),
+        ("only gain", 20.0, 50.0, {}, False),
+        ("only gain", 1610.0, 1500.0, {}, True),
+        ("only gain", -60.0, 1580.0, {}, True),
         ("cost", 1000.0, 1000.0, {"backup_entropy": True}, False),  # sets no bound
     ],
 )
 def test_the_alarm_for_q(
     tmp_path, monkeypatch, capsys, rewards, policy, data, changes, alarm
 ):
-    """What rewards can pay bounds Q of the data, Q of the policy and their distance."""
+    """The rewards bound Q of the data, Q of the policy and their distance."""
 
     def set_q(number, agent, metrics):
         metrics["cql_q{j}_current_actions"][:] = policy
@@ -1527,23 +1630,23 @@ def test_the_alarm_for_q(
     after_update(monkeypatch, set_q)
     name = plain_dataset(tmp_path / "data", episodes)
     assert cql.main(command(name, tmp_path / "run", max_timesteps=3, **changes)) == 0
-    assert ("Q runs away" in capsys.readouterr().out) == alarm
+    assert ("Q diverges" in capsys.readouterr().out) == alarm
 
 
 def test_the_alarm_is_given_once(train, monkeypatch, capsys):
     """From update 5 on, for run 1; not again when that is resumed."""
 
     def inflate(number, agent, metrics):
-        if agent.updates >= 5:
+        if number >= 5:
             metrics["cql_q{j}_current_actions"][1] += 1e6
 
     after_update(monkeypatch, inflate)
     train("run", seed=[0, 1, 2], max_timesteps=8)
     assert train("run", seed=[0, 1, 2])[0] == 0
     out = capsys.readouterr().out
-    assert re.findall(r"^run (\d): Q runs away", out, re.M) == ["1"]
-    assert "cql_alpha" in out.partition("Q runs away")[2].partition("update ")[0]
-    closing = re.findall(r"^run (\d) .*  Q ran away$", out, re.M)
+    assert re.findall(r"^run (\d): Q diverges", out, re.M) == ["1"]
+    assert "cql_alpha" in out.partition("Q diverges")[2].partition("update ")[0]
+    closing = re.findall(r"^run (\d) .*  Q diverged$", out, re.M)
     assert closing == ["1", "1"]  # of both calls
 
 
@@ -1689,9 +1792,10 @@ def test_rows_are_interval_means(toy, train):
     data = cql.Dataset(config, episodes, task)
     agent = cql.make_agent(config, task, "cpu", data.statistics())
     values = []
-    for _ in range(10):
-        noise = agent.draw(config.batch_size)
-        metrics = agent.update(data.sample(noise.fractions), noise)
+    for update in range(10):
+        noise = agent.draw(update, config.batch_size)
+        batch = data.gather(data.index(noise["fractions"]))
+        metrics = agent.update(batch, noise, *cql.stage_of(config, update))
         values.append({k: v.double().numpy().copy() for k, v in metrics.items()})
     places = [(int(row["step"]), int(row["run"])) for row in table]
     assert places == [(step, run) for step in (4, 8, 10) for run in range(4)]

@@ -1,6 +1,6 @@
-"""What the theory promises of the penalty, on problems whose answers are known.
+"""What the theory says of the penalty, on problems with known answers.
 
-"CQL" is Kumar et al., arXiv 2006.04779. Everything goes through cql.py's own functions.
+"CQL" is Kumar et al., arXiv 2006.04779. All numbers come from cql.py's own functions.
 """
 
 import math
@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from reference import box_task, in_float64, tiny
+from reference import box_task, in_float64, losses_of, tiny
 
 import cql
 
@@ -29,7 +29,7 @@ def value_2d(actions):
 
 
 def integral(value, action_dim: int, temperature: float) -> float:
-    """T log of the integral of exp(Q / T) over the box, by the midpoint rule."""
+    """Return T log of the integral of exp(Q / T) over the box, by the midpoint rule."""
     n = 20_000 if action_dim == 1 else 600
     points = (torch.arange(n) + 0.5) * 2 / n - 1
     grid = torch.cartesian_prod(*[points] * action_dim).reshape(-1, action_dim)
@@ -38,44 +38,43 @@ def integral(value, action_dim: int, temperature: float) -> float:
 
 
 def soft_maximum(agent, value, K: int) -> torch.Tensor:
-    """The gap above Q = 0 of the data, from one state's proposals of the agent, less
-    T log 3K; [R]."""
-    R, A = len(agent.log_alpha), agent.action_dim
-    state = torch.ones(R, 1, 1)
-    batch = cql.Batch(
-        observations=state,
-        actions=torch.zeros(R, 1, A),
-        rewards=state[..., 0],
-        next_observations=-state,
-        terminations=state[..., 0],
-    )
-    samples = cql.sample_actions(agent.policy, batch, agent.draw(1))
-    assert samples.proposals.shape == (R, 1, 3 * K, A)
-    q, zero = value(samples.proposals).unsqueeze(1), torch.zeros(R, 1, 1)
-    T = agent.sweep.cql_temp
-    gap = cql.conservative_gap(q, samples.log_mu.unsqueeze(1), zero, T, agent.config)
-    return gap[:, 0, 0] - T * math.log(3 * K)
+    """Return the gap above Q = 0 of the data, from the agent's proposals in one state,
+    minus T log 3K; [R]."""
+    state = torch.ones(len(agent.runs), 1, 1)
+    batch = {"observations": state, "next_observations": -state}
+
+    def of_run(policy, batch, noise, T):
+        samples = agent.sample(policy, batch, noise)
+        proposals = samples["proposals"]
+        assert proposals.shape == (1, 3 * K, agent.action_dim)
+        q = torch.cat([torch.zeros(1, 1), value(proposals)], dim=1)
+        gap = cql.conservative_gap(q, samples["log_mu"], T, agent.config)
+        return gap - T * math.log(3 * K)
+
+    inputs = agent.weights["policy"], batch, agent.draw(0, 1), agent.sweep["cql_temp"]
+    return agent.layout(of_run, *inputs).squeeze(1)
 
 
 def set_gaussian(policy):
-    """Mean 0.4 at s = 1 and -0.4 at s = -1, std 1.1, in every action dimension: narrower
-    policies give the weights a variance that no number of samples tames."""
-    A = policy.layers[-1].bias.shape[-1] // 2
+    """Set the mean to 0.4 at s = 1 and -0.4 at s = -1, and the std to 1.1, in every
+    action dimension. Narrower policies give the weights a variance that no number of
+    samples tames."""
+    first, *middle, last = [x for x in policy.net if isinstance(x, torch.nn.Linear)]
+    A = last.bias.shape[-1] // 2
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.zero_()
-        first, *middle, last = policy.layers
-        first.weight[...] = torch.tensor([[1.0, -1.0]])  # s as relu(s), relu(-s)
+        first.weight[...] = torch.tensor([[1.0], [-1.0]])  # s as relu(s), relu(-s)
         for layer in middle:
             layer.weight[...] = torch.eye(2)
-        last.weight[..., :A] = torch.tensor([[0.4], [-0.4]])
+        last.weight[:, :A] = torch.tensor([0.4, -0.4])
         policy.log_std_offset.fill_(math.log(1.1))
 
 
 @pytest.mark.parametrize("value, action_dim", [(value_1d, 1), (value_2d, 2)])
 def test_soft_maximum_approaches_the_integral(value, action_dim):
-    """For any temperature; every third of the proposals estimates the integral by itself
-    if its densities are its own."""
+    """The error falls with the number of proposals at every temperature. Each third of
+    the proposals estimates the integral by itself if its densities are its own."""
     temperatures, errors = [0.5, 1.0, 3.0], []
     exact = [integral(value, action_dim, T) for T in temperatures]
     for K in (100, 100_000):
@@ -88,22 +87,22 @@ def test_soft_maximum_approaches_the_integral(value, action_dim):
 
 
 # ======================================================================================
-# A tabular problem: three states in a ring, three actions (back, stay, on). Stepping on
-# from the last state pays 1 and ends the episode half of the time; staying in the first
-# pays 0.1 for ever, a trap for the short-sighted.
+# A tabular problem: three states in a row, three actions (back, stay, on). The action
+# `on` in the last state pays 1, and half of the time ends the episode. The action `stay`
+# in the first state pays 0.1, for ever: a trap for the short-sighted.
 # ======================================================================================
 
 STATES, ACTIONS, DISCOUNT = 3, 3, 0.8
 NEXT = torch.tensor([[0, 0, 1], [0, 1, 2], [1, 2, 0]])
 REWARD = torch.tensor([[0, 0.1, 0], [0, 0, 0], [0, 0, 1]], dtype=torch.float64)
 END = torch.tensor([[0, 0, 0], [0, 0, 0], [0, 0, 0.5]], dtype=torch.float64)
-# How often the data tries what: mostly the trap and wandering; the best action is each
-# state's rarest.
+# How often the data has each action: mostly the trap and wandering. The best action of
+# each state is its rarest.
 COUNTS = torch.tensor([[3, 5, 2], [4, 4, 2], [3, 3, 2]])
 BETA = COUNTS / COUNTS.sum(1, keepdim=True)
 
 
-def data_of(counts, R: int) -> cql.Batch:
+def data_of(counts, R: int) -> dict:
     """All transitions, [R, B]; states and actions are indices."""
     kept = []
     for s in range(STATES):
@@ -113,30 +112,44 @@ def data_of(counts, R: int) -> cql.Batch:
     s, a, r, following, end = (
         torch.tensor(kept).double().T.unsqueeze(1).expand(-1, R, -1)
     )
-    return cql.Batch(
-        observations=s.unsqueeze(2),
-        actions=a.unsqueeze(2),
-        rewards=r,
-        next_observations=following.unsqueeze(2),
-        terminations=end,
-    )
+    return {
+        "observations": s.unsqueeze(2),
+        "actions": a.unsqueeze(2),
+        "rewards": r,
+        "next_observations": following.unsqueeze(2),
+        "terminations": end,
+    }
 
 
 class Table(torch.nn.Module):
-    """A critic that looks Q [R, S, A] up, for observations and actions that are indices:
-    [R, B, 1], [R, B, M, 1] -> [R, 1, B, M]."""
+    """A critic that looks up Q [S, A] by the indices of states [n, 1] and actions
+    [n, M, 1]."""
 
-    def __init__(self, initial):
+    def __init__(self, config, obs_dim, action_dim):
         super().__init__()
-        self.q = torch.nn.Parameter(initial.clone())
+        self.q = torch.nn.Parameter(torch.zeros(STATES, ACTIONS))
 
-    def forward(self, observations, actions, dtype=None):
-        run = torch.arange(len(self.q)).reshape(-1, 1, 1)
-        return self.q[run, observations.long(), actions.squeeze(-1).long()].unsqueeze(1)
+    def forward(self, observations, actions, bf16=False):
+        return self.q[observations.long(), actions.squeeze(-1).long()]
+
+
+class TabularCQL(cql.ContinuousCQL):
+    """CQL whose 3K = 3 proposals and whose next actions are all three actions, each of
+    density 1."""
+
+    def sample(self, policy, batch, noise):
+        samples = super().sample(policy, batch, noise)
+        n = len(batch["rewards"])
+        every = torch.arange(ACTIONS).double().expand(n, ACTIONS)
+        for name in ("next_actions", "proposals"):
+            samples[name] = every.unsqueeze(-1)
+        for name in ("next_log_pi", "log_mu"):
+            samples[name] = torch.zeros(n, ACTIONS)
+        return samples
 
 
 def true_values(policy):
-    """Q of a policy [S, A] in the problem itself, by its linear equations."""
+    """Return Q of a policy [S, A] in the problem itself, from the linear equations."""
     n = STATES * ACTIONS
     following = torch.nn.functional.one_hot(NEXT, STATES) * (1 - END).unsqueeze(-1)
     transition = (following.unsqueeze(-1) * policy).view(n, n)  # to every state-action
@@ -145,50 +158,55 @@ def true_values(policy):
 
 
 def optimal_values():
-    """By policy iteration, of one round for every policy."""
+    """Return the optimal Q, by a round of policy iteration for every policy."""
     q = REWARD
     for _ in range(ACTIONS**STATES):
         q = true_values(torch.nn.functional.one_hot(q.argmax(1), ACTIONS).double())
     return q
 
 
-def fitted(alphas, counts=COUNTS, greedy=False, optimism=0.0, T=1.0, **flags):
-    """Q [R, S, A], a run for each of alphas, that minimizes cql.critic_loss on the data,
-    all three actions enumerated with density 1. Targets are those of its own policy:
-    the greedy one, or softmax(Q / T)."""
-    R = len(alphas)
-    sweep = cql.Sweep(torch.tensor(alphas), torch.full((R,), T), torch.zeros(R))
-    config = cql.TrainConfig(discount=DISCOUNT, cql_max_target_backup=True, **flags)
-    batch = data_of(counts, R)
-    shape = R, batch.rewards.shape[1], ACTIONS
-    every, zeros = torch.arange(ACTIONS).expand(shape).unsqueeze(-1), torch.zeros(shape)
-    samples = cql.Samples(**dict.fromkeys(cql.Samples._fields))._replace(
-        target_actions=every, target_log_pi=zeros, proposals=every.double(),
-        log_mu=zeros,
+@pytest.fixture
+def fitted(monkeypatch):
+    """Return the function `fit`."""
+    monkeypatch.setattr(cql, "Critic", Table)
+    return fit
+
+
+def fit(alphas, counts=COUNTS, greedy=False, optimism=0.0, T=1.0, **flags):
+    """Return the Q [R, S, A], one run per alpha, that minimizes the loss on the data.
+    Targets are of its own policy: the greedy one, or softmax(Q / T)."""
+    config = tiny(
+        cql_alpha=alphas, cql_temp=T, cql_n_actions=1, n_critics=1, discount=DISCOUNT,
+        cql_max_target_backup=True, **flags,
     )  # fmt: skip
-    table = Table(torch.full((R, STATES, ACTIONS), optimism))
-    optimizer = torch.optim.SGD(table.parameters(), lr=2.0)
+    agent = TabularCQL(config, box_task(observation_dim=1, action_dim=1))
+    data = data_of(counts, len(alphas))
+    noise = agent.draw(0, data["rewards"].shape[1])
+    table, target = agent.critic.q, agent.target_critic.q
+    table.data.fill_(optimism)
     for _ in range(500):
-        if greedy:
-            target, _ = cql.td_target(table, batch, samples, None, None, config)
-        else:
-            q = table.q.detach()
+        target.copy_(table.detach())
+        batch = dict(data)
+        if not greedy:
+            # The target of a terminal transition is its reward.
+            q = table.detach().squeeze(1)
             value = ((q / T).softmax(-1) * q).sum(-1)
-            following = value.gather(1, batch.next_observations.squeeze(-1).long())
-            target = batch.rewards + DISCOUNT * (1 - batch.terminations) * following
-        args = batch, samples, None, target, None, sweep, config
-        loss, _ = cql.critic_loss(table, *args)
-        optimizer.zero_grad()
-        loss.sum().backward()
-        optimizer.step()
-    return table.q.detach()
+            following = value.gather(1, data["next_observations"].squeeze(-1).long())
+            kept = 1 - data["terminations"]
+            batch["rewards"] = data["rewards"] + DISCOUNT * kept * following
+            batch["terminations"] = torch.ones_like(kept)
+        loss, _ = losses_of(agent, batch, noise)
+        (gradient,) = torch.autograd.grad(loss.sum(), table)
+        table.data -= 2.0 * gradient
+    return table.detach().squeeze(1)
 
 
 @pytest.mark.parametrize("T", [0.5, 1.0])
-def test_table_stands_at_the_minimum_in_closed_form(T):
-    """Where the gradient is zero, 2 beta (Q - y) + cql_alpha (pi - beta) = 0, beta the
-    data's policy and pi = softmax(Q / T): no factor 1/2 on the squared error, none of T
-    on the penalty's gradient; with cql_alpha = 0 it is the policy's true value."""
+def test_the_table_is_the_minimum_in_closed_form(T, fitted):
+    """Where the gradient is zero, 2 beta (Q - y) + cql_alpha (pi - beta) = 0, with the
+    data's policy beta and pi = softmax(Q / T). So there is no factor 1/2 on the squared
+    error, and no factor T on the penalty's gradient. With cql_alpha = 0 the solution is
+    the policy's true value."""
     alphas = [0.0, 0.05, 0.2]
     for q, cql_alpha in zip(fitted(alphas, T=T), alphas):
         pi = (q / T).softmax(1)
@@ -199,10 +217,10 @@ def test_table_stands_at_the_minimum_in_closed_form(T):
             torch.testing.assert_close(q, true_values(pi), rtol=0, atol=1e-6)
 
 
-def test_values_lie_below_the_true_values_of_the_policy():
-    """CQL theorem 3.2: in every state the policy's value is underestimated, and so is Q
+def test_values_lie_below_the_true_values_of_the_policy(fitted):
+    """CQL theorem 3.2: in every state the policy's value is underestimated, and so are Q
     averaged over the data's actions, and Q of each action that the policy takes more
-    often than the data does. More penalty, lower values."""
+    often than the data does. More penalty gives lower values."""
     before = math.inf
     for q in fitted([0.05, 0.1, 0.2, 0.4]):
         pi = q.softmax(1)
@@ -214,9 +232,9 @@ def test_values_lie_below_the_true_values_of_the_policy():
         before = (pi * q).sum(1)
 
 
-def test_greedy_policy_is_optimal_and_its_values_are_lower_bounds():
-    """With greedy targets: the best actions are found although the data prefers others,
-    and their Q's stay below the true values, which they reach without a penalty."""
+def test_greedy_policy_is_optimal_and_its_values_are_lower_bounds(fitted):
+    """With greedy targets the best actions are found, although the data prefers others.
+    Their values stay below the true ones, which they reach without a penalty."""
     optimal = optimal_values()
     assert optimal.argmax(1).tolist() == [2, 2, 2] and (COUNTS.argmin(1) == 2).all()
     exact, *penalized = fitted([0.0, 0.05, 0.1], greedy=True)
@@ -227,9 +245,10 @@ def test_greedy_policy_is_optimal_and_its_values_are_lower_bounds():
 
 
 @pytest.mark.parametrize("importance", [True, False], ids=["weighted", "unweighted"])
-def test_actions_outside_the_data_are_held_down(importance):
-    """Offline learning's fault and CQL's cure: never tried, 'back' keeps its optimistic
-    first value and rules Q-learning's policy; the penalty takes it below the data's."""
+def test_actions_outside_the_data_are_held_down(importance, fitted):
+    """The fault of offline Q-learning and CQL's cure: 'back', which the data never has,
+    keeps its optimistic initial value and rules Q-learning's policy. The penalty takes
+    its value below those of the data's actions."""
     counts, optimal = COUNTS.clone(), optimal_values()
     counts[:, 0] = 0
     flags = dict(greedy=True, optimism=5.0, cql_importance_sample=importance)

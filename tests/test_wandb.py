@@ -1,4 +1,4 @@
-"""What goes to wandb: an offline run read back from its files, and the calls it gets."""
+"""Tests of logging to wandb, by its calls and by the files of an offline run."""
 
 import csv
 import json
@@ -22,14 +22,14 @@ SCORE = "d4rl_normalized_score"
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    """Data with reference returns, so that there are scores."""
+    """Return a dataset with reference returns, so that evaluations have scores."""
     root = tmp_path_factory.mktemp("toy")
     return toy_dataset(root, ref_min_score=-5.0, ref_max_score=15.0)
 
 
 @pytest.fixture
 def train(toy, tmp_path):
-    """Trains in tmp_path / "run"; returns status, stdout and stderr."""
+    """Return a function that trains in tmp_path / "run": status, stdout, stderr."""
 
     def train(**flags):
         given = {"env": toy, "resume": tmp_path / "run", **SCHEDULE, **flags}
@@ -48,7 +48,7 @@ def wandb_ids(directory):
 
 
 def history_by_tables(directory, number):
-    """{step: {metric: value}} of one stacked run, by its tables."""
+    """Return {step: {metric: value}} of one stacked run, from its tables."""
     history = {}
     for name in ("metrics.csv", "evaluations.csv"):
         for row in rows(directory, name):
@@ -61,7 +61,7 @@ def history_by_tables(directory, number):
 
 
 def without_account(monkeypatch, home, **variables):
-    """The environment of someone whom wandb does not know."""
+    """Set the environment variables of a user without a wandb account."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     paths = {"HOME": home, "NETRC": home / "netrc", "WANDB_CONFIG_DIR": home / "config"}
@@ -70,7 +70,7 @@ def without_account(monkeypatch, home, **variables):
 
 
 class Tracker:
-    """What wandb.init returns, as far as cql.py may use it."""
+    """A stand-in for the run that wandb.init returns, with what cql.py may use."""
 
     def __init__(self, options):
         self.options, self.rows, self.finished = options, [], False
@@ -84,7 +84,7 @@ class Tracker:
         self.finished = True
 
     def history(self):
-        """{step: {metric: value}}."""
+        """Return {step: {metric: value}}."""
         history = {}
         for step, row in self.rows:
             history.setdefault(step, {}).update(row)
@@ -93,8 +93,8 @@ class Tracker:
 
 @pytest.fixture
 def trackers(monkeypatch):
-    """The trackers that cql.py starts, wandb itself being out of the way, for someone
-    who has an account."""
+    """Replace wandb for a user who has an account. Return the list of trackers that
+    cql.py starts."""
     made = []
 
     def init(**options):
@@ -110,14 +110,14 @@ def trackers(monkeypatch):
 
 @pytest.fixture
 def agent(monkeypatch, trackers):
-    """As a sweep agent starts a trial."""
+    """Set the variables that a sweep agent sets for a trial."""
     monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
     monkeypatch.setenv("WANDB_RUN_ID", "trial1")
 
 
 @pytest.fixture
 def real(monkeypatch, tmp_path):
-    """wandb itself, anew, for someone without an account."""
+    """Reset the real wandb, for a user without an account."""
     without_account(monkeypatch, tmp_path)
     wandb.teardown()
     yield
@@ -167,25 +167,15 @@ def test_the_run_says_where_it_logs(train, trackers):
 
 
 def test_a_diverged_run_gets_no_more_rows(train, trackers):
-    """Its own stop; the others' do not."""
+    """Rows of a diverged run stop; those of the other runs continue."""
     assert train(cql_alpha=[1, 3e38, 2])[0] == 3
     assert [len(tracker.rows) for tracker in trackers] == [5, 0, 5]
     assert all(tracker.finished for tracker in trackers)
 
 
-def test_fitted_q_evaluation_is_logged(train, trackers, tmp_path):
-    """After training's updates, by names of its own."""
-    assert train(fqe_updates=6, **STACKED)[0] == 0
-    for row in rows(tmp_path / "run", "fqe.csv"):
-        history = trackers[int(row["run"])].history()
-        shown = history[8 + int(row["step"])]
-        for name in ("value", "data_value", "fqe_loss1"):
-            assert shown[f"fqe/{name}"] == pytest.approx(float(row[name]), rel=1e-6)
-
-
 @pytest.mark.parametrize("sweep", [False, True])
 def test_what_is_not_known_is_left_out(sweep, trackers, request, tmp_path):
-    """A score without reference returns, say: never NaN."""
+    """A metric that is NaN, such as a score without references, is not logged."""
     if sweep:
         request.getfixturevalue("agent")
     data = toy_dataset(tmp_path / "data")
@@ -217,7 +207,7 @@ def test_nothing_is_started(how, train, trackers, monkeypatch, tmp_path):
     assert trackers == [] and not list(tmp_path.rglob("wandb"))
 
 
-@pytest.mark.parametrize("mode", ["offline", "dryrun"])  # dryrun: the older word
+@pytest.mark.parametrize("mode", ["offline", "dryrun"])  # dryrun is its older name
 def test_offline_asks_for_no_account(mode, train, trackers, monkeypatch):
     def login(**_):
         raise AssertionError("asked for an account")
@@ -259,9 +249,9 @@ def test_the_mean_is_of_the_runs_that_are_left(train, trackers, agent):
 
 
 def test_a_trial_that_is_resumed_by_hand(train, trackers, agent, monkeypatch, tmp_path):
-    """One run under the agent, with its id; one for each stacked run after it."""
+    """The agent's id is used under the agent, new ids without it."""
     assert train(max_timesteps=4, **STACKED)[0] == 0
-    assert train(max_timesteps=4, **STACKED)[0] == 0  # the agent's again, preempted
+    assert train(max_timesteps=4, **STACKED)[0] == 0  # the agent restarts the trial
     assert [tracker.id for tracker in trackers] == ["trial1"] * 2
     assert wandb_ids(tmp_path / "run") == ["trial1"]
     monkeypatch.delenv("WANDB_SWEEP_ID")
@@ -280,7 +270,7 @@ def said_by_wandb(out):
 
 
 def complete(directory):
-    """Whether the run has its last evaluation of each stacked run."""
+    """Return whether every stacked run has its last evaluation."""
     table = rows(directory, "evaluations.csv")
     return [row["step"] for row in table[-4:]] == ["8"] * 4
 
@@ -291,7 +281,7 @@ def complete(directory):
     ids=["nothing", "malformed key"],
 )
 def test_no_account(variables, word, train, real, monkeypatch, tmp_path):
-    """wandb itself says so."""
+    """Without an account, one line gives the reason, and training continues."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     status, out, err = train(**STACKED)
@@ -302,7 +292,7 @@ def test_no_account(variables, word, train, real, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("where", ["login", "init"])
 def test_no_network(where, train, trackers, monkeypatch, tmp_path):
-    """An account, but nobody answers: one wait, not one for each of the four."""
+    """Without a network, cql.py waits once, not once per stacked run."""
     tried = []
 
     def fail(**_):
@@ -319,7 +309,7 @@ def test_no_network(where, train, trackers, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("call", ["log", "finish"])
 def test_training_survives_wandb(call, train, trackers, monkeypatch, tmp_path):
-    """Its service may die in the middle of a run."""
+    """Training continues if wandb's service ends during the run."""
     failures = []
 
     def fail(self, *_, **__):
@@ -334,7 +324,7 @@ def test_training_survives_wandb(call, train, trackers, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_no_network_for_real(toy, tmp_path, monkeypatch):
-    """A key in the right form and a server that nobody listens at: wandb's own wait."""
+    """Training continues after wandb's own timeout, with an unreachable server."""
     variables = {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
     without_account(monkeypatch, tmp_path, **variables)
     flags = {**SCHEDULE, "eval_env": "make_data:CqlToy-v0", **STACKED}
@@ -352,7 +342,7 @@ def test_no_network_for_real(toy, tmp_path, monkeypatch):
 
 
 def records(path):
-    """The records of a .wandb file, a log in LevelDB's format: blocks of 32 KiB."""
+    """Yield the records of a .wandb file, in LevelDB's log format of 32 KiB blocks."""
     data, position, record = path.read_bytes(), 7, b""
     while position < len(data):
         if 32768 - position % 32768 < 7:
@@ -360,13 +350,13 @@ def records(path):
         _, size, kind = struct.unpack_from("<IHB", data, position)
         record += data[position + 7 : position + 7 + size]
         position += 7 + size
-        if kind in (1, 4):  # whole, or the last part
+        if kind in (1, 4):  # a whole record, or its last part
             yield Record.FromString(record)
             record = b""
 
 
 def offline_run(path):
-    """The run record and the history {step: {metric: value}} of a .wandb file."""
+    """Return the run record and history {step: {metric: value}} of a .wandb file."""
     found, history = None, {}
     for record in records(path):
         if record.WhichOneof("record_type") == "run":
@@ -388,7 +378,7 @@ def test_offline_runs_and_a_resume(train, real, monkeypatch, tmp_path):
         assert (status, err) == (0, "")
         [said] = said_by_wandb(out)
         assert "offline" in said
-    wandb.teardown()  # its own process has written all
+    wandb.teardown()  # waits until wandb's process has written everything
     found = {}
     for path in sorted(tmp_path.glob("run/wandb/offline-run-*/run-*.wandb")):
         record, history = offline_run(path)
@@ -399,10 +389,10 @@ def test_offline_runs_and_a_resume(train, real, monkeypatch, tmp_path):
     ids = wandb_ids(tmp_path / "run")
     assert found.keys() == {(0, ids[0]), (1, ids[1])}
     for (seed, _), parts in found.items():
-        assert len(parts) == 2  # the same id again
+        assert len(parts) == 2  # both commands used the same id
         expected = history_by_tables(tmp_path / "run", seed)
-        # The first command's last row was of a shorter interval; the tables have
-        # dropped it, wandb has kept it, under the step that the evaluation has too.
+        # The first command's last row covers a shorter interval. The resumed run drops
+        # it from the tables; wandb keeps it at the step of the evaluation.
         history = parts[0] | parts[1]
         assert history.keys() == expected.keys() == {3, 4, 6, 8}
         for step, row in expected.items():

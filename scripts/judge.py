@@ -1,0 +1,810 @@
+"""Rank the policies of finished runs from the recorded data alone, without a simulator.
+
+    python scripts/judge.py runs/alphas
+    python scripts/judge.py runs/a runs/b --checkpoint best.pt --out runs/ab
+    python scripts/judge.py runs/sweep --figure values.png
+
+RUN is a run directory, a checkpoint file, or a directory of runs such as
+sweep.py's. Each stacked run is one policy. The method is fitted Q evaluation (Le
+et al. 2019, arXiv 1903.08738): the policies are frozen, and new critics learn
+from the data what return each policy would get. All policies are judged
+together, on the same batches and from the same initial critics, so the value of
+a policy does not depend on the others (up to rounding). Runs that are compared
+must have the same data, discount, reward transformation and action space;
+network sizes and observation statistics may differ. `--env` names other data of
+the same task to judge on. Online runs are judged on their offline data.
+
+Printed is a ranking from the best policy to the worst:
+
+    value      mean Q(s0, pi(s0)) over the first observations of the recorded
+               episodes: the discounted return, in rewards as they were learned
+               from. "return" is the same in the data's own rewards, where they
+               differ and reward_bias is 0
+    episodes   standard error of the value over the episodes
+    critics    standard error of the value over the critics
+    clipped    share of targets outside the range of possible returns,
+               [min(r_min, 0), max(r_max, 0)] / (1 - discount), since the last row
+    settled    yes after at least 3 / (soft_target_update_rate * (1 - discount))
+               updates, if the value differs from that of a quarter of the updates
+               ago by no more than its error, or 2 % of its size (of the recorded
+               episodes' value, if that is larger)
+    Q diverged marks runs that cql.py warned of in training; distrust their values
+
+The last line is the mean discounted return of the recorded episodes themselves.
+It lacks what would follow a time limit.
+
+A settled value is not always a right one. Values are right for policies whose
+actions the data cover, and usually too high for others: see "Choosing alpha" in
+the README. `--out` is a .csv file, or a directory for judge.csv, which gets a row
+for each policy every `--log_freq` updates. `--figure` draws these values.
+
+From Python: `policies, data = load([Path("runs/a")])`, then `table = judge(policies,
+data, Options(updates=2000))`; `last_rows(table)` is the ranking.
+
+Exit status: 0 done, 1 the machine failed, 2 invalid input, 3 a value is not
+finite, 130 interrupted (the rows so far are in judge.csv).
+"""
+
+import argparse
+import copy
+import csv
+import functools
+import math
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Callable, Dict, List, Optional, Tuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import cql
+
+# Rewards and returns that are learned from depend on these flags.
+SHARED_FLAGS = ("discount", "reward_scale", "reward_bias", "normalize_reward")
+CHUNK = 4096  # observations that a policy acts on at once
+TOLERANCE = 0.02  # change of a settled value, relative to its size
+
+
+@dataclass
+class Options:
+    """Settings of the critics. The defaults judge twelve policies within minutes."""
+
+    updates: int = 10_000
+    batch_size: int = 256
+    hidden_dim: int = 128
+    n_hidden_layers: int = 2
+    n_critics: int = 2
+    lr: float = 1e-3
+    soft_target_update_rate: float = 0.05  # Polyak averaging rate of the target critics
+    log_freq: int = 500  # updates between two rows of the table
+    seed: int = 0  # of the initial critics and the batches
+
+
+def check_options(options: Options) -> None:
+    """Raise UserError for numbers out of range."""
+    for name, value in vars(options).items():
+        low = 0 if name == "seed" else 1
+        if isinstance(value, int) and value < low:
+            raise cql.UserError(f"--{name} {value}: must be at least {low}")
+    if not 0 < options.lr < math.inf:
+        raise cql.UserError(f"--lr {options.lr}: must be above 0 and finite")
+    rate = options.soft_target_update_rate
+    if not 0 < rate <= 1:
+        raise cql.UserError(f"--soft_target_update_rate {rate}: must lie in (0, 1]")
+
+
+# ---- Data and policies ---------------------------------------------------------------
+
+
+class Data:
+    """Recorded transitions as the critics take them, on the device."""
+
+    def __init__(self, config: cql.TrainConfig, episodes, task: cql.Task, device="cpu"):
+        """config: flags of the judged runs, which transform the rewards.
+
+        Raises UserError if there is too little data."""
+        self.config = config
+        self.task = task
+        self.dataset = cql.Dataset(config, episodes, task, device)
+        lengths = self.dataset.lengths
+        if lengths.mean() < 2:
+            what = f"episodes have {lengths.mean():.3g} steps on average"
+            hint = "fitted Q evaluation needs at least 2; judge on longer episodes"
+            raise cql.UserError(f"--env {config.env}: {what}; {hint}")
+        # Rewards and terminations come from the episodes, because a fork's Dataset may
+        # turn its columns into something else, such as n-step returns.
+        episodes = [each for each in episodes if len(each.rewards)]
+        rewards = np.concatenate([each.rewards for each in episodes])
+        ended = np.concatenate([each.terminations for each in episodes]) != 0
+        rewards = torch.as_tensor(rewards.astype(np.float32))
+        rewards = cql.transform_rewards(rewards, self.dataset.reward_factor, config)
+        kind = torch.get_default_dtype()
+        self.rewards = rewards.to(device, kind)  # [n]
+        self.terminations = torch.as_tensor(ended).to(device, kind)  # [n]
+
+        # Standardized by the data alone, whatever statistics the policies have.
+        self.rows = self.dataset.rows  # [n] of the observation before each transition
+        of_transitions = self.dataset.observations[self.rows].double()
+        mean = of_transitions.mean(0)
+        std = of_transitions.std(0, correction=0) + 1e-3
+        self.units = cql.Units(task, (mean, std)).to(device)
+        self.observations = self.units.standardize(self.dataset.observations)
+        self.actions = self.units.unit_actions(self.dataset.columns["actions"])  # [n, A]
+        starts = np.cumsum(lengths) - lengths
+        self.first_rows = self.rows[torch.as_tensor(starts, device=device)]
+
+        # No return lies outside these bounds.
+        self.bounds = [-math.inf, math.inf]
+        if config.discount < 1:
+            largest = torch.finfo(kind).max
+            ends = min(float(rewards.min()), 0), max(float(rewards.max()), 0)
+            ends = np.array(ends) / (1 - config.discount)
+            self.bounds = np.clip(ends, -largest, largest).tolist()
+
+        returns = []
+        for part in np.split(rewards.double().numpy(), np.cumsum(lengths)[:-1]):
+            returns.append(cql.discounted_sum(part, config.discount))
+        self.value = float(np.mean(returns))
+        self.value_error = standard_error(np.array(returns))
+
+    def own_rewards(self, value: float) -> float:
+        """Return a value in the data's own rewards, NaN if that is impossible."""
+        factor = self.dataset.reward_factor
+        return cql.original_returns(value, factor, self.config)
+
+    def enough_updates(self, options: Options) -> float:
+        """Return the number of updates before which no value counts as settled: three
+        times the updates in which the target critics see one horizon ahead."""
+        rate = options.soft_target_update_rate
+        if self.config.discount == 1:  # the length of the episodes is the horizon
+            return 3 * self.dataset.lengths.mean() / rate
+        return 3 / (rate * (1 - self.config.discount))
+
+
+@dataclass
+class Policy:
+    """A frozen policy: its deterministic action at every observation of the data."""
+
+    actions: Tensor  # [all observations, A] in [-1, 1] or counted from 0
+    checkpoint: str = ""  # path of the file
+    run: int = 0  # index in the checkpoint
+    flags: dict = field(default_factory=dict)  # seed, cql_alpha and other swept flags
+    ran_away: bool = False  # whether cql.py warned that Q diverged
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Return the standard error of the mean, NaN for a single value."""
+    if len(values) < 2:
+        return math.nan
+    return float(values.std(ddof=1) / math.sqrt(len(values)))
+
+
+def find_checkpoints(paths: List[Path], name: str) -> List[Path]:
+    """Return the checkpoint files: a path itself, the file of this name in a run
+    directory, or those of all runs one level below.
+
+    Raises UserError if a path has none or a file is found twice."""
+    found = []
+    for path in paths:
+        below = sorted(path.glob(f"*/{name}"))
+        if path.is_file():
+            found.append(path)
+        elif (path / name).is_file():
+            found.append(path / name)
+        elif below:
+            found += below
+        elif not path.exists():
+            raise cql.UserError(f"{path}: does not exist; pass a run directory")
+        else:
+            hint = "pass a run directory, or a directory of runs"
+            raise cql.UserError(f"{path}: no {name} in it or one level below; {hint}")
+    seen = set()
+    for path in found:
+        if path.resolve() in seen:
+            raise cql.UserError(f"{path}: found twice; pass each run once")
+        seen.add(path.resolve())
+    return found
+
+
+def check_comparable(checkpoints: List[dict], other_data: bool) -> None:
+    """Raise UserError unless values of these checkpoints' policies are comparable.
+
+    other_data: whether they are judged on data other than their own."""
+    first = checkpoints[0]
+    apart = "judge them in separate commands"
+    for each in checkpoints[1:]:
+        for name in SHARED_FLAGS:
+            ours = each["config"][name]
+            theirs = first["config"][name]
+            if ours != theirs:
+                what = f"{name} {ours}, but {theirs} in {first['path']}"
+                raise cql.UserError(f"{each['path']}: {what}; {apart}")
+        ours = describe_spaces(each["task"])
+        theirs = describe_spaces(first["task"])
+        if ours != theirs:
+            what = f"{ours}, but {theirs} in {first['path']}"
+            raise cql.UserError(f"{each['path']}: {what}; {apart}")
+        if not other_data and not same_data(each, first):
+            ours = each["config"]["env"]
+            theirs = first["config"]["env"]
+            what = f"data {ours}, but {first['path']} has {theirs}, or other numbers"
+            hint = f"{apart}, or pass --env"
+            raise cql.UserError(f"{each['path']}: {what}; {hint}")
+    for each in checkpoints:
+        if not other_data and each["config"]["env"] is None:
+            what = "the run had no dataset; judging needs one"
+            raise cql.UserError(f"{each['path']}: {what}; pass --env")
+
+
+def describe_spaces(task: cql.Task) -> str:
+    """Describe a task's observations and actions; equal tasks have equal texts."""
+    kind = "discrete" if task.discrete else "continuous"
+    bounds = f"{task.action_low} to {task.action_high}"
+    return f"{task.observation_dim} observations, {kind} actions {bounds}"
+
+
+def same_data(one: dict, other: dict) -> bool:
+    """Return whether two checkpoints were trained on the same data, wherever it lay."""
+    prints = one["fingerprint"], other["fingerprint"]
+    if None in prints:  # nothing was trained after load_model
+        return one["config"]["env"] == other["config"]["env"]
+    return np.allclose(*prints, rtol=1e-9)
+
+
+def load(
+    paths: List[Path],
+    name: str = "checkpoint.pt",
+    env=None,
+    device="cpu",
+    batch_size: int = Options.batch_size,
+) -> Tuple[List[Policy], Data]:
+    """Load the policies of runs and the data to judge them on: the runs' own, or `env`.
+
+    Raises UserError for runs that cannot be read or compared, and if all diverged."""
+    checkpoints = [cql.read_checkpoint(path) for path in find_checkpoints(paths, name)]
+    check_comparable(checkpoints, env is not None)
+    first = checkpoints[0]
+    flags = {**first["config"], "batch_size": batch_size, "cal_ql": False}
+    if env is not None:
+        flags["env"] = env
+    config = cql.TrainConfig(**flags)
+    episodes, _ = cql.read_data(config)
+    data = Data(config, episodes, first["task"], device)
+    was = first["fingerprint"]
+    now = data.dataset.fingerprint
+    if env is None and was is not None and not np.allclose(was, now, rtol=1e-9):
+        what = f"{now[0]} transitions; {first['path']} had {was[0]}, or other numbers"
+        hint = f"pass --env {config.env} to judge on the data as it is"
+        raise cql.UserError(f"{config.env}: {what}; {hint}")
+    policies = []
+    for checkpoint in checkpoints:
+        policies += freeze(checkpoint, data, device)
+    if not policies:
+        what = "all runs diverged; no policy is left"
+        hint = "pass a run<k>_before_<step>.pt of a run directory"
+        raise cql.UserError(f"{first['path']}: {what}; {hint}")
+    return policies, data
+
+
+@torch.no_grad()
+def freeze(checkpoint: dict, data: Data, device) -> List[Policy]:
+    """Return the policies of a checkpoint's runs, without those that diverged."""
+    path = checkpoint["path"]
+    config = replace(cql.TrainConfig(**checkpoint["config"]), compile=False)
+    task = checkpoint["task"]
+    agent = cql.make_agent(config, task, device)
+    cql.load_agent(agent, checkpoint)
+    agent.eval()
+    parts = []
+    for observations in data.dataset.observations.split(CHUNK):
+        parts.append(agent.actions(observations.expand(len(agent.runs), -1, -1)))
+    actions = torch.cat(parts, dim=1)  # [R, all observations, A]
+    if np.dtype(task.action_dtype).kind in "iu":
+        actions = actions.round()  # as Task.to_environment does
+    policies = []
+    for r, flags in enumerate(agent.runs):
+        step = checkpoint["diverged"][r]
+        if step >= 0:
+            cql.say(f"{path} run {r}: diverged by update {step:,}, so it is left out")
+            continue
+        flags = {name: value for name, value in flags.items() if name != "run"}
+        unit_actions = data.units.unit_actions(actions[r])
+        ran_away = bool(checkpoint["warned"][r])
+        policies.append(Policy(unit_actions, path, r, flags, ran_away))
+    return policies
+
+
+# ---- Estimation ----------------------------------------------------------------------
+
+
+class FittedQ:
+    """Fitted Q evaluation of one policy (arXiv 1903.08738).
+
+    For another estimator, subclass it, override what differs, and pass the class to
+    `judge`. All tensors are those of one policy; `Critics` stacks the policies."""
+
+    def __init__(self, data: Data):
+        self.discount = data.config.discount
+
+    def target(self, next_q: Tensor, batch: Dict[str, Tensor]) -> Tensor:
+        """Bootstrapped target [B] of every critic; next_q [N, B] of the target critics
+        at s' and the policy's action there."""
+        not_ended = 1 - batch["terminations"]  # a time limit bootstraps
+        return batch["rewards"] + self.discount * not_ended * next_q.mean(0)
+
+    def loss(self, q_of: Callable, batch: Dict[str, Tensor], target: Tensor) -> Tensor:
+        """Loss [] of one critic, whose Q is q_of(observations, actions); target [B]. The
+        policy's actions at s are batch["policy_actions"]."""
+        q = q_of(batch["observations"], batch["actions"])
+        return (q - target).square().mean()
+
+    def value(self, q: Tensor) -> Tensor:
+        """Value [E] at the first observations of episodes from Q [N, E]."""
+        return q.mean(0)
+
+
+class Critic(nn.Module):
+    """A plain multilayer perceptron, independent of cql.py's critics.
+
+    Continuous actions are part of the input [n, O + A]; the output is [n, 1]. For
+    discrete actions the input is [n, O] and the output [n, actions]."""
+
+    def __init__(self, n_inputs: int, n_outputs: int, options: Options):
+        super().__init__()
+        sizes = [n_inputs, *[options.hidden_dim] * options.n_hidden_layers]
+        layers = []
+        for n_in, n_out in zip(sizes, sizes[1:]):
+            layers += [nn.Linear(n_in, n_out), nn.ReLU()]
+        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], n_outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class Critics:
+    """N critics for each of P policies, their target critics and their optimizer.
+
+    The critics and batches of all policies start from one seed, so policies that act
+    alike get equal values."""
+
+    def __init__(self, policies, data: Data, options: Options, estimator=FittedQ):
+        self.data = data
+        self.options = options
+        self.estimator = estimator(data)
+        self.n_policies = len(policies)
+        self.policy_actions = torch.stack([each.actions for each in policies])
+        device = data.observations.device
+        task = data.task
+        n_inputs = task.observation_dim
+        n_outputs = 1
+        if task.discrete:
+            n_outputs = int(task.action_high[0] - task.action_low[0]) + 1
+        else:
+            n_inputs += len(task.action_low)
+        critics = []
+        with cql.seeded([cql.JUDGE, options.seed, 0]):
+            for _ in range(options.n_critics):
+                critics.append(Critic(n_inputs, n_outputs, options))
+        lead = (self.n_policies, options.n_critics)
+        self.critic = cql.stack(critics * self.n_policies, lead).to(device)
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.weights = dict(self.critic.named_parameters())  # [P, N, ...] each
+        self.target_weights = dict(self.target_critic.named_parameters())
+        self.optimizer = torch.optim.Adam(self.weights.values(), options.lr, fused=True)
+
+    def q_of(self, weights: dict, observations: Tensor, actions: Tensor) -> Tensor:
+        """Q [n] of one critic at standardized observations [n, O] and actions [n, A]."""
+        call = functools.partial(torch.func.functional_call, self.critic, weights)
+        if self.data.task.discrete:
+            return call(observations).gather(-1, actions.long()).squeeze(-1)
+        return call(torch.cat([observations, actions], dim=-1)).squeeze(-1)
+
+    def over_critics(self, function: Callable, weights: dict, *shared):
+        """Apply a function of one critic to the critics of one policy."""
+        n = self.options.n_critics
+        # Expanded, because products of shared rows and stacked weights are slow.
+        return torch.func.vmap(function)(weights, *expand(shared, n))
+
+    def losses(self, weights: dict, target_weights: dict, batch: dict):
+        """Return the loss [] of one policy's critics, and which share [] of its targets
+        was clipped."""
+        with torch.no_grad():
+            inputs = batch["next_observations"], batch["next_policy_actions"]
+            next_q = self.over_critics(self.q_of, target_weights, *inputs)
+            target = self.estimator.target(next_q, batch)
+            bounded = target.clamp(*self.data.bounds)
+            clipped = (bounded != target).to(target.dtype).mean()
+
+        def loss_of_one(weights, batch, target):
+            q_of = functools.partial(self.q_of, weights)
+            return self.estimator.loss(q_of, batch, target)
+
+        loss = self.over_critics(loss_of_one, weights, batch, bounded)  # [N]
+        return loss.sum(), clipped
+
+    def batch(self, update: int) -> Dict[str, Tensor]:
+        """Return the batch of the update of this number, [P, B, ...] each. All policies
+        get the same transitions, which are drawn on the CPU, alike on every device."""
+        data = self.data
+        generator = cql.generator_of([cql.JUDGE, self.options.seed, 1 + update])
+        size = (self.options.batch_size,)
+        index = torch.randint(len(data.rows), size, generator=generator)
+        index = index.to(data.rows.device)
+        rows = data.rows[index]
+        shared = {
+            "observations": data.observations[rows],
+            "actions": data.actions[index],
+            "rewards": data.rewards[index],
+            "terminations": data.terminations[index],
+            "next_observations": data.observations[rows + 1],
+        }
+        return {
+            **expand(shared, self.n_policies),
+            "policy_actions": self.policy_actions[:, rows],
+            "next_policy_actions": self.policy_actions[:, rows + 1],
+        }
+
+    def update(self, update: int) -> Tuple[Tensor, Tensor]:
+        """Make one step of all critics; return losses and clipped shares, [P] each."""
+        inputs = self.weights, self.target_weights, self.batch(update)
+        loss, clipped = torch.func.vmap(self.losses)(*inputs)
+        self.optimizer.zero_grad()
+        loss.sum().backward()  # policies share nothing
+        self.optimizer.step()
+        with torch.no_grad():
+            targets = list(self.target_weights.values())
+            rate = self.options.soft_target_update_rate
+            torch._foreach_lerp_(targets, list(self.weights.values()), rate)
+        return loss.detach(), clipped
+
+    @torch.no_grad()
+    def first_q(self) -> Tensor:
+        """Return Q [P, N, E] of the policies' actions at the episodes' first
+        observations."""
+        rows = self.data.first_rows
+        observations = expand(self.data.observations[rows], self.n_policies)
+        actions = self.policy_actions[:, rows]
+        one_policy = functools.partial(self.over_critics, self.q_of)
+        return torch.func.vmap(one_policy)(self.weights, observations, actions)
+
+
+def expand(tensors, n: int):
+    """Give a tensor, or a tuple, list or dictionary of them, a first dimension n."""
+    if isinstance(tensors, dict):
+        return {name: expand(tensor, n) for name, tensor in tensors.items()}
+    if isinstance(tensors, (tuple, list)):
+        return [expand(tensor, n) for tensor in tensors]
+    return tensors.expand(n, *tensors.shape)
+
+
+def judge(
+    policies: List[Policy],
+    data: Data,
+    options: Optional[Options] = None,
+    report: Optional[Callable] = None,
+    estimator=FittedQ,
+) -> List[dict]:
+    """Train critics for all policies; return a row for each policy every log_freq
+    updates and at the end, in the order of the policies.
+
+    report: is called with all rows so far whenever there are new ones."""
+    options = options or Options()
+    critics = Critics(policies, data, options, estimator)
+    table = []
+    sums = 0.0
+    since = 0
+    look = {"unit": "update", "leave": False, "dynamic_ncols": True, "disable": None}
+    for update in tqdm(range(options.updates), **look):
+        sums = sums + torch.stack(critics.update(update))  # [2, P]
+        since += 1
+        done = update + 1
+        if done % options.log_freq == 0 or done == options.updates:
+            means = (sums / since).tolist()
+            sums = 0.0
+            since = 0
+            q = critics.first_q()
+            for p, policy in enumerate(policies):
+                row = {"update": done, **describe(policy)}
+                row |= summarize(q[p], critics.estimator, data)
+                row |= {"loss": means[0][p], "clipped": means[1][p]}
+                before = [each for each in table if each["policy"] == p]
+                row["settled"] = int(has_settled([*before, row], data, options))
+                table.append({"policy": p, **row})
+            if report is not None:
+                report(table)
+    return table
+
+
+def describe(policy: Policy) -> dict:
+    """Return the columns of the table that identify a policy."""
+    return {
+        "checkpoint": policy.checkpoint,
+        "run": policy.run,
+        **policy.flags,
+        "ran_away": int(policy.ran_away),
+    }
+
+
+def summarize(q: Tensor, estimator: FittedQ, data: Data) -> dict:
+    """Return the columns of a value and its errors from Q [N, E] of one policy."""
+    values = estimator.value(q).double().cpu().numpy()
+    value = float(values.mean())
+    error = standard_error(values)
+    by_critic = q.double().mean(1).cpu().numpy()
+    return {
+        "value": value,
+        "value_error": error,
+        "value_error_critics": standard_error(by_critic),
+        "discounted_return": data.own_rewards(value),
+        "discounted_return_error": abs(data.own_rewards(error)),
+        "data_value": data.value,
+        "data_discounted_return": data.own_rewards(data.value),
+    }
+
+
+def has_settled(rows: List[dict], data: Data, options: Options) -> bool:
+    """Return whether a policy's value has settled by its last row, by the rule in the
+    module's docstring. A single row in the last quarter cannot tell."""
+    last = rows[-1]
+    late = [row["value"] for row in rows if row["update"] >= 0.75 * last["update"]]
+    errors = [last["value_error"], last["value_error_critics"]]
+    size = max(abs(last["value"]), abs(data.value))
+    # The error over a single episode or critic is NaN.
+    allowed = max(x for x in (*errors, TOLERANCE * size, 0) if not math.isnan(x))
+    enough = last["update"] >= data.enough_updates(options)
+    return enough and len(late) > 1 and abs(late[-1] - late[0]) <= allowed
+
+
+def last_rows(table: List[dict]) -> List[dict]:
+    """Return the last row of each policy, from the highest value to the lowest; values
+    that are not finite come last."""
+    end = table[-1]["update"]
+    rows = [row for row in table if row["update"] == end]
+
+    def key(row):
+        finite = math.isfinite(row["value"])
+        return not finite, -row["value"] if finite else 0
+
+    return sorted(rows, key=key)
+
+
+# ---- Output --------------------------------------------------------------------------
+
+
+def write_table(table: List[dict], path: Path) -> None:
+    """Write the table, floats with 8 digits and NaN as nothing. Raises MachineError."""
+    with cql.errors_as(cql.MachineError, f"could not write {path}", OSError):
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
+            writer.writeheader()
+            for row in table:
+                texts = dict(row)
+                for name, value in row.items():
+                    if isinstance(value, float):
+                        texts[name] = "" if math.isnan(value) else f"{value:.8g}"
+                writer.writerow(texts)
+
+
+def labels(rows: List[dict]) -> Dict[int, str]:
+    """Return a name for each policy: its run and the swept flags that tell it apart."""
+    names = ["seed", "cql_alpha"]
+    for name in cql.SWEPT:
+        if name not in names and len({row.get(name) for row in rows}) > 1:
+            names.append(name)
+    found = {}
+    for row in rows:
+        words = [f"{row['checkpoint']} run {row['run']}"]
+        words += [f"{name} {row[name]}" for name in names if name in row]
+        found[row["policy"]] = "  ".join(words)
+    return found
+
+
+def format_ranking(table: List[dict], data: Data) -> str:
+    """Return the ranking that is printed."""
+    rows = last_rows(table)
+    names = labels(rows)
+    converted = data.own_rewards(1.0)
+    own = math.isfinite(converted) and converted != 1
+    heads = ["rank", "value", "episodes", "critics"] + ["return"] * own
+    lines = [[*heads, "clipped", "settled", "policy"]]
+    for rank, row in enumerate(rows, 1):
+        numbers = [row["value"], row["value_error"], row["value_error_critics"]]
+        numbers += [row["discounted_return"]] * own
+        cells = [str(rank), *map(format_number, numbers), f"{row['clipped']:.1%}"]
+        note = "  Q diverged" if row["ran_away"] else ""
+        settled = "yes" if row["settled"] else "no"
+        lines.append([*cells, settled, names[row["policy"]] + note])
+    numbers = [data.value, data.value_error, math.nan]
+    numbers += [data.own_rewards(data.value)] * own
+    cells = ["", *map(format_number, numbers), "", ""]
+    lines.append([*cells, "the recorded episodes themselves"])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]) - 1)]
+    texts = []
+    for *cells, last in lines:
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths)]
+        texts.append("  ".join([*padded, last]))
+    return "\n".join(texts)
+
+
+def format_number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.4g}"
+
+
+def draw(table: List[dict], data: Data, path: Path) -> None:
+    """Draw the value of each policy against the updates. Raises UserError."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panel = plt.subplots(figsize=(7, 4), constrained_layout=True, dpi=140)
+    ranked = sorted(last_rows(table), key=lambda row: row.get("cql_alpha", 0))
+    weights = sorted({row.get("cql_alpha", 0) for row in ranked})
+    shades = plt.colormaps["viridis"](np.linspace(0, 0.9, len(weights)))
+    shown = set()
+    for last in ranked:
+        rows = [row for row in table if row["policy"] == last["policy"]]
+        weight = last.get("cql_alpha", 0)
+        label = f"cql_alpha {weight:g}" + (", Q diverged" if last["ran_away"] else "")
+        panel.plot(
+            [row["update"] for row in rows],
+            [row["value"] for row in rows],
+            ":" if last["ran_away"] else "-",
+            color=shades[weights.index(weight)],
+            label=None if label in shown else label,
+        )
+        shown.add(label)
+    panel.axhline(data.value, color="0.5", linewidth=0.8, label="recorded episodes")
+    panel.set_xlabel("updates")
+    panel.set_ylabel("value")
+    panel.spines[["top", "right"]].set_visible(False)
+    if len(shown) <= 12:
+        figure.legend(loc="outside right upper", frameon=False, fontsize="small")
+    with cql.errors_as(cql.UserError, f"--figure {path}"):
+        figure.savefig(path)
+    plt.close(figure)
+
+
+def check_figure(path: Path) -> None:
+    """Raise UserError, before minutes of work, if the figure could not be drawn."""
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ModuleNotFoundError as missing:
+        hint = "pip install matplotlib==3.11.2"
+        raise cql.UserError(f"--figure {path}: {missing}; {hint}") from None
+    known = FigureCanvasBase.filetypes
+    if path.suffix[1:] not in known:
+        what = f"cannot draw {path.suffix or 'a file without a suffix'}"
+        raise cql.UserError(f"--figure {path}: {what}; pass a .png or .pdf file")
+    if not path.absolute().parent.is_dir():
+        what = "its directory does not exist"
+        raise cql.UserError(f"--figure {path}: {what}; create it first")
+
+
+def table_path(out: Path) -> Path:
+    """Return the file that --out names, and make its directory. Raises UserError."""
+    path = out if out.suffix == ".csv" else out / "judge.csv"
+    with cql.errors_as(cql.UserError, f"--out {out}: cannot be written", OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    return path
+
+
+# ---- Command line --------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Argument parser that raises UserError with one line, without the usage text."""
+
+    def error(self, message: str):
+        raise cql.UserError(message)
+
+
+def parse(argv: Optional[List[str]]) -> argparse.Namespace:
+    """Return the parsed options. Raises UserError for invalid ones."""
+    parser = Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    def add(name, **more):
+        default = getattr(Options, name.removeprefix("--"), None)
+        if default is not None:
+            more |= {"type": type(default), "default": default}
+            more["help"] += f" ({default})"
+        parser.add_argument(name, **more)
+
+    text = "run directory, checkpoint file, or directory of runs"
+    add("runs", nargs="+", type=Path, metavar="RUN", help=text)
+    text = "which file of a run directory: checkpoint.pt, the last, or best.pt"
+    add("--checkpoint", default="checkpoint.pt", metavar="NAME", help=text)
+    text = "data to judge on, as cql.py's --env; default: the runs' own"
+    add("--env", help=text)
+    text = "table to write: a .csv file, or a directory for judge.csv (default: here)"
+    add("--out", type=Path, default=Path("."), help=text)
+    add("--figure", type=Path, help="figure of value against updates to write")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--updates", help="updates of the critics")
+    add("--batch_size", help="transitions of an update")
+    add("--hidden_dim", help="width of a critic's hidden layers")
+    add("--n_hidden_layers", help="hidden layers of a critic")
+    add("--n_critics", help="critics for each policy")
+    add("--lr", help="learning rate of Adam")
+    add("--soft_target_update_rate", help="Polyak averaging rate of the target critics")
+    add("--log_freq", help="updates between rows of the table")
+    add("--seed", help="seed of initial critics and batches")
+    return parser.parse_args(argv)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Judge, print and write; return the exit status. Raises UserError."""
+    names = Options.__dataclass_fields__
+    options = Options(**{name: getattr(arguments, name) for name in names})
+    check_options(options)
+    if arguments.figure is not None:
+        check_figure(arguments.figure)
+    env = arguments.env
+    if env is not None:
+        env = cql.read_text("env", env)
+        if env is None:
+            raise cql.UserError("--env null: judging needs data; pass a dataset")
+    cql.keep_freed_memory()
+    device = cql.pick_device(cql.TrainConfig(device=arguments.device))
+    more = {"env": env, "device": device, "batch_size": options.batch_size}
+    policies, data = load(arguments.runs, arguments.checkpoint, **more)
+    path = table_path(arguments.out)
+
+    n_files = len({policy.checkpoint for policy in policies})
+    cql.say(f"policies: {len(policies)}, of {n_files} checkpoint(s)")
+    n_episodes = len(data.dataset.lengths)
+    text = f"data: {len(data.rows):,} transitions, {n_episodes:,} episodes"
+    cql.say(f"{text}, mean discounted return {format_number(data.value)}")
+    enough = data.enough_updates(options)
+    if options.updates < enough:
+        text = f"--updates {options.updates}: too few for values to settle"
+        cql.say(f"{text}; pass {enough:,.0f} or more")
+    text = f"{options.updates:,} updates of {options.n_critics} critic(s) each"
+    cql.say(f"fitted Q evaluation: {text}, on {device}")
+
+    def report(table: List[dict]) -> None:
+        rows = last_rows(table)
+        best = format_number(rows[0]["value"])
+        worst = format_number(rows[-1]["value"])
+        settled = sum(row["settled"] for row in rows)
+        text = f"update {rows[0]['update']:>9,}  values {worst} to {best}"
+        cql.say(f"{text}, {settled} of {len(rows)} settled")
+        write_table(table, path)
+
+    table = judge(policies, data, options, report)
+    cql.say(format_ranking(table, data))
+    if arguments.figure is not None:
+        draw(table, data, arguments.figure)
+        cql.say(f"wrote {path}, {arguments.figure}")
+    else:
+        cql.say(f"wrote {path}")
+    finite = [math.isfinite(row["value"]) for row in last_rows(table)]
+    return 0 if all(finite) else 3
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run the command line and return its exit status."""
+    try:
+        return run(parse(argv))
+    except cql.UserError as error:
+        text = str(error).replace("\n", " ")
+        print(f"judge.py: error: {text}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except (cql.MachineError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        print(f"judge.py: failed: {cql.brief(error)}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
