@@ -1789,9 +1789,7 @@ class Agent(nn.Module):
             say("--compile: not used, because it slows down stacked runs on a CPU")
         elif self.config.compile:
             say("compiling the losses: the first update takes a minute or so")
-            torch._dynamo.config.suppress_errors = (
-                True  # then the losses run as they are
-            )
+            torch._dynamo.config.suppress_errors = True  # then they run uncompiled
             self.layout.compile()
 
     def run_tensors(self) -> Dict[str, Tensor]:
@@ -3105,8 +3103,7 @@ class TrainedPolicy:
         return QValues(each.min(axis=0), each.mean(axis=0), each)
 
     def rows(self, observation) -> Tuple[np.ndarray, bool]:
-        """Return the observations for every run, [R, n, O], and whether it is only
-        one."""
+        """Return the observations for every run, [R, n, O], and whether it is one."""
         structured = isinstance(observation, (dict, tuple))
         if structured or np.shape(observation) == self.space.shape:
             observation = gym.spaces.flatten(self.space, observation)
@@ -3120,7 +3117,8 @@ def load_policy(
     """Return the policy of one run of a checkpoint or run directory. Raise UserError if
     it cannot be read, holds no such run, or the run diverged."""
     checkpoint = read_checkpoint(path)
-    agent = make_agent(TrainConfig(**checkpoint["config"]), checkpoint["task"], device)
+    config = TrainConfig(**{**checkpoint["config"], "compile": False})
+    agent = make_agent(config, checkpoint["task"], device)
     load_agent(agent, checkpoint)
     n_runs = len(agent.runs)
     if run not in range(n_runs):
@@ -3634,8 +3632,7 @@ def train(config: TrainConfig) -> int:
     run = Run(config, agent, replay, evaluator, online, directory, lock)
 
     def update(noise: dict, stage: Tuple[bool, bool]) -> None:
-        """Draw a batch, update all runs, add up the metrics: what a CUDA graph
-        captures."""
+        """Update all runs on a batch: what a CUDA graph captures."""
         batch = replay.sample(noise["fractions"])
         run.metrics.add(agent.update(batch, noise, *stage))
 
@@ -3668,8 +3665,7 @@ def train(config: TrainConfig) -> int:
             if run.step % config.log_freq == 0 or run.step == run.total:
                 run.log()
 
-            # Evaluate and save, and save in between, so that a kill costs minutes at
-            # most.
+            # Evaluate and save; also save in between, so that a kill costs minutes.
             if run.evaluation_due():
                 run.evaluate(stop)
             elif run.checkpoint_due():
