@@ -1431,18 +1431,28 @@ class Critic(nn.Module):
         self.input_dims = [obs_dim, action_dim]
 
     def forward(self, observations: Tensor, actions: Tensor, bf16: bool = False):
-        # The state's part of the first layer is computed once for all M actions.
+        # The state's part of the first layer is computed once for all M actions. The
+        # result is self.net(torch.cat([observation, action])) for each action.
         first, *hidden, last = self.net
         of_state, of_action = first.weight.split(self.input_dims, dim=1)
         states = F.linear(observations, of_state, first.bias)  # [n, H]
-        # Two-dimensional products are the fastest.
-        rows = actions.flatten(0, 1)  # [n * M, A]
-        with torch.autocast(rows.device.type, torch.bfloat16, enabled=bf16):
-            x = F.linear(rows, of_action)
-            x.unflatten(0, actions.shape[:2]).add_(states.to(x.dtype).unsqueeze(1))
-            for layer in hidden:
-                x = layer(x)
+        rows = actions.flatten(0, 1)  # [n * M, A]; two-dimensional products are fastest
+        if bf16:  # the hidden layers' weights are cast by `round_hidden_layers`
+            rows = rows.bfloat16()
+            of_action = of_action.bfloat16()
+        x = F.linear(rows, of_action)
+        x.unflatten(0, actions.shape[:2]).add_(states.to(x.dtype).unsqueeze(1))
+        for layer in hidden:
+            x = layer(x)
         return last(x.to(last.weight.dtype)).view(actions.shape[:2])
+
+    def round_hidden_layers(self, weights: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        """Return the weights with all but the first and the last layer in bfloat16."""
+        ends = "net.0.", f"net.{len(self.net) - 1}."
+        rounded = {}
+        for name, weight in weights.items():
+            rounded[name] = weight if name.startswith(ends) else weight.bfloat16()
+        return rounded
 
 
 class DiscreteCritic(nn.Module):
@@ -2205,8 +2215,11 @@ class ContinuousCQL(Agent):
         config = self.config
         k = config.cql_backward_actions
         n = len(proposals)
-        critic = functools.partial(call, self.critic, own["weights"])
         bf16 = config.precision == "bf16"
+        weights = own["weights"]
+        if bf16:
+            weights = self.critic.round_hidden_layers(weights)
+        critic = functools.partial(call, self.critic, weights)
         observations = batch["observations"][:n]
         # The dataset action first, then the proposals.
         actions = torch.cat([batch["actions"][:n].unsqueeze(1), proposals], dim=1)
