@@ -22,10 +22,9 @@ entry of the dictionary that a loss returns.
 
 Letters in shapes: R runs, N critics, B batch, O observation dimensions, A action
 dimensions (discrete: number of actions), K = cql_n_actions, M actions of a state, T
-target actions of a state (1 or K; in a dataset, steps of an episode), n states that are
-penalized, the first of the batch (cql_states, or all; elsewhere any number). Inside the
-algorithm, actions are in [-1, 1]; `Units` converts them from and to the environment's
-bounds.
+target actions of a state (1 or K) or steps of an episode, n states that are penalized,
+the first of the batch (cql_states, or all), or any number of rows. Inside the algorithm,
+actions are in [-1, 1]; `Units` converts them from and to the environment's bounds.
 """
 
 import copy
@@ -170,7 +169,7 @@ class TrainConfig:
     # Width of every hidden layer
     hidden_dim: int = 256
     q_n_hidden_layers: int = 3  # Hidden layers of a critic
-    orthogonal_init: bool = True  # Orthogonal critic weights (the policy's never are)
+    orthogonal_init: bool = True  # Initialize critics orthogonally (policies never are)
     policy_log_std_multiplier: float = 1.0  # Initial factor on the policy's log std
     n_critics: int = 2  # Critics; targets take their minimum
     # Size of the random subset of critics whose minimum is the target (REDQ); null: all
@@ -1142,17 +1141,17 @@ class Dataset:
         recorded = [each.recorded_rewards for each in episodes]
         returns = np.array([rewards.sum(dtype=np.float64) for rewards in recorded])
         whole = np.array([each.whole for each in episodes], bool)
-        self.returns = returns[whole] if whole.any() else returns
+        self.returns = returns[whole] if whole.any() else returns  # not as `lengths`
         episodes = [each for each in episodes if len(each.rewards)]
         self.lengths = np.array([len(each.rewards) for each in episodes], int)
         n = int(self.lengths.sum())
         self.left_out = sum(len(rewards) for rewards in recorded) - n
-        if n == 0:
-            what = "0 transitions: no episode holds a step with its next observation"
-            raise UserError(f"--env: {what}")
         if n < config.batch_size:
-            what = f"the dataset has {n} transitions; pass a smaller --batch_size"
-            raise UserError(f"--batch_size {config.batch_size}: {what}")
+            hint = "pass a smaller --batch_size"
+            if n == 0:
+                hint = "no episode holds a step with its next observation"
+            what = f"--batch_size {config.batch_size}: the dataset has {n} transitions"
+            raise UserError(f"{what}; {hint}")
         arrays = join_columns(episodes)
         self.columns = {}  # of a batch, [n, ...], except observations
         for name, array in arrays.items():
@@ -1407,9 +1406,7 @@ class Policy(nn.Module):
     def __init__(self, config: TrainConfig, obs_dim: int, action_dim: int):
         super().__init__()
         hidden = [config.hidden_dim] * 3
-        self.net = mlp(
-            [obs_dim, *hidden, 2 * action_dim]
-        )  # never orthogonal, as in CORL
+        self.net = mlp([obs_dim, *hidden, 2 * action_dim])  # as in CORL never orthogonal
         multiplier = torch.tensor(float(config.policy_log_std_multiplier))
         self.log_std_multiplier = nn.Parameter(multiplier)
         self.log_std_offset = nn.Parameter(torch.tensor(-1.0))  # as in CORL
@@ -1584,10 +1581,10 @@ def conservative_gap(q, log_mu, temperature, config, mc_returns=None) -> Tensor:
     CQL eq. 4 and appendix F.
 
     q [n, 1 + M], the dataset action first; log_mu [n, M], the log-densities of the other
-    actions, or None for unweighted actions, among which the dataset action counts too;
-    mc_returns [n] for Cal-QL. Returns [n]. T divides Q and not log mu, so that
-    T * logsumexp estimates T * log(integral of exp(Q / T)). (All published code with a
-    temperature divides both.) There is no 1 / 3K, as in CORL.
+    actions, or None, with which the actions have no weights and the dataset action joins
+    them; mc_returns [n] for Cal-QL. Returns [n]. The temperature T divides Q and not
+    log mu, so that T * logsumexp estimates T * log(integral of exp(Q / T)). (All
+    published code with a temperature divides both.) There is no 1 / 3K, as in CORL.
 
     The other forms of config.penalty use some of the 3K proposals. two_proposals: the
     uniform actions and those of pi(.|s), with 1 / 2K (appendix F as printed; DI-engine's
@@ -1599,7 +1596,7 @@ def conservative_gap(q, log_mu, temperature, config, mc_returns=None) -> Tensor:
     if mc_returns is not None:
         q = bounded_q(q, mc_returns, config)
     q_data = q[:, 0]
-    q_policy = q[:, 1 + K : 1 + 2 * K]
+    q_policy = q[:, 1 + K : 1 + 2 * K]  # the order: dataset, uniform, pi(.|s), pi(.|s')
     if config.penalty == "mean":
         soft_maximum = q_policy.mean(-1)
     elif config.penalty == "policy_kl":
@@ -1808,6 +1805,14 @@ class Agent(nn.Module):
         tensors = tensors_of(self)
         return {k: x for k, x in tensors.items() if not k.startswith("units.")}
 
+    def __setattr__(self, name: str, value) -> None:
+        """Set an attribute. Raise UserError for a buffer that `weights` holds."""
+        if "weights" in vars(self) and name in self._buffers:
+            raise UserError(
+                f"agent.{name}: a new tensor; change it in place, as by copy_"
+            )
+        super().__setattr__(name, value)
+
     @functools.cached_property
     def weights(self) -> dict:
         """`run_tensors` in the form that the functions of one run get: a dictionary for
@@ -1869,12 +1874,19 @@ class Agent(nn.Module):
             )
 
     def checked_losses(self, weights: dict, *inputs, cloning: bool):
-        """Return `losses`. Raise UserError if they rebind a tensor of `weights`, whose
-        new value would be lost, or if a metric is not one number per run or critic."""
+        """Return `losses`. Raise UserError if they replace a tensor of `weights`, whose
+        new value would be lost, if they count in an attribute, which neither a resumed
+        run nor a CUDA graph continues, or if a metric has another shape."""
         before = [id(x) for x in tree_flatten(weights)[0]]
+        numbers = {k: x for k, x in vars(self).items() if isinstance(x, (int, float))}
         loss, metrics = self.losses(weights, *inputs, cloning)
         if before != [id(x) for x in tree_flatten(weights)[0]]:
-            raise UserError("losses: assign to `weights`; change its tensors in place")
+            raise UserError(
+                "losses: replace a tensor of `weights`; change it in place, as by copy_"
+            )
+        for name, number in numbers.items():
+            if vars(self)[name] != number:
+                raise UserError(f"losses: change self.{name}; change a buffer in place")
         for name, value in metrics.items():
             expected = (self.config.n_critics,) if "{j}" in name else ()
             if value.shape != expected:
@@ -1931,10 +1943,18 @@ class Agent(nn.Module):
         Each entry leads with the updates; entries that no flag asks for are absent:
 
         fractions [B] in [0, 1), float64: select the transitions of the batch
-        normals [B, 1, A] at s, for the actor; next_normals [B, T, A] at s', for the
-        target proposal_normals [n, 2K, A] at s, then at s'; uniforms [n, K, A] in [-1,
-        1] resampling_offset [N, n] in [0, 1), for sampled_backward subset_keys [N], for
-        minimum_of_targets"""
+
+        normals [B, 1, A], for the actor at s
+
+        next_normals [B, T, A], for the target at s'
+
+        proposal_normals [n, 2K, A], for the penalty at s, then at s'
+
+        uniforms [n, K, A] in [-1, 1], for the penalty
+
+        resampling_offset [N, n] in [0, 1), for sampled_backward
+
+        subset_keys [N], for minimum_of_targets"""
         config = self.config
         updates, B = shape
         n = min(config.cql_states or B, B)
@@ -1986,14 +2006,14 @@ class Agent(nn.Module):
 
         All losses use the weights from before the step. cloning: train the policy by
         behavior cloning. What changes from update to update, such as a schedule, must be
-        a tensor changed in place between updates: a captured CUDA graph keeps the
-        rest."""
+        a tensor changed in place between updates: a captured CUDA graph keeps Python
+        numbers, and a resumed run would restart a count."""
         losses = functools.partial(self.losses, cloning=cloning)
         inputs = self.weights, self.prepare(batch), noise, self.sweep
         loss, metrics = self.layout(losses, *inputs)  # [R]
         self.optimizer.zero_grad()
         loss.sum().backward()  # runs share nothing, so each gets its own gradients
-        # The place to clip gradients, each [R, ...]: by the norm of each run alone. A
+        # The place to clip gradients, [R, ...] or [R]: by the norm of each run alone. A
         # metric that no loss computes, such as that norm, is one more entry of
         # `metrics`, [R].
         self.optimizer.step()
@@ -2116,7 +2136,7 @@ class ContinuousCQL(Agent):
     def sample(self, policy: dict, batch: dict, noise: dict) -> dict:
         """Sample every action of an update, from one pass of the policy over [s; s'].
 
-        With gradients: mean, log_std [B, A], actions [B, 1, A], log_pi [B] of pi(.|s).
+        With gradients: mean, log_std, actions [B, A], log_pi [B] of pi(.|s).
         Without: next_actions [B, T, A], next_log_pi [B, T] of pi(.|s'); the proposals
         [n, 3K, A], uniform, from pi(.|s) and from pi(.|s'), and their log-densities
         log_mu [n, 3K]."""
@@ -2139,7 +2159,7 @@ class ContinuousCQL(Agent):
         return {
             "mean": mean,
             "log_std": log_std,
-            "actions": actions,
+            "actions": actions.squeeze(1),
             "log_pi": log_pi.squeeze(1),
             "next_actions": next_actions,
             "next_log_pi": next_log_pi,
@@ -2165,14 +2185,15 @@ class ContinuousCQL(Agent):
 
         # Actor: SAC eq. 9, or behavior cloning with entropy (CQL's code).
         if cloning:
-            worth = data_log_prob(samples["mean"], samples["log_std"], batch["actions"])
+            gaussian = samples["mean"], samples["log_std"]
+            log_prob = data_log_prob(*gaussian, batch["actions"])
+            policy_loss = (alpha * log_pi - log_prob).mean()
         else:
             frozen = {name: x.detach() for name, x in weights["critic"].items()}
-            q = self.q_values(frozen, batch["observations"], samples["actions"])
-            q = q.squeeze(-1)  # [N, B]
+            q = self.q_of(frozen, batch["observations"], samples["actions"])  # [N, B]
             # The mean in REDQ (arXiv 2101.05982, algorithm 1).
-            worth = q.amin(0) if config.n_target_critics is None else q.mean(0)
-        policy_loss = (alpha * log_pi - worth).mean()
+            q = q.amin(0) if config.n_target_critics is None else q.mean(0)
+            policy_loss = (alpha * log_pi - q).mean()
 
         # TD target: SAC eq. 2-3; with cql_max_target_backup the best of K actions.
         with torch.no_grad():
@@ -2190,8 +2211,7 @@ class ContinuousCQL(Agent):
         own = {"weights": weights["critic"]}
         if config.cql_backward_actions:
             own["offset"] = noise["resampling_offset"]
-        proposals = samples["proposals"], samples["log_mu"]
-        shared = batch, target, *proposals, log_alpha_prime, sweep
+        shared = batch, samples, target, log_alpha_prime, sweep
         q_losses, q_metrics = self.layout.critics(self.critic_loss, own, *shared)
         if config.cal_ql:
             q_metrics["bound_rate"] = q_metrics["bound_rate"].mean()
@@ -2208,12 +2228,14 @@ class ContinuousCQL(Agent):
         }
         return alpha_loss + policy_loss + q_losses.sum() + prime_loss, metrics
 
-    def critic_loss(self, own, batch, target, proposals, log_mu, log_alpha_prime, sweep):
-        """Critic loss for continuous actions, of one critic; own: its weights and
-        resampling offset [n]. The logged Q values are those of the penalty; with cal_ql,
-        after its lower bound, as in CORL."""
+    def critic_loss(self, own, batch, samples, target, log_alpha_prime, sweep):
+        """Critic loss for continuous actions, of one critic. own: its "weights" and,
+        with cql_backward_actions, its "offset" [n] for sampled_backward; the other
+        inputs are the same for all critics. The logged Q values are those of the
+        penalty; with cal_ql, after its lower bound, as in CORL."""
         config = self.config
         k = config.cql_backward_actions
+        proposals = samples["proposals"]
         n = len(proposals)
         bf16 = config.precision == "bf16"
         weights = own["weights"]
@@ -2226,7 +2248,7 @@ class ContinuousCQL(Agent):
         mc_returns = batch["mc_returns"][:n] if config.cal_ql else None
         gap_of = functools.partial(
             conservative_gap,
-            log_mu=log_mu if config.cql_importance_sample else None,
+            log_mu=samples["log_mu"] if config.cql_importance_sample else None,
             temperature=sweep["cql_temp"],
             config=config,
             mc_returns=mc_returns,
@@ -3250,8 +3272,11 @@ class Run:
             text = yaml.safe_dump({**asdict(config), "resume": None}, sort_keys=False)
             (directory / "config.tmp").write_text(text)
             os.replace(directory / "config.tmp", directory / "config.yaml")
-            if Path(__file__).resolve() != (directory / "cql.py").resolve():
-                shutil.copyfile(__file__, directory / "cql.py")
+            source = directory / "cql.py"
+            if source.exists() and source.read_bytes() != Path(__file__).read_bytes():
+                say(f"{source}: differs from this cql.py, which continues the run")
+            if Path(__file__).resolve() != source.resolve():
+                shutil.copyfile(__file__, source)
         self.wandb = WandbLogger(config, directory, self.agent.runs, ids)
         runs = f"{len(self.agent.runs)} run(s) on {self.agent.device}"
         steps = f"updates {self.step:,} to {self.total:,}"
@@ -3644,13 +3669,13 @@ def train(config: TrainConfig) -> int:
         online = Online(config, task, agent, replay)
     run = Run(config, agent, replay, evaluator, online, directory, lock)
 
-    def update(noise: dict, stage: Tuple[bool, bool]) -> None:
+    def one_update(noise: dict, stage: Tuple[bool, bool]) -> None:
         """Update all runs on a batch: what a CUDA graph captures."""
         batch = replay.sample(noise["fractions"])
         run.metrics.add(agent.update(batch, noise, *stage))
 
     if device.type == "cuda":
-        update = GraphedStep(update, agent, run.metrics, replay)
+        one_update = GraphedStep(one_update, agent, run.metrics, replay)
     describe(config, task, data, evaluator)
 
     with stop_signals() as stop, run.opened(checkpoint if resumed else None):
@@ -3669,7 +3694,7 @@ def train(config: TrainConfig) -> int:
             # Update. All randomness is drawn here, none inside the losses.
             for _ in range(updates):
                 noise = agent.draw(run.updates, config.batch_size)
-                update(noise, stage_of(config, run.updates))
+                one_update(noise, stage_of(config, run.updates))
                 run.updates += 1
             run.step += 1
             bar.update()

@@ -1005,6 +1005,31 @@ def test_losses_that_rebind_a_weight_are_refused():
         Rebinding(tiny(), box_task())
 
 
+def test_losses_that_count_are_refused():
+    """A resumed run would count from 0, and a captured graph would not count at all."""
+
+    class Fork(cql.ContinuousCQL):
+        def finish(self, *arguments):
+            self.calls = 0
+            super().finish(*arguments)
+
+        def losses(self, *inputs):
+            self.calls += 1
+            return super().losses(*inputs)
+
+    with pytest.raises(cql.UserError, match="self.calls"):
+        Fork(tiny(), box_task())
+
+
+def test_an_agents_buffer_cannot_be_rebound():
+    """`weights` would keep the old tensor; in place both change."""
+    agent = Scaled(tiny(), box_task())
+    with pytest.raises(cql.UserError, match="reward_size.*in place"):
+        agent.reward_size = 2 * agent.reward_size
+    agent.reward_size.fill_(3.0)
+    assert agent.weights["reward_size"].item() == 3.0
+
+
 @pytest.mark.parametrize("name, size", [("size", ()), ("size{j}", (2,)), ("{j}", (3,))])
 def test_metrics_of_another_shape_are_refused(name, size):
     """A metric is one number, or one for each critic under a name with {j}."""

@@ -1020,7 +1020,7 @@ def test_fewer_transitions_than_a_batch(refused, toy, tmp_path):
     refused(None, "--batch_size 8", "7 ", env=file)
     cut = random_episodes([1], ends="cut")  # its only next observation is unknown
     file = d4rl_file(tmp_path / "none.hdf5", cut, next_observations=None)
-    refused(None, "--env", "0 transitions: no episode", env=file, batch_size=1)
+    refused(None, "0 transitions; no episode", env=file, batch_size=1)
 
 
 def test_the_episode_named_counts_those_left_out(refused, tmp_path):

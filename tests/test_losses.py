@@ -260,9 +260,9 @@ def target_of(agent, batch, noise, monkeypatch):
     targets = []
     critic_loss = agent.critic_loss
 
-    def recorded(own, batch, target, *rest):
+    def recorded(own, batch, samples, target, *rest):
         targets.append(target)
-        return critic_loss(own, batch, target, *rest)
+        return critic_loss(own, batch, samples, target, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(agent, "critic_loss", recorded)

@@ -827,6 +827,19 @@ def test_a_run_directory_runs_again(toy, tmp_path, whole, monkeypatch, capsys):
         assert (whole(**FULL) / path).read_bytes() == (directory / path).read_bytes()
 
 
+def test_another_cql_py_that_continues_a_run_is_reported(train, capsys):
+    """A fork's run, for example, continued by the original file."""
+    _, directory = train("run", max_timesteps=2, eval_freq=2)
+    line = f"{directory / 'cql.py'}: differs from this cql.py"
+    train("run", max_timesteps=3, eval_freq=2)
+    assert line not in capsys.readouterr().out
+    with open(directory / "cql.py", "a") as file:
+        file.write("# a fork\n")
+    train("run", max_timesteps=4, eval_freq=2)
+    assert capsys.readouterr().out.count(line) == 1
+    assert (directory / "cql.py").read_bytes() == SCRIPT.read_bytes()
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"offline_iterations": 4}, {"cql_clip_diff_max": 2.0}, {"seed": [3, 1]}],
