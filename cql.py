@@ -39,6 +39,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import re
 import shutil
@@ -51,7 +52,6 @@ import warnings
 import zipfile
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field
-from operator import itemgetter
 from pathlib import Path
 from typing import Callable, Dict, List, NamedTuple, Optional, Tuple, Union, get_args
 from unittest import mock
@@ -1406,7 +1406,8 @@ class Policy(nn.Module):
     def __init__(self, config: TrainConfig, obs_dim: int, action_dim: int):
         super().__init__()
         hidden = [config.hidden_dim] * 3
-        self.net = mlp([obs_dim, *hidden, 2 * action_dim])  # as in CORL never orthogonal
+        # Never orthogonal, as in CORL.
+        self.net = mlp([obs_dim, *hidden, 2 * action_dim])
         multiplier = torch.tensor(float(config.policy_log_std_multiplier))
         self.log_std_multiplier = nn.Parameter(multiplier)
         self.log_std_offset = nn.Parameter(torch.tensor(-1.0))  # as in CORL
@@ -1440,15 +1441,17 @@ class Critic(nn.Module):
         x = F.linear(rows, of_action)
         x.unflatten(0, actions.shape[:2]).add_(states.to(x.dtype).unsqueeze(1))
         for layer in hidden:
-            x = layer(x)
+            x = layer(x).to(x.dtype)  # buffers, for example, are not rounded
         return last(x.to(last.weight.dtype)).view(actions.shape[:2])
 
     def round_hidden_layers(self, weights: Dict[str, Tensor]) -> Dict[str, Tensor]:
-        """Return the weights with all but the first and the last layer in bfloat16."""
+        """Return the weights with the parameters of all but the first and the last layer
+        in bfloat16. Buffers stay as they are, because they change in place."""
         ends = "net.0.", f"net.{len(self.net) - 1}."
-        rounded = {}
-        for name, weight in weights.items():
-            rounded[name] = weight if name.startswith(ends) else weight.bfloat16()
+        rounded = dict(weights)
+        for name, _ in self.named_parameters():
+            if not name.startswith(ends):
+                rounded[name] = weights[name].bfloat16()
         return rounded
 
 
@@ -1567,12 +1570,11 @@ def data_log_prob(mean, log_std, actions) -> Tensor:
 
 
 def minimum_of_targets(q: Tensor, noise: dict, config: TrainConfig) -> Tensor:
-    """Return the minimum [B, T] of the target critics' Q [N, B, T]; with
-    n_target_critics of a random subset, the largest subset_keys (REDQ, arXiv 2101.05982,
-    algorithm 1)."""
+    """Return the minimum over the target critics of Q [N, ...]; with n_target_critics,
+    over the random subset of largest keys (REDQ, arXiv 2101.05982, algorithm 1)."""
     if config.n_target_critics is not None:
         chosen = noise["subset_keys"].topk(config.n_target_critics).indices
-        q = q.take_along_dim(chosen[:, None, None], dim=0)
+        q = q[chosen]
     return q.amin(0)
 
 
@@ -1640,12 +1642,17 @@ def sampled_backward(gap_of: Callable, q: Tensor, offset: Tensor, k: int):
     return gap, indices, torch.cat([slopes[:, :1], drawn], dim=-1)
 
 
+def multiplier(log_alpha_prime: Tensor) -> Tensor:
+    """Return alpha', the factor on cql_alpha that cql_lagrange learns."""
+    return log_alpha_prime.exp().clamp(0.0, 1e6)
+
+
 def multiplier_loss(log_alpha_prime, gap, sweep: dict, config: TrainConfig):
     """Loss of log alpha', which cql_lagrange learns: alpha' grows while the gaps [N] of
     the critics exceed their target."""
     alpha_prime = loss = torch.zeros_like(log_alpha_prime)
     if config.cql_lagrange:
-        alpha_prime = log_alpha_prime.exp().clamp(0.0, 1e6)
+        alpha_prime = multiplier(log_alpha_prime)
         excess = gap.detach() - sweep["cql_target_action_gap"]
         loss = -(alpha_prime * sweep["cql_alpha"] * excess).mean()
     return loss, {"alpha_prime": alpha_prime, "alpha_prime_loss": loss}
@@ -1660,7 +1667,7 @@ def penalized_td_loss(q_data, target, gap, log_alpha_prime, sweep, config):
     gap = gap.mean()
     penalty = sweep["cql_alpha"] * gap
     if config.cql_lagrange:
-        alpha_prime = log_alpha_prime.detach().exp().clamp(0.0, 1e6)
+        alpha_prime = multiplier(log_alpha_prime.detach())
         excess = gap - sweep["cql_target_action_gap"]
         penalty = alpha_prime * sweep["cql_alpha"] * excess
     metrics = {
@@ -1678,7 +1685,7 @@ def penalized_td_loss(q_data, target, gap, log_alpha_prime, sweep, config):
 
 # Every draw is a function of (stream, seed of the run, counter). So checkpoints hold no
 # generator state, and the draws of a run do not depend on the other runs. The stream
-# comes first because SeedSequence treats [0, 1] and [0, 1, 0] alike.
+# comes first because SeedSequence treats [0, 1] and [0, 1, 0] as equal.
 INIT, UPDATE, EXPLORE, RESET, EVALUATE, JUDGE = range(6)  # append new ones
 
 
@@ -1844,14 +1851,9 @@ class Agent(nn.Module):
             if tensor.shape[:1] != (len(self.runs),):
                 shape = f"shape {tuple(tensor.shape)}, expected ({len(self.runs)}, ...)"
                 raise UserError(f"{name}: {shape}; lead with the runs")
-        noise = self.draw_run((1, 2), generator_of([INIT, 0]))
-        noise = {name: x.to(self.device) for name, x in noise.items()}
-        batch = {}
-        for name, size in self.column_sizes.items():
-            batch[name] = torch.zeros(1, 2, *size).to(self.units.center)
-        sweep = {name: torch.ones_like(self.log_alpha_prime[:1]) for name in SWEPT[1:]}
-        weights = tree_map(lambda x: x[:1].clone(), self.weights)
-        inputs = weights, batch, noise, sweep
+        inputs = weights, batch, _, _ = self.dummy_inputs()
+        batched = self.layout.batched
+        self.layout.batched = True  # in a loop, one critic could change another's input
         try:
             for cloning in (True, False):
                 losses = functools.partial(self.checked_losses, cloning=cloning)
@@ -1867,20 +1869,33 @@ class Agent(nn.Module):
                 "the networks or losses draw random numbers (dropout?), which would "
                 "disturb evaluation too; draw them in draw_run and pass them as noise"
             ) from None
+        finally:
+            self.layout.batched = batched
         if before != [x._version for x in tree_flatten(acting)[0]]:
             raise UserError(
                 "a network changes a buffer in forward, so evaluation would change it "
                 "too; change it in losses, for example weights['policy']['mean'].copy_"
             )
 
+    def dummy_inputs(self) -> tuple:
+        """Return weights, a batch of two rows of zeros, noise and sweep of one run."""
+        noise = self.draw_run((1, 2), generator_of([INIT, 0]))
+        noise = {name: x.to(self.device) for name, x in noise.items()}
+        batch = {}
+        for name, size in self.column_sizes.items():
+            batch[name] = torch.zeros(1, 2, *size).to(self.units.center)
+        sweep = {name: torch.ones_like(self.log_alpha_prime[:1]) for name in SWEPT[1:]}
+        return tree_map(lambda x: x[:1].clone(), self.weights), batch, noise, sweep
+
     def checked_losses(self, weights: dict, *inputs, cloning: bool):
         """Return `losses`. Raise UserError if they replace a tensor of `weights`, whose
         new value would be lost, if they count in an attribute, which neither a resumed
         run nor a CUDA graph continues, or if a metric has another shape."""
-        before = [id(x) for x in tree_flatten(weights)[0]]
+        before = tree_flatten(weights)[0]
         numbers = {k: x for k, x in vars(self).items() if isinstance(x, (int, float))}
         loss, metrics = self.losses(weights, *inputs, cloning)
-        if before != [id(x) for x in tree_flatten(weights)[0]]:
+        after = tree_flatten(weights)[0]
+        if len(after) != len(before) or any(map(operator.is_not, before, after)):
             raise UserError(
                 "losses: replace a tensor of `weights`; change it in place, as by copy_"
             )
@@ -2045,22 +2060,15 @@ class Agent(nn.Module):
         return actions.reshape(*x.shape[:-1], self.action_dim).cpu().numpy()
 
     def actions(self, observations: Tensor, normals: Optional[Tensor] = None) -> Tensor:
-        """Do what `act` does, with tensors on the device: [R, n, O] -> [R, n, A]."""
-        inputs = [self.units.standardize(observations)]
-        if normals is not None:
-            inputs.append(normals.to(inputs[0]).expand(*observations.shape[:2], -1))
-        # A loop over runs is faster than vmap for so few rows.
-        actions = []
-        for weights, *of_run in zip(self.acting_weights, *inputs):
-            actions.append(self.action(weights, *of_run))
-        return self.units.environment_actions(torch.stack(actions))
-
-    @functools.cached_property
-    def acting_weights(self) -> List[dict]:
-        """The part of `weights` that `action` gets, of each run, without gradients."""
+        """Return environment actions [R, n, A] for raw observations [R, n, O], on the
+        device; `act` does the same for arrays."""
         weights = {name: self.weights[name] for name in self.acts_with}
-        detached = tree_map(Tensor.detach, weights)
-        return [tree_map(itemgetter(r), detached) for r in range(len(self.runs))]
+        inputs = [weights, self.units.standardize(observations)]
+        if normals is not None:
+            inputs.append(normals.to(inputs[1]).expand(*observations.shape[:2], -1))
+        # `forward` is the layout without torch.compile.
+        actions = self.layout.forward(self.action, *inputs)
+        return self.units.environment_actions(actions)
 
     @torch.inference_mode()
     def q(self, observations, actions=None) -> Tensor:
@@ -2343,7 +2351,7 @@ class DiscreteCQL(Agent):
             next_q = self.q_of(
                 weights["target_critic"], next_observations, best
             )  # [N, B]
-            next_q = minimum_of_targets(next_q.unsqueeze(-1), noise, config).squeeze(-1)
+            next_q = minimum_of_targets(next_q, noise, config)
             target = (
                 batch["rewards"] + config.discount * (1 - batch["terminations"]) * next_q
             )
@@ -2392,9 +2400,9 @@ class GraphedStep:
     """Updates by CUDA graphs, one for each stage: hundreds of kernels in one launch. A
     captured graph repeats what Python counted or branched on when it was captured.
 
-    Therefore a capture, its first two replays and every thousandth call are repeated
-    without the graph, from the same state. If the results differ or a capture fails,
-    training continues without graphs."""
+    Therefore a capture, its first two replays and every thousandth call of a stage are
+    repeated without the graph, from the same state. If the results differ or a capture
+    fails, training continues without graphs."""
 
     WARM_UP = 3  # the call at which CudaGraphModule captures
     CHECKED = WARM_UP + 2
@@ -2453,13 +2461,15 @@ class GraphedStep:
         metrics = self.metrics.sums - sums
         same = torch.allclose(replayed_metrics, metrics, rtol=1e-3, equal_nan=True)
         for old, tensor, value in zip(before, tensors, replayed):
-            change = (tensor - old).norm()
-            if (tensor - value).norm() > 1e-3 * change + 1e-6:
+            change = (tensor - old).nan_to_num()  # of a run that has diverged
+            error = (tensor - value).nan_to_num()
+            if error.norm() > 1e-3 * change.norm() + 1e-6:
                 same = False
         if not problem and not same:
             problem = "a replayed update differs from a plain one"
             if stage in self.checked_at:
-                problem += f", at some time after update {self.checked_at[stage]:,}"
+                since = self.checked_at[stage]
+                problem += f", since some update after number {since:,} of this process"
         if problem:
             self.works = False
             say(f"continuing without CUDA graphs: {problem}")
@@ -2745,7 +2755,7 @@ class Online:
             "next_observations": np.array([player.observation for player in players]),
             "terminations": np.array([player.terminated for player in players]),
         }
-        if alive:  # none is if all actions are NaN: diverged, as the next row reports
+        if alive:  # empty if all actions are NaN; the next row reports the divergence
             self.replay.add(alive, transitions)
         for r, player in zip(alive, players):
             self.reports_success |= player.success is not None
@@ -2796,7 +2806,7 @@ class Online:
         return {"train_return": mean, "train_success": rate}
 
     def state(self) -> dict:
-        """Return what a checkpoint keeps. Episodes in progress begin anew after it."""
+        """Return what a checkpoint keeps. Episodes in progress restart after it."""
         names = "begun", "reports_success", "finished"
         return {name: getattr(self, name) for name in names}
 

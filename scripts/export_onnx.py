@@ -50,7 +50,7 @@ class RunPolicy(nn.Module):
 def export(checkpoint: str, path: str, run: int = 0) -> None:
     """Write the policy of a checkpoint to an ONNX file.
 
-    Raises cql.UserError if the checkpoint, the run or the directory of the file does not
+    Raise UserError if the checkpoint, the run or the directory of the file does not
     exist."""
     policy = cql.load_policy(checkpoint, run)
     if not Path(path).absolute().parent.is_dir():
@@ -80,7 +80,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv: Optional[List[str]]) -> argparse.Namespace:
-    """Return the parsed options. Raises cql.UserError for invalid ones."""
+    """Return the parsed options. Raise UserError for invalid ones."""
     parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

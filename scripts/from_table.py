@@ -103,7 +103,7 @@ def floats(text: str) -> List[float]:
 
 
 def read_flags(argv: Optional[List[str]]) -> Namespace:
-    """Return the parsed command line. Raises UserError for invalid flags."""
+    """Return the parsed command line. Raise UserError for invalid flags."""
     style = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=style, allow_abbrev=False)
     add = parser.add_argument
@@ -162,7 +162,7 @@ def unknown_column(name: str, columns: List[str], flag: str) -> UserError:
 def choose(columns: List[str], text: str, flag: str, skipped=()) -> List[str]:
     """Return the columns that the names and patterns in text select, in order.
 
-    Patterns do not match skipped columns. Raises UserError if one of them selects
+    Patterns do not match skipped columns. Raise UserError if one of them selects
     nothing."""
     chosen = []
     for pattern in text.split(","):
@@ -182,7 +182,7 @@ def choose(columns: List[str], text: str, flag: str, skipped=()) -> List[str]:
 def choose_columns(table: DataFrame, flags: Namespace) -> dict:
     """Return the content of columns.json as far as the flags determine it.
 
-    learn_columns adds the rest. Raises UserError for unknown or conflicting columns."""
+    learn_columns adds the rest. Raise UserError for unknown or conflicting columns."""
     names = list(table.columns)
     single = []
     for flag in ("episode", "done", "time", "terminal", "rewards"):
@@ -241,7 +241,7 @@ def read_csv(path: Path) -> DataFrame:
     """Read a CSV file.
 
     The words "NA", "nan" and similar ones are missing values in a numeric column, but
-    text in a text column. Raises UserError if the header is too short."""
+    text in a text column. Raise UserError if the header is too short."""
     settings = {"skipinitialspace": True, "low_memory": False}
     table = pd.read_csv(path, **settings)
     if not isinstance(table.index, pd.RangeIndex):
@@ -257,7 +257,7 @@ def read_csv(path: Path) -> DataFrame:
 def read_table(path: Path) -> DataFrame:
     """Return the rows of a file, indexed from 1.
 
-    Raises UserError if the file is missing, empty, unreadable or of another type."""
+    Raise UserError if the file is missing, empty, unreadable or of another type."""
     if not path.exists():
         raise UserError(f"{path}: no such file")
     try:
@@ -375,7 +375,7 @@ def check_resolution(name: str, values: np.ndarray) -> None:
 def times(column: Series) -> Series:
     """Return a column of numbers or ISO 8601 times in a sortable form.
 
-    Raises UserError for other text."""
+    Raise UserError for other text."""
     if not pd.api.types.is_string_dtype(column):
         return column
     parsed = pd.to_datetime(column, format="ISO8601", utc=True, errors="coerce")
@@ -388,7 +388,7 @@ def sort_rows(table: DataFrame, flags: Namespace) -> Series:
     """Sort the rows by episode and time, and return the episode of each row.
 
     Episodes are numbered in the order of the file. The index of the result holds the
-    rows' numbers in the file. Raises UserError for a time that occurs twice."""
+    rows' numbers in the file. Raise UserError for a time that occurs twice."""
     if flags.episode:
         episode = pd.factorize(table[flags.episode])[0]
     else:
@@ -406,7 +406,7 @@ def sort_rows(table: DataFrame, flags: Namespace) -> Series:
 def read_terminal(table: DataFrame, ends: np.ndarray, flags: Namespace) -> np.ndarray:
     """Return a mask [n] of the rows after which the task ended.
 
-    Raises UserError for a row that is not the last one of its episode."""
+    Raise UserError for a row that is not the last one of its episode."""
     if flags.all_terminal:
         return ends
     if not flags.terminal:
@@ -420,7 +420,7 @@ def read_terminal(table: DataFrame, ends: np.ndarray, flags: Namespace) -> np.nd
 def categories_of(column: Series) -> list:
     """Return the sorted distinct values of a column.
 
-    Raises UserError for a value that is neither text nor a number, because JSON could
+    Raise UserError for a value that is neither text nor a number, because JSON could
     not store it."""
     values = []
     for value in column.unique():
@@ -437,7 +437,7 @@ def categories_of(column: Series) -> list:
 def learn_columns(table: DataFrame, columns: dict) -> None:
     """Add the categories, centers and names that the data determine to columns.
 
-    Raises UserError for values that cannot be encoded."""
+    Raise UserError for values that cannot be encoded."""
     for name in columns["categories"]:
         columns["categories"][name] = categories_of(table[name])
     for name in columns["observations"]:
@@ -457,7 +457,7 @@ def learn_columns(table: DataFrame, columns: dict) -> None:
 def encode(table: DataFrame, columns: dict) -> np.ndarray:
     """Encode the rows of a table as observations, float32 [n, O].
 
-    The argument columns is the content of columns.json. Raises UserError for an
+    The argument columns is the content of columns.json. Raise UserError for an
     unknown category."""
     parts = []
     for name in columns["observations"]:
@@ -479,7 +479,7 @@ def bounds(
 ) -> Tuple[np.ndarray, np.ndarray]:
     """Return the lower and upper bounds [A] of actions [n, A].
 
-    They come from the flags, otherwise from the data. Raises UserError if they do not
+    They come from the flags, otherwise from the data. Raise UserError if they do not
     fit the actions."""
     low = flags.action_low or actions.min(axis=0)
     high = flags.action_high or actions.max(axis=0)
@@ -508,7 +508,7 @@ def read_actions(
 ) -> Tuple[np.ndarray, gym.Space]:
     """Return the actions and their space.
 
-    They are integers [n] of a Discrete, or float32 [n, A] of a Box. Raises UserError
+    They are integers [n] of a Discrete, or float32 [n, A] of a Box. Raise UserError
     for actions that fit neither."""
     names = columns["actions"]
     single = table[names[0]]
@@ -538,7 +538,7 @@ def read_actions(
 def read_rows(flags: Namespace) -> Tuple[Rows, gym.Space, dict]:
     """Read the table.
 
-    Return its rows, the action space and the content of columns.json. Raises UserError
+    Return its rows, the action space and the content of columns.json. Raise UserError
     for invalid data."""
     table = read_table(flags.table)
     columns = choose_columns(table, flags)
@@ -702,7 +702,7 @@ def print_episodes(rows: Rows, episodes: List[EpisodeBuffer]) -> None:
 def convert(flags: Namespace) -> None:
     """Read the table, write the dataset and print a summary.
 
-    Raises UserError for invalid input before anything is written, and OSError if the
+    Raise UserError for invalid input before anything is written, and OSError if the
     disk fails."""
     if flags.out.exists():
         where = f"--out {flags.out}"

@@ -14,12 +14,12 @@ must have the same data, discount, reward transformation and action space;
 network sizes and observation statistics may differ. `--env` names other data of
 the same task to judge on. Online runs are judged on their offline data.
 
-Printed is a ranking from the best policy to the worst:
+The script prints a ranking from the best policy to the worst:
 
     value      mean Q(s0, pi(s0)) over the first observations of the recorded
-               episodes: the discounted return, in rewards as they were learned
-               from. "return" is the same in the data's own rewards, where they
-               differ and reward_bias is 0
+               episodes: the discounted return, in rewards as training on these
+               data would transform them. "return" is the same in the data's own
+               rewards, where they differ and reward_bias is 0
     episodes   standard error of the value over the episodes
     critics    standard error of the value over the critics
     clipped    share of targets outside the range of possible returns,
@@ -106,7 +106,7 @@ class Data:
     def __init__(self, config: cql.TrainConfig, episodes, task: cql.Task, device="cpu"):
         """config: flags of the judged runs, which transform the rewards.
 
-        Raises UserError if there is too little data."""
+        Raise UserError if there is too little data."""
         self.config = config
         self.task = task
         self.dataset = cql.Dataset(config, episodes, task, device)
@@ -187,7 +187,7 @@ def find_checkpoints(paths: List[Path], name: str) -> List[Path]:
     """Return the checkpoint files: a path itself, the file of this name in a run
     directory, or those of all runs one level below.
 
-    Raises UserError if a path has none or a file is found twice."""
+    Raise UserError if a path has none or a file is found twice."""
     found = []
     for path in paths:
         below = sorted(path.glob(f"*/{name}"))
@@ -264,7 +264,7 @@ def load(
 ) -> Tuple[List[Policy], Data]:
     """Load the policies of runs and the data to judge them on: the runs' own, or `env`.
 
-    Raises UserError for runs that cannot be read or compared, and if all diverged."""
+    Raise UserError for runs that cannot be read or compared, and if all diverged."""
     checkpoints = [cql.read_checkpoint(path) for path in find_checkpoints(paths, name)]
     check_comparable(checkpoints, env is not None)
     first = checkpoints[0]
@@ -368,8 +368,8 @@ class Critic(nn.Module):
 class Critics:
     """N critics for each of P policies, their target critics and their optimizer.
 
-    The critics and batches of all policies start from one seed, so policies that act
-    alike get equal values."""
+    The critics and batches of all policies start from one seed, so policies with equal
+    actions get equal values."""
 
     def __init__(self, policies, data: Data, options: Options, estimator=FittedQ):
         self.data = data
@@ -428,7 +428,8 @@ class Critics:
 
     def batch(self, update: int) -> Dict[str, Tensor]:
         """Return the batch of the update of this number, [P, B, ...] each. All policies
-        get the same transitions, which are drawn on the CPU, alike on every device."""
+        get the same transitions, which are drawn on the CPU, so they are the same on
+        every device."""
         data = self.data
         generator = cql.generator_of([cql.JUDGE, self.options.seed, 1 + update])
         size = (self.options.batch_size,)
@@ -576,7 +577,7 @@ def last_rows(table: List[dict]) -> List[dict]:
 
 
 def write_table(table: List[dict], path: Path) -> None:
-    """Write the table, floats with 8 digits and NaN as nothing. Raises MachineError."""
+    """Write the table, floats with 8 digits and NaN as nothing. Raise MachineError."""
     with cql.errors_as(cql.MachineError, f"could not write {path}", OSError):
         with open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
@@ -635,7 +636,7 @@ def format_number(value: float) -> str:
 
 
 def draw(table: List[dict], data: Data, path: Path) -> None:
-    """Draw the value of each policy against the updates. Raises UserError."""
+    """Draw the value of each policy against the updates. Raise UserError."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -686,7 +687,7 @@ def check_figure(path: Path) -> None:
 
 
 def table_path(out: Path) -> Path:
-    """Return the file that --out names, and make its directory. Raises UserError."""
+    """Return the file that --out names, and make its directory. Raise UserError."""
     path = out if out.suffix == ".csv" else out / "judge.csv"
     with cql.errors_as(cql.UserError, f"--out {out}: cannot be written", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -705,7 +706,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv: Optional[List[str]]) -> argparse.Namespace:
-    """Return the parsed options. Raises UserError for invalid ones."""
+    """Return the parsed options. Raise UserError for invalid ones."""
     parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -740,7 +741,7 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Judge, print and write; return the exit status. Raises UserError."""
+    """Judge, print and write; return the exit status. Raise UserError."""
     names = Options.__dataclass_fields__
     options = Options(**{name: getattr(arguments, name) for name in names})
     check_options(options)

@@ -90,7 +90,7 @@ class UserError(Exception):
 def find_runs(paths: List[Path]) -> List[Path]:
     """Return the run directories.
 
-    A path that is not a run stands for the runs one level below it. Raises UserError if
+    A path that is not a run stands for the runs one level below it. Raise UserError if
     a path has no run or is given twice."""
     found = []
     for path in paths:
@@ -114,7 +114,7 @@ def read_table(path: Path, columns=()) -> pd.DataFrame:
     """Read a table of cql.py and add the column `id`.
 
     An id identifies a run among all directories. The result is empty if there is no
-    file or no row. Raises UserError if the file cannot be read or lacks one of the
+    file or no row. Raise UserError if the file cannot be read or lacks one of the
     columns."""
     if not path.exists():
         return pd.DataFrame()
@@ -137,7 +137,7 @@ def read_table(path: Path, columns=()) -> pd.DataFrame:
 def read_config(directory: Path) -> dict:
     """Return the flags in a run's config.yaml, or {} without one.
 
-    Raises UserError if the file does not hold flags."""
+    Raise UserError if the file does not hold flags."""
     path = directory / "config.yaml"
     if not path.exists():
         return {}
@@ -153,7 +153,7 @@ def read_config(directory: Path) -> dict:
 def read_flags(directory: Path) -> Dict[str, str]:
     """Return the flags of config.yaml that separate groups.
 
-    Without the file, each directory is its own group. Raises UserError if the file does
+    Without the file, each directory is its own group. Raise UserError if the file does
     not hold flags."""
     config = read_config(directory)
     if not config:
@@ -169,7 +169,7 @@ def read_flags(directory: Path) -> Dict[str, str]:
 def count_seeds(directory: Path) -> int:
     """Return the number of seeds that config.yaml asks for, or 0 without one.
 
-    Raises UserError if the file does not hold flags."""
+    Raise UserError if the file does not hold flags."""
     config = read_config(directory)
     if not config:
         return 0
@@ -180,7 +180,7 @@ def count_seeds(directory: Path) -> int:
 def read_metrics(path: Path) -> pd.DataFrame:
     """Read metrics.csv and add the means over critics of Q_COLUMNS.
 
-    Raises UserError if it cannot be read."""
+    Raise UserError if it cannot be read."""
     metrics = read_table(path)
     if len(metrics):
         for name, pattern in Q_COLUMNS.items():
@@ -192,7 +192,7 @@ def read_metrics(path: Path) -> pd.DataFrame:
 def read_runs(paths: List[Path]) -> Tuple[pd.DataFrame, pd.DataFrame]:
     """Read the evaluations and the metrics of all runs and label their groups.
 
-    Raises UserError for files that are not cql.py's and for a seed that occurs twice."""
+    Raise UserError for files that are not cql.py's and for a seed that occurs twice."""
     evaluations = []
     metrics = []
     settings = []
@@ -555,7 +555,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv: Optional[List[str]]) -> argparse.Namespace:
-    """Return the parsed options. Raises UserError for invalid ones."""
+    """Return the parsed options. Raise UserError for invalid ones."""
     parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -572,7 +572,7 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
 def plot(options) -> None:
     """Write the figures and tables, and print the table.
 
-    Raises UserError for runs that cannot be read or a directory that cannot be made."""
+    Raise UserError for runs that cannot be read or a directory that cannot be made."""
     evaluations, metrics = read_runs(options.directories)
     column = measure(evaluations)
     out = options.out

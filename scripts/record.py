@@ -131,7 +131,7 @@ def write_dataset(
 def check_out(out: Path, overwrite: bool) -> None:
     """Make the parent directory of the dataset.
 
-    Raises UserError if the dataset cannot be written to out."""
+    Raise UserError if the dataset cannot be written to out."""
     where = f"--out {out}"
     hint = "choose another directory"
     if out.exists() and not overwrite:
@@ -148,7 +148,7 @@ def check_out(out: Path, overwrite: bool) -> None:
 def make_env(options, policy: Optional[Callable]) -> Tuple[gym.Env, cql.Task, str]:
     """Return the environment, its task, and its name as given.
 
-    Observations are not flattened. Raises UserError if no environment is known or if
+    Observations are not flattened. Raise UserError if no environment is known or if
     it cannot be made."""
     name = options.env
     if policy is not None and name is None:
@@ -281,7 +281,7 @@ def describe(options) -> str:
 def record_dataset(options) -> None:
     """Record, write and summarize the dataset that the options describe.
 
-    Raises cql.UserError for invalid options and cql.MachineError if the disk fails."""
+    Raise UserError for invalid options and cql.MachineError if the disk fails."""
     policy = None
     if options.policy != "random":
         policy = cql.load_policy(options.policy, options.run)
@@ -373,7 +373,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv: Optional[List[str]]) -> argparse.Namespace:
-    """Return the parsed options. Raises cql.UserError for invalid ones."""
+    """Return the parsed options. Raise UserError for invalid ones."""
     parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -132,7 +132,7 @@ def replace_flags(argv: List[str], flags: Dict[str, object]) -> List[str]:
 def unstacked_lists(argv: List[str]) -> Dict[str, list]:
     """Return the swept values of the flags that cql.py cannot stack.
 
-    Raises cql.UserError for an invalid, empty or repeated value."""
+    Raise UserError for an invalid, empty or repeated value."""
     lists = {}
     for name, value in cql.read_command_line(argv).items():
         if name in NOT_SWEPT or name in cql.SWEPT or not str(value).startswith("["):
@@ -151,7 +151,7 @@ def unstacked_lists(argv: List[str]) -> Dict[str, list]:
 def plan(argv: List[str], per_trial: List[str], directory: Path) -> List[Trial]:
     """Split the combinations of cql.py's flags into trials.
 
-    Raises cql.UserError for invalid flags."""
+    Raise UserError for invalid flags."""
     if cql.read_command_line(argv).get("resume"):
         problem = "each trial has its own directory below --dir"
         raise cql.UserError(f"--resume: {problem}; leave --resume out")
@@ -262,8 +262,8 @@ class Training(tune.Trainable):
     def final_result(self, status: int) -> dict:
         """Return the trial's last result.
 
-        Raises RuntimeError, upon which Tune retries the trial, unless cql.py succeeded
-        (0), refused its input (2) or diverged (3)."""
+        Raise RuntimeError, after which Tune retries the trial, unless cql.py
+        succeeded (0), refused its input (2) or diverged (3)."""
         lines = self.output.read_text().splitlines()
         line = lines[-1] if lines else ""
         if status not in (0, 2, 3):
@@ -318,7 +318,7 @@ class RecordEnds(tune.Callback):
 def connect(options) -> dict:
     """Start Ray on this machine or join a cluster.
 
-    Return the resources of one trial. Raises cql.UserError if Ray is not found or no
+    Return the resources of one trial. Raise UserError if Ray is not found or no
     machine has these resources."""
     where = "cannot start Ray"
     if options.address:
@@ -476,7 +476,7 @@ class Parser(argparse.ArgumentParser):
 def parse(argv: Optional[List[str]]) -> tuple:
     """Return the parsed options and the list of cql.py's flags.
 
-    Raises cql.UserError for invalid options."""
+    Raise UserError for invalid options."""
     parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -509,7 +509,7 @@ def write_tables(trials: List[Trial], directory: Path) -> None:
 def sweep(options, argv: List[str]) -> int:
     """Run or continue the sweep and return the exit status.
 
-    Raises cql.UserError for invalid input."""
+    Raise UserError for invalid input."""
     options.dir = options.dir.absolute()
     per_trial = [name for name in options.per_trial.split(",") if name]
     trials = plan(argv, per_trial, options.dir)

@@ -28,7 +28,7 @@ SIZE = 200  # height of a frame in pixels; MuJoCo frames are square
 def make_env(directory: str, policy: Callable) -> gym.Env:
     """Return the environment that the run was evaluated in, with rendering enabled.
 
-    Raises UserError if the run has none or if it cannot be made."""
+    Raise UserError if the run has none or if it cannot be made."""
     config = policy.agent.config
     task = policy.task
     name = config.eval_env
@@ -52,7 +52,7 @@ def make_env(directory: str, policy: Callable) -> gym.Env:
 def render_episodes(directory: str, options) -> Iterator[Image.Image]:
     """Yield a run's rendered frames, episode after episode, without end.
 
-    Raises UserError if the policy or its environment cannot be loaded or rendered."""
+    Raise UserError if the policy or its environment cannot be loaded or rendered."""
     policy = cql.load_policy(directory, options.run)
     weight = policy.agent.runs[options.run]["cql_alpha"]
     env = make_env(directory, policy)
@@ -81,7 +81,7 @@ def render_episodes(directory: str, options) -> Iterator[Image.Image]:
 
 
 def write_gif(options) -> None:
-    """Render all runs and write them as one GIF to options.out. Raises UserError."""
+    """Render all runs and write them as one GIF to options.out. Raise UserError."""
     for name in ("frames", "every"):
         value = getattr(options, name)
         if value < 1:
@@ -107,7 +107,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv: Optional[List[str]]) -> argparse.Namespace:
-    """Return the parsed options. Raises UserError for invalid ones."""
+    """Return the parsed options. Raise UserError for invalid ones."""
     parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -151,6 +151,9 @@ def test_multiplier_stops_at_a_million():
     agent.log_alpha_prime.data.fill_(20.0)
     metrics = update(agent, transitions(1, 4), agent.draw(0, 4))
     assert metrics["alpha_prime"].item() == 1e6
+    excess = metrics["cql_qf{j}_diff"] - LAGRANGE["cql_target_action_gap"]
+    penalty = 1e6 * LAGRANGE["cql_alpha"] * excess
+    torch.testing.assert_close(metrics["cql_min_qf{j}_loss"], penalty)
     assert agent.log_alpha_prime.item() == 20.0
 
 
@@ -704,12 +707,16 @@ def test_a_copy_is_its_own(compiled, monkeypatch):
     """Neither a deep copy nor a pickled copy shares weights with the agent."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     agent = tiny_agent(compile=compiled)
+    x = torch.randn(4, OBS)
+    acted = agent.act(x)
     for other in (copy.deepcopy(agent), pickle.loads(pickle.dumps(agent))):
         before, own = trained(agent), trained(other)
+        assert (other.act(x) == acted).all()
         update(other, transitions(1, 4), other.draw(0, 4))
         assert_equal(trained(agent), before)
         name = "critic.net.0.weight"
         assert not torch.equal(trained(other)[name], own[name])
+        assert (agent.act(x) == acted).all() and (other.act(x) != acted).any()
 
 
 def test_shapes_of_other_runs_are_refused():
@@ -1003,6 +1010,32 @@ class Rebinding(cql.ContinuousCQL):
 def test_losses_that_rebind_a_weight_are_refused():
     with pytest.raises(cql.UserError, match="in place"):
         Rebinding(tiny(), box_task())
+
+
+@pytest.mark.parametrize("seed", [0, [0, 1]], ids=["single", "stacked"])
+def test_buffers_change_in_bf16_as_in_fp32(seed, monkeypatch):
+    """Casting the critics' weights copies them; buffers must not be copied."""
+    change(monkeypatch, "Critic", insert(Centered))
+    calls = []
+    for precision in ("fp32", "bf16"):
+        agent = agent_with("Critic", seed=seed, precision=precision)
+        agent.update(data_for(agent, len(agent.runs), 5), agent.draw(0, 5))
+        calls.append(agent.critic.net[1].calls)
+        assert (agent.critic.net[1].center != 0.25).any()
+    assert torch.equal(*calls) and calls[0].min() > 0
+
+
+def test_a_loss_that_changes_what_critics_share_is_refused():
+    """In the loop over a single run's critics it would change the next one's input."""
+
+    class Fork(cql.ContinuousCQL):
+        def critic_loss(self, own, batch, samples, target, *others):
+            target.mul_(0.9)
+            return super().critic_loss(own, batch, samples, target, *others)
+
+    for seed in (0, [0, 1]):
+        with pytest.raises(RuntimeError, match="memory|in-place|inplace"):
+            Fork(tiny(seed=seed), box_task())
 
 
 def test_losses_that_count_are_refused():

@@ -930,6 +930,12 @@ def test_normalize_reward(form, tmp_path):
     np.testing.assert_allclose(rewards, raw * factor * 2 - 3, rtol=1e-4, atol=1e-4)
     rewards = everything(load(path, **flags)).rewards
     np.testing.assert_allclose(rewards, raw * 2 - 3, rtol=1e-6, atol=1e-6)
+    # A second dataset takes the factor of the first.
+    config = config_of(path, normalize_reward=True, **flags)
+    second = cql.Dataset(config, *cql.read_data(config), factor=0.5)
+    assert second.reward_factor == 0.5
+    rewards = everything(second).rewards
+    np.testing.assert_allclose(rewards, raw * 0.5 * 2 - 3, rtol=1e-6, atol=1e-6)
 
 
 def test_normalize_reward_elsewhere_says_that_it_does_nothing(tmp_path, capsys):

@@ -602,7 +602,15 @@ def test_bf16_rounds_the_critics_and_nothing_else(k, batched):
     batch, noise = transitions(1, 64), agents[0].draw(0, 64)
     for agent in agents:
         agent.layout.batched = batched
+    kinds = []
+    for layer in agents[1].critic.net:
+        layer.register_forward_hook(
+            lambda layer, inputs, x: kinds.append((layer, inputs[0].dtype, x.dtype))
+        )
     results = [gradients(agent, batch, noise) for agent in agents]
+    last = agents[1].critic.net[-1]
+    assert {kind[1:] for kind in kinds if kind[0] is last} == {(torch.float32,) * 2}
+    assert torch.bfloat16 in {kind[2] for kind in kinds if kind[0] is not last}
     (_, exact, slopes), (_, rounded, others) = results
     assert others.dtype == torch.float32
     rounding = {"qf{j}_loss", "average_qf{j}", "cql_std_q{j}", "alpha_prime_loss"}
