@@ -433,6 +433,8 @@ def print_help() -> None:
 def config_of_run(directory: Path) -> dict:
     """Return the flags of the run in a directory; empty if there is none. Raise
     UserError."""
+    if directory.is_file():
+        raise UserError(f"--resume {directory}: a file; pass the run's directory")
     if (directory / "checkpoint.pt").exists():
         return read_checkpoint(directory)["config"]
     if (directory / "config.yaml").exists():
@@ -3618,8 +3620,10 @@ def describe(config: TrainConfig, task: Task, data, evaluator) -> None:
     if evaluator is not None:
         say(evaluator.describe())
     else:
-        say("evaluation: none, because no environment is known; pass --eval_env, or")
-        say("  compare the policies by scripts/judge.py")
+        why = "no environment is known; pass one by --eval_env"
+        if config.eval_env == "none":
+            why = "--eval_env none"
+        say(f"evaluation: none ({why}); scripts/judge.py compares policies without one")
     changed = {name for name, x in vars(config).items() if x != FIELDS[name].default}
     kind = "discrete" if task.discrete else "continuous"
     idle = CONTINUOUS if task.discrete else ["exploration_epsilon"]

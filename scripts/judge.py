@@ -20,8 +20,8 @@ The script prints a ranking from the best policy to the worst:
                episodes: the discounted return, in rewards as training on these
                data would transform them. "return" is the same in the data's own
                rewards, where they differ and reward_bias is 0
-    episodes   standard error of the value over the episodes
-    critics    standard error of the value over the critics
+    se_episodes, se_critics
+               standard errors of the value over the episodes and over the critics
     clipped    share of targets outside the range of possible returns,
                [min(r_min, 0), max(r_max, 0)] / (1 - discount), since the last row
     settled    yes after at least 3 / (soft_target_update_rate * (1 - discount))
@@ -610,7 +610,7 @@ def format_ranking(table: List[dict], data: Data) -> str:
     names = labels(rows)
     converted = data.own_rewards(1.0)
     own = math.isfinite(converted) and converted != 1
-    heads = ["rank", "value", "episodes", "critics"] + ["return"] * own
+    heads = ["rank", "value", "se_episodes", "se_critics"] + ["return"] * own
     lines = [[*heads, "clipped", "settled", "policy"]]
     for rank, row in enumerate(rows, 1):
         numbers = [row["value"], row["value_error"], row["value_error_critics"]]
@@ -708,7 +708,9 @@ class Parser(argparse.ArgumentParser):
 def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     """Return the parsed options. Raise UserError for invalid ones."""
     parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
 
     def add(name, **more):

@@ -557,7 +557,9 @@ class Parser(argparse.ArgumentParser):
 def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     """Return the parsed options. Raise UserError for invalid ones."""
     parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     text = "directory of a run or of several runs"

@@ -375,7 +375,9 @@ class Parser(argparse.ArgumentParser):
 def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     """Return the parsed options. Raise UserError for invalid ones."""
     parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("policy", help="a run's directory, a checkpoint, or the word random")

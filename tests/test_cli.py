@@ -553,6 +553,13 @@ def test_three_layers(tmp_path):
     assert config.resume == str(run_directory)
 
 
+def test_resuming_a_file_is_refused(refused, toy, tmp_path):
+    """The checkpoint instead of its directory, for example."""
+    (tmp_path / "checkpoint.pt").write_text("")
+    path = tmp_path / "checkpoint.pt"
+    refused(None, "--resume", "a file; pass the run's directory", env=toy, resume=path)
+
+
 def test_a_file_may_not_change_a_resumed_run_either(tmp_path):
     """A file may repeat a flag's value but not change it."""
     directory, file = saved(tmp_path / "run", cql_alpha=5.0), tmp_path / "file.yaml"
