@@ -1757,8 +1757,9 @@ class Agent(nn.Module):
     `losses`, `action` and `q_of`. `layout` applies them to all runs. They get the
     tensors of the run in `weights`: every network, parameter and buffer that the agent
     has when its constructor calls `finish`. All of those lead with R; only the constants
-    in `units` do not. The state_dict holds everything that training needs, including the
-    optimizer and the observation statistics."""
+    in `units` do not. A parameter trains only if it is passed to `finish`. The
+    state_dict holds everything that training needs, including the optimizer and the
+    observation statistics."""
 
     def __init__(self, config: TrainConfig, task: Task, statistics=None):
         """statistics: mean and std [O] of the observations, to standardize them."""
