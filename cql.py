@@ -1697,6 +1697,12 @@ def seed_from(numbers: List[int]) -> int:
     return int(state >> 1)
 
 
+def environment_seed(numbers: List[int]) -> int:
+    """Return the seed of an episode for [stream, seed, counter, ...], below 2^31: an
+    environment may seed NumPy with it or keep it in 32 bits."""
+    return seed_from(numbers) % 2**31
+
+
 def generator_of(numbers: List[int], device="cpu") -> torch.Generator:
     """Return the generator for [stream, seed, counter, ...]."""
     return torch.Generator(device).manual_seed(seed_from(numbers))
@@ -2679,7 +2685,7 @@ class Evaluator:
                 r, i = waiting.pop(0)
                 player = idle.pop(0)
                 numbers = [self.config.eval_seed, agent.runs[r]["seed"], step, i]
-                player.reset(seed_from([EVALUATE] + numbers))
+                player.reset(environment_seed([EVALUATE] + numbers))
                 observations[r, i] = player.observation
                 playing[r, i] = player
             actions = self.task.to_environment(agent.act(observations))
@@ -2742,7 +2748,7 @@ class Online:
             for r in alive:
                 if self.players[r].over:
                     seed = [RESET, self.agent.runs[r]["seed"], self.begun[r]]
-                    self.players[r].reset(seed_from(seed))
+                    self.players[r].reset(environment_seed(seed))
                     self.begun[r] += 1
             actions = self.act(alive, step)  # [R, A]
             alive = [r for r in alive if np.isfinite(actions[r]).all()]
@@ -3255,6 +3261,7 @@ class Run:
         self.step = 0  # updates offline, environment steps online
         self.updates = 0
         self.logged = self.evaluated = -1  # steps of the last rows
+        self.saved = -1  # step of the last checkpoint
         self.diverged = [-1] * len(agent.runs)  # step at which a run was not finite
         self.warned = [False] * len(agent.runs)  # whether Q has diverged from the data
         self.started = self.saved_at = self.logged_at = time.monotonic()
@@ -3398,10 +3405,12 @@ class Run:
     def evaluate(self, stop: list) -> None:
         """Evaluate all live runs: rows of evaluations.csv, a printed line, a
         checkpoint."""
-        before = time.monotonic()
         self.check_finite()
         alive = self.alive()
         rows = {}
+        if self.evaluator and self.saved != self.step:
+            self.checkpoint()  # the environment may fail; a resumed run evaluates first
+        before = time.monotonic()
         if self.evaluator and alive:
             rows = self.evaluator.evaluate(self.agent, self.step, alive, stop)
             if rows is None:
@@ -3467,6 +3476,7 @@ class Run:
             save_checkpoint(self.directory / f"checkpoint_{self.step}.pt", payload)
         save_checkpoint(self.directory / "checkpoint.pt", payload)
         self.save_best(payload)
+        self.saved = self.step
         self.saved_at = time.monotonic()
         self.seconds["checkpoint_seconds"] += self.saved_at - before
 

@@ -73,7 +73,7 @@ def main() -> None:
     actions, rows = record(evaluator, agent), []
     envs = [player.env for player in evaluator.players]
     numbers = [cql.EVALUATE, config.eval_seed, config.seed, 0]
-    seeds = [cql.seed_from([*numbers, i]) for i in range(EPISODES)]
+    seeds = [cql.environment_seed([*numbers, i]) for i in range(EPISODES)]
     for i in range(options.rounds):
         start = time.perf_counter()
         evaluator.episodes(agent, 0, [0], [])

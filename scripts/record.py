@@ -222,7 +222,7 @@ def record(env: gym.Env, act: Callable, steps: int, seed: int) -> List[EpisodeBu
     left = steps
     with tqdm(total=steps, unit=" steps", disable=None) as bar:
         while left > 0:
-            start = cql.seed_from([START, seed, len(episodes)])
+            start = cql.environment_seed([START, seed, len(episodes)])
             episode = play_episode(env, act, start, left)
             episodes.append(episode)
             left -= len(episode)
@@ -234,7 +234,8 @@ def mean_return(env: gym.Env, act: Callable, seed: int) -> float:
     """Return the mean undiscounted return over REFERENCE_EPISODES episodes."""
     returns = []
     for number in range(REFERENCE_EPISODES):
-        episode = play_episode(env, act, cql.seed_from([MEASURE, seed, number]))
+        start = cql.environment_seed([MEASURE, seed, number])
+        episode = play_episode(env, act, start)
         returns.append(episode.rewards.sum())
     return float(np.mean(returns))
 

@@ -367,7 +367,7 @@ def test_its_score_equals_a_loop_over_load_policy(cartpole, tmp_path):
     policy, env = cql.load_policy(tmp_path / "run"), gym.make("CartPole-v1")
     returns = []
     for i in range(3):
-        seed = cql.seed_from([cql.EVALUATE, 0, 0, 4, i])  # eval_seed, seed, step
+        seed = cql.environment_seed([cql.EVALUATE, 0, 0, 4, i])  # eval_seed, seed, step
         (observation, _), over = env.reset(seed=seed), False
         returns.append(0.0)
         while not over:

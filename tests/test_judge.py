@@ -1049,7 +1049,8 @@ def test_the_discounted_return_of_an_evaluation(trained):
         policy = cql.load_policy(directory, run=r)
         returns = []
         for i in range(3):
-            seed = cql.seed_from([cql.EVALUATE, 0, r, 4, i])  # eval_seed, seed, step
+            numbers = [cql.EVALUATE, 0, r, 4, i]  # eval_seed, seed, step
+            seed = cql.environment_seed(numbers)
             observation, _ = env.reset(seed=seed)
             rewards = []
             over = False

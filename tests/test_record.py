@@ -65,7 +65,7 @@ def plain_loop(env, act, steps, seed):
     terminated."""
     episodes = []
     while steps:
-        start = cql.seed_from([record.START, seed, len(episodes)])
+        start = cql.environment_seed([record.START, seed, len(episodes)])
         observation, _ = env.reset(seed=start)
         flat = [gym.spaces.flatten(env.observation_space, observation)]
         actions, rewards, done = [], [], False
@@ -209,7 +209,9 @@ def mean_return(env, act):
     """Return the mean return of 20 episodes with record.py's seeds."""
     returns = []
     for number in range(20):
-        observation, _ = env.reset(seed=cql.seed_from([record.MEASURE, 0, number]))
+        observation, _ = env.reset(
+            seed=cql.environment_seed([record.MEASURE, 0, number])
+        )
         returns.append(0.0)
         done = False
         while not done:

@@ -1133,10 +1133,22 @@ def test_an_environment_that_raises(train, whole, hooked, capsys):
     assert code == 1
     assert re.fullmatch(r"cql\.py: failed: .*CqlHooked-v0.*the simulator.*\n", error)
     assert "Traceback" not in out
-    assert checkpoint(directory)["step"] == 4
+    # A checkpoint was saved before the evaluation, which the resumed run makes first.
+    payload = checkpoint(directory)
+    assert (payload["step"], payload["evaluated"]) == (8, 4)
     hooked()
     assert train("run", eval_env="CqlHooked-v0", **FULL)[0] == 0
     assert differences(whole(**FULL), directory) == []
+
+
+def test_an_environment_that_seeds_numpy(train, hooked):
+    """Its seeds are below 2^31, in evaluations and online (openai/gym issue 2210)."""
+    seeds = hooked()
+    flags = {"online_iterations": 12, "eval_env": "CqlHooked-v0"}
+    assert train("run", **{**FULL, **flags})[0] == 0
+    assert len(set(seeds)) > 8
+    for seed in seeds:
+        np.random.RandomState(np.int32(seed))
 
 
 def test_data_without_an_environment(tmp_path, capsys):
@@ -1339,7 +1351,10 @@ def test_no_space_left(train, whole, monkeypatch, capsys, fault):
     assert code == 1
     assert re.fullmatch(r"cql\.py: failed: .*No space left.*\n", error)
     assert "Traceback" not in out
-    assert (directory / "checkpoint.pt").read_bytes() == before
+    if fault == "evaluations.csv":  # written after the checkpoint before an evaluation
+        assert checkpoint(directory)["step"] == 8
+    else:
+        assert (directory / "checkpoint.pt").read_bytes() == before
     assert not (directory / "checkpoint.tmp").exists()  # it would take up the space
     assert train("run")[0] == 0
     assert differences(whole(), directory, first_end=4) == []
