@@ -342,11 +342,29 @@ def merge_aliases(values: dict, where: str) -> dict:
     return values
 
 
+class DecimalLoader(yaml.SafeLoader):
+    """YAML with decimal integers: 010, as `seq -w` writes it, is 10 and not octal."""
+
+    def construct_yaml_int(self, node: yaml.Node) -> int:
+        """Return the integer of a scalar."""
+        if re.fullmatch(r"[+-]?\d+", node.value):
+            return int(node.value)
+        return super().construct_yaml_int(node)
+
+
+DecimalLoader.add_constructor("tag:yaml.org,2002:int", DecimalLoader.construct_yaml_int)
+
+
+def read_yaml(text: str):
+    """Return the plain values of a YAML text."""
+    return yaml.load(text, DecimalLoader)
+
+
 def read_config_file(path: Union[str, Path]) -> dict:
     """Return the flags in a YAML file. Raise UserError."""
     where = f"--config_path {path}"
     with errors_as(UserError, where):
-        values = yaml.safe_load(Path(path).read_text("utf-8"))
+        values = read_yaml(Path(path).read_text("utf-8"))
     if not isinstance(values, dict):
         raise UserError(
             f"{where}: empty, or not a mapping of flags; "
@@ -374,7 +392,7 @@ def read_text(name: str, text: str):
     if str in kinds and not (List[str] in kinds and text.startswith("[")):
         return text
     with errors_as(UserError, f"--{name} {text}"):
-        return yaml.safe_load(text)
+        return read_yaml(text)
 
 
 def read_command_line(argv: List[str]) -> dict:
@@ -891,7 +909,15 @@ def read_arrays(path: Path) -> Dict[str, np.ndarray]:
         raise UserError(f"arrays have {lengths} rows; expected one row per step")
     for key in ("rewards", "terminals", "timeouts"):
         if key in arrays:
+            if arrays[key].size != len(arrays[key]):
+                shape = arrays[key].shape
+                raise UserError(
+                    f"{key} have shape {shape}; expected one number per step"
+                )
             arrays[key] = arrays[key].ravel()
+    for key in ("observations", "next_observations"):
+        if key in arrays and arrays[key].dtype == bool:  # it cannot be subtracted
+            arrays[key] = arrays[key].astype(np.float32)
     return arrays
 
 
@@ -2618,7 +2644,9 @@ class Player:
     def step(self, action: np.ndarray) -> None:
         """Take one step with an action of the environment's type."""
         self.observation, reward, ended, cut, info = self.env.step(action)
-        self.rewards.append(float(reward))
+        if np.size(reward) != 1:
+            raise ValueError(f"reward of shape {np.shape(reward)}; expected one number")
+        self.rewards.append(float(np.asarray(reward).item()))
         self.terminated = ended
         self.over = ended or cut
         reported = info.get("success", info.get("is_success"))
@@ -3740,6 +3768,9 @@ def train(config: TrainConfig) -> int:
 def main(argv: Optional[List[str]] = None) -> int:
     """Run a command line. Return the exit status: 0, 1, 2, 3, 130 or 143."""
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # an ASCII terminal, for example
+            stream.reconfigure(errors="replace")
     try:
         if {"-h", "--help"} & set(argv):
             print_help()

@@ -45,7 +45,6 @@ from pathlib import Path
 from typing import Dict, List, Optional
 
 import filelock
-import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cql
@@ -139,7 +138,7 @@ def unstacked_lists(argv: List[str]) -> Dict[str, list]:
             continue
         if isinstance(value, str):  # cql.py does not parse the list of a text flag
             with cql.errors_as(cql.UserError, f"--{name} {value}"):
-                value = yaml.safe_load(value)
+                value = cql.read_yaml(value)
         values = [getattr(cql.make_config({name: each}), name) for each in value]
         if not values or len(set(values)) < len(values):
             problem = "the list is empty or repeats a value"

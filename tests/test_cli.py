@@ -553,6 +553,33 @@ def test_three_layers(tmp_path):
     assert config.resume == str(run_directory)
 
 
+@pytest.mark.parametrize("text", ["010", "+010", "0010"])
+def test_zero_padded_integers_are_decimal(text, tmp_path):
+    """As `seq -w` writes them, on the command line, in lists and in YAML."""
+    (tmp_path / "c.yaml").write_text(f"seed: {text}\ncql_n_actions: {text}\n")
+    config = cql.read_config(["--config_path", str(tmp_path / "c.yaml")])
+    assert (config.seed, config.cql_n_actions) == (10, 10)
+    assert cql.read_config(["--seed", text]).seed == 10
+    assert cql.read_config(["--seed", f"[{text}, 007]"]).seed == [10, 7]
+    assert cql.read_config(["--seed", "008"]).seed == 8
+    assert cql.read_config(["--seed", "0x10"]).seed == 16
+    assert cql.read_config(["--name", text]).name == text
+
+
+def test_letters_that_the_terminal_lacks(toy, tmp_path):
+    """They are replaced, and training succeeds (scarches issue 25)."""
+    directory = tmp_path / "läuft-实验"
+    flags = {"max_timesteps": 2, "eval_env": "none"}
+    argv = make_data.arguments(env=toy, resume=directory, **flags)
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    process = subprocess.run(
+        [sys.executable, cql.__file__, *map(str, argv)],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert "l?uft-??" in process.stdout and (directory / "checkpoint.pt").exists()
+
+
 def test_resuming_a_file_is_refused(refused, toy, tmp_path):
     """The checkpoint instead of its directory, for example."""
     (tmp_path / "checkpoint.pt").write_text("")

@@ -938,6 +938,27 @@ def test_normalize_reward(form, tmp_path):
     np.testing.assert_allclose(rewards, raw * 0.5 * 2 - 3, rtol=1e-6, atol=1e-6)
 
 
+def test_rewards_of_several_columns_are_named(refused, tmp_path):
+    """The message names rewards and their shape, not the actions (d3rlpy issue 391)."""
+    episodes = random_episodes([5, 6])
+    for episode in episodes:
+        episode["rewards"] = np.stack([episode["rewards"]] * 2, axis=1)
+    file = d4rl_file(tmp_path / "two.hdf5", episodes)
+    refused(None, "two.hdf5: rewards have shape (11, 2)", env=file, batch_size=2)
+
+
+def test_boolean_observations(tmp_path):
+    """With next_observations, too."""
+    episodes = random_episodes([5, 6])
+    for episode in episodes:
+        episode["observations"] = episode["observations"] > 0
+    dataset = load(d4rl_file(tmp_path / "bool.hdf5", episodes))
+    expected = transitions(episodes)
+    assert h5py.File(tmp_path / "bool.hdf5")["observations"].dtype == bool
+    assert (everything(dataset).observations == expected.observations).all()
+    assert (everything(dataset).next_observations == expected.next_observations).all()
+
+
 def test_normalize_reward_elsewhere_says_that_it_does_nothing(tmp_path, capsys):
     path = toy_dataset(tmp_path)
     raw = transitions(toy_episodes()).rewards

@@ -133,6 +133,25 @@ def n_updates(directory):
     return saved(directory)["updates"]
 
 
+def test_rewards_of_an_environment():
+    """An array of one number is a number (gym issue 3129); other shapes are named."""
+
+    class Env:
+        def step(self, action):
+            return np.zeros(2), self.reward, False, False, {}
+
+    player = cql.Player(Env())
+    player.rewards = []
+    player.success = None
+    for reward in (1.5, np.array([1.5]), np.float32(1.5), np.array(1.5), [1.5]):
+        player.env.reward = reward
+        player.step(0)
+    assert player.rewards == [1.5] * 5
+    player.env.reward = np.zeros(2)
+    with pytest.raises(ValueError, match=r"reward of shape \(2,\)"):
+        player.step(0)
+
+
 # --- the replay -----------------------------------------------------------------------
 
 
