@@ -1192,6 +1192,43 @@ class Td3Bc(cql.ContinuousCQL):
         return loss + policy_loss, {**metrics, "td3_bc": policy_loss}
 
 
+class GradientPenalty(cql.ContinuousCQL):
+    """The README's torch.func.grad: the slope of Q over actions costs."""
+
+    def critic_loss(self, own, batch, *others):
+        loss, metrics = super().critic_loss(own, batch, *others)
+        critic = partial(cql.call, self.critic, own["weights"])
+        observations = batch["observations"]
+        actions = batch["actions"].unsqueeze(1)
+        slope = torch.func.grad(lambda a: critic(observations, a).sum())(actions)
+        penalty = slope.square().mean()
+        return loss + 3 * penalty, {**metrics, "slope{j}": penalty}
+
+
+def test_a_gradient_penalty(double):
+    """Stacked runs equal solo runs, and its gradient is that of a plain network."""
+
+    def make(**flags):
+        return GradientPenalty(tiny(**flags), box_task())
+
+    check_runs_do_not_mix(make)
+    critic = scrambled(cql.Critic(tiny(), OBS, ACT))
+    weights = dict(critic.named_parameters())
+    x, actions = torch.randn(7, OBS), torch.rand(7, 1, ACT, requires_grad=True)
+    slope = torch.func.grad(lambda a: cql.call(critic, weights, x, a).sum())(actions)
+    q = critic.net(torch.cat([x, actions.squeeze(1)], 1))
+    (wanted,) = torch.autograd.grad(q.sum(), actions, create_graph=True)
+    gradients = []
+    for each in (slope, wanted):
+        last_bias_unused = dict(allow_unused=True, materialize_grads=True)
+        squares = each.square().mean()
+        gradients.append(
+            torch.autograd.grad(squares, list(weights.values()), **last_bias_unused)
+        )
+    torch.testing.assert_close(slope, wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
 def test_means_in_a_loss_are_of_one_run(double):
     """TD3+BC's normalization `q / q.abs().mean().detach()` does not couple runs, though
     their Q values are of other sizes."""
