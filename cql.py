@@ -548,6 +548,8 @@ def phase_mistakes(config: TrainConfig) -> Dict[str, bool]:
     too_few = f"a batch needs {needed} online transitions; pass at least that"
     statistics = config.normalize and not config.load_model
     offline = config.max_timesteps > 0 or config.normalize_reward or statistics
+    no_env = config.eval_env in (None, "none")
+    nothing_to_do = no_env or (not online and not config.load_model)
     return {
         f"--mixing_ratio {ratio}: must be -1 or lie between 0 and 1": (
             ratio != -1 and not 0 < ratio < 1
@@ -560,9 +562,8 @@ def phase_mistakes(config: TrainConfig) -> Dict[str, bool]:
             online and config.eval_env == "none"
         ),
         "--env null: without data, --eval_env and --online_iterations are needed": (
-            no_data and config.eval_env in (None, "none")
-        )
-        or (no_data and not online and not config.load_model),
+            no_data and nothing_to_do
+        ),
         "--env null: without data, pass --max_timesteps 0, --normalize false and "
         "--normalize_reward false": no_data and offline,
     }
@@ -1689,8 +1690,7 @@ def multiplier_loss(log_alpha_prime, gap, sweep: dict, config: TrainConfig):
 def penalized_td_loss(q_data, target, gap, log_alpha_prime, sweep, config):
     """Loss of one critic: TD error and weighted gap, CQL eq. 4 times 2, so that
     cql_alpha is twice its alpha; with cql_lagrange as in appendix F. q_data, target [B];
-    gap [n] of some of the batch's states, whose mean is an unbiased estimate of the
-    batch's."""
+    gap [n] of the penalized states. Its mean is an unbiased estimate of the batch's."""
     td = (q_data - target).square().mean()
     gap = gap.mean()
     penalty = sweep["cql_alpha"] * gap
@@ -1747,8 +1747,8 @@ class Units(nn.Module):
     standardized; actions are in [-1, 1] or, discrete ones, counted from 0."""
 
     def __init__(self, task: Task, statistics=None):
-        """statistics: mean and std [O] of the observations; None leaves them as they
-        are."""
+        """Store the units. statistics: mean and std [O] of the observations; None leaves
+        observations as they are."""
         super().__init__()
         self.discrete = task.discrete
         mean, std = statistics or (torch.zeros(task.observation_dim), 1.0)
@@ -1794,7 +1794,7 @@ class Agent(nn.Module):
     observation statistics."""
 
     def __init__(self, config: TrainConfig, task: Task, statistics=None):
-        """statistics: mean and std [O] of the observations, to standardize them."""
+        """Store what both agents need. statistics: mean and std [O] of the observations."""
         super().__init__()
         self.config = config
         self.task = task
