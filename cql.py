@@ -1794,7 +1794,7 @@ class Agent(nn.Module):
     observation statistics."""
 
     def __init__(self, config: TrainConfig, task: Task, statistics=None):
-        """Store what both agents need. statistics: mean and std [O] of the observations."""
+        """Store what both agents need. statistics: mean and std [O] of observations."""
         super().__init__()
         self.config = config
         self.task = task
