@@ -3768,9 +3768,6 @@ def train(config: TrainConfig) -> int:
 def main(argv: Optional[List[str]] = None) -> int:
     """Run a command line. Return the exit status: 0, 1, 2, 3, 130 or 143."""
     argv = sys.argv[1:] if argv is None else argv
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # an ASCII terminal, for example
-            stream.reconfigure(errors="replace")
     try:
         if {"-h", "--help"} & set(argv):
             print_help()

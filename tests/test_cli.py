@@ -566,20 +566,6 @@ def test_zero_padded_integers_are_decimal(text, tmp_path):
     assert cql.read_config(["--name", text]).name == text
 
 
-def test_letters_that_the_terminal_lacks(toy, tmp_path):
-    """They are replaced, and training succeeds (scarches issue 25)."""
-    directory = tmp_path / "läuft-实验"
-    flags = {"max_timesteps": 2, "eval_env": "none"}
-    argv = make_data.arguments(env=toy, resume=directory, **flags)
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    process = subprocess.run(
-        [sys.executable, cql.__file__, *map(str, argv)],
-        capture_output=True, text=True, env=environment,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr
-    assert "l?uft-??" in process.stdout and (directory / "checkpoint.pt").exists()
-
-
 def test_resuming_a_file_is_refused(refused, toy, tmp_path):
     """The checkpoint instead of its directory, for example."""
     (tmp_path / "checkpoint.pt").write_text("")
