@@ -53,7 +53,18 @@ import zipfile
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple, Optional, Tuple, Union, get_args
+from typing import (
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Tuple,
+    Union,
+    get_args,
+)
 from unittest import mock
 
 import filelock
@@ -194,7 +205,9 @@ class TrainConfig:
     # Precision of matrix products: fp32, tf32 (GPU only) or bf16 (critics only, fast on
     # CPUs with avx512_bf16)
     precision: str = "fp32"
-    compile: bool = False  # Use torch.compile, which takes a minute at the start
+    # Use torch.compile; null: if the run is long enough to win back the minute that it
+    # takes at the start
+    compile: Optional[bool] = None
 
     def __post_init__(self):
         if self.offline_iterations is not None:
@@ -241,6 +254,7 @@ RANGES = {
     "cql_backward_actions": FROM_0,
     "cql_states": FROM_0,
 }
+BOOLEAN = (bool, Optional[bool])
 MAY_BE_INFINITE = ("cql_clip_diff_min", "cql_clip_diff_max")
 # Flags that a resumed run may change, and flags that load_model does not inherit.
 RESUMABLE = (
@@ -249,7 +263,7 @@ RESUMABLE = (
     "group name checkpoints_path resume env"
 ).split()
 NOT_INHERITED = (
-    "max_timesteps offline_iterations online_iterations device project "
+    "max_timesteps offline_iterations online_iterations device compile project "
     "group name checkpoints_path resume load_model"
 ).split()
 # Flags that have no effect on discrete actions. DiscreteCQL refuses three more.
@@ -298,6 +312,16 @@ def parse_as(kind: type, value):
     return kind(value)
 
 
+KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    type(None): "null",
+    List[int]: "a list of whole numbers, written as '[0, 1]'",
+    List[float]: "a list of numbers, written as '[0, 1]'",
+    List[str]: "a list of texts, written as '[a, b]'",
+}
 for _kind in (bool, int, float, str):
     pyrallis.decode.register(_kind, functools.partial(parse_as, _kind))
 
@@ -322,9 +346,8 @@ def make_config(values: dict, where: str = "") -> TrainConfig:
         try:
             decoded[name] = pyrallis.decode(kind, value)
         except Exception:
-            expected = re.sub(r"typing\.|<class '|'>", "", str(kind))
-            if "List" in expected:
-                expected += "; write a list as '[0, 1]'"
+            kinds = get_args(kind) or (kind,)
+            expected = " or ".join(KINDS[each] for each in kinds)
             raise UserError(f"{where}--{name} {value!r}: expected {expected}") from None
     return TrainConfig(**decoded)
 
@@ -363,6 +386,8 @@ def read_yaml(text: str):
 def read_config_file(path: Union[str, Path]) -> dict:
     """Return the flags in a YAML file. Raise UserError."""
     where = f"--config_path {path}"
+    if not Path(path).is_file():
+        raise UserError(f"{where}: no such file; pass a YAML file of flags")
     with errors_as(UserError, where):
         values = read_yaml(Path(path).read_text("utf-8"))
     if not isinstance(values, dict):
@@ -415,7 +440,7 @@ def read_command_line(argv: List[str]) -> dict:
             raise UserError(f"--{name}: given twice; pass it once")
         if not equals and arguments and not arguments[0].startswith("--"):
             text = arguments.pop(0)
-        elif not equals and name in FIELDS and FIELDS[name].type is bool:
+        elif not equals and name in FIELDS and FIELDS[name].type in BOOLEAN:
             text = "true"
         elif not equals:
             raise UserError(f"--{name}: expected a value; pass --{name} VALUE")
@@ -475,6 +500,8 @@ def read_config(argv: List[str]) -> TrainConfig:
             base.pop(name, None)
     before = make_config(base)
     config = make_config({**base, **values})
+    if resumed and config.compile is None:
+        config.compile = before.compile
     for name in FIELDS:
         was = getattr(before, name)
         now = getattr(config, name)
@@ -483,7 +510,6 @@ def read_config(argv: List[str]) -> TrainConfig:
                 f"--{name} {now}: the run has {was!r}; "
                 "a resumed run keeps it; leave the flag out"
             )
-    validate(config)
     return config
 
 
@@ -569,8 +595,9 @@ def phase_mistakes(config: TrainConfig) -> Dict[str, bool]:
     }
 
 
-def validate(config: TrainConfig) -> None:
-    """Raise UserError for values out of range and for flags that contradict."""
+def validate_algorithm(config: TrainConfig) -> None:
+    """Raise UserError for values out of range, and for flags of the algorithm that
+    contradict."""
     for name, value in vars(config).items():
         values = value if isinstance(value, list) else [value]
         if not values or len(set(values)) < len(values):
@@ -581,10 +608,20 @@ def validate(config: TrainConfig) -> None:
         for each in values:
             if isinstance(each, (int, float)):
                 check_number(name, each)
-    for mistakes in (algorithm_mistakes(config), phase_mistakes(config)):
-        for message, applies in mistakes.items():
-            if applies:
-                raise UserError(message)
+    refuse(algorithm_mistakes(config))
+
+
+def validate(config: TrainConfig) -> None:
+    """Raise UserError for values out of range and for flags that contradict."""
+    validate_algorithm(config)
+    refuse(phase_mistakes(config))
+
+
+def refuse(mistakes: Dict[str, bool]) -> None:
+    """Raise UserError with the first message that applies."""
+    for message, applies in mistakes.items():
+        if applies:
+            raise UserError(message)
 
 
 def product_of_runs(config: TrainConfig) -> List[dict]:
@@ -618,6 +655,32 @@ def pick_device(config: TrainConfig) -> torch.device:
     return device
 
 
+def worth_compiling(config: TrainConfig) -> bool:
+    """Return whether faster updates win back the start of torch.compile, a minute or so.
+
+    What compiling saves are passes over the activations of the critics' hidden layers,
+    about a nanosecond each on two CPU cores, and twice that with the exact gradient
+    (benchmarks/README.md). Stacked runs gain nothing on a CPU."""
+    updates = config.max_timesteps + config.online_iterations * config.utd
+    states = config.cql_states or config.batch_size
+    actions = 1 + 3 * config.cql_n_actions
+    width = config.n_critics * config.q_n_hidden_layers * config.hidden_dim
+    passes = 1 if config.cql_backward_actions else 2
+    seconds = 1e-9 * updates * states * actions * width * passes
+    return len(product_of_runs(config)) == 1 and seconds > 120
+
+
+def can_compile(device: torch.device) -> bool:
+    """Return whether torch.compile works; if not, for example without a C++ compiler,
+    print why. A tiny function shows it within seconds."""
+    try:
+        torch.compile(lambda x: 2 * x)(torch.ones(8, device=device))
+    except Exception as error:
+        say(f"torch.compile does not work here, so it is not used: {brief(error)}")
+        return False
+    return True
+
+
 def keep_freed_memory() -> None:
     """Keep freed memory in this process. Otherwise glibc returns it to the system, and
     the page faults of the next update take a third of its time."""
@@ -628,7 +691,10 @@ def keep_freed_memory() -> None:
 
 
 def say(text: str) -> None:
-    """Print a line without breaking the progress bar."""
+    """Print a line without breaking the progress bar. Letters that the terminal's
+    encoding lacks become question marks."""
+    encoding = sys.stdout.encoding or "utf-8"
+    text = text.encode(encoding, "replace").decode(encoding)
     try:
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
@@ -715,6 +781,33 @@ class Episode(NamedTuple):
     where: str  # file and number, for messages
     whole: bool  # it ended by termination or time limit
     recorded_rewards: np.ndarray  # rewards, with those of steps that are left out
+
+
+@dataclass
+class Episodes:
+    """Episodes of T steps each, of one dataset after the other. Each iteration reads
+    them anew, because all of them in the recorded type may take several times the memory
+    of a Dataset."""
+
+    sources: list  # each yields Episode whenever it is iterated
+    lengths: List[int]  # T, with steps that are left out
+
+    def __iter__(self) -> Iterator[Episode]:
+        return itertools.chain.from_iterable(self.sources)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+class Source:
+    """The episodes that a generator function yields when it is called, as often as they
+    are iterated."""
+
+    def __init__(self, read: Callable[[], Iterator[Episode]]):
+        self.read = read
+
+    def __iter__(self) -> Iterator[Episode]:
+        return self.read()
 
 
 # A batch is a dictionary of these tensors of R runs, [R, B, ...]; without R, of one run.
@@ -828,7 +921,7 @@ def minari_task(directory: Path) -> Task:
 
     Nothing in the dataset runs. Minari would create the recorded environment, whose
     entry point may be any code, to find spaces that are missing; they are refused."""
-    metadata = json.loads((directory / "metadata.json").read_text())
+    metadata = json.loads((directory / "metadata.json").read_text("utf-8"))
     spaces = {}
     for name in ("observation_space", "action_space"):
         if not metadata.get(name):
@@ -860,28 +953,32 @@ def minari_task(directory: Path) -> Task:
     )
 
 
-def read_minari(directory: Path) -> Tuple[List[Episode], Task]:
+def read_minari(directory: Path) -> Tuple[Source, Task]:
     """Return episodes and task in a Minari dataset's data directory. Raise UserError."""
     task = minari_task(directory)
+    return Source(functools.partial(minari_episodes, directory, task)), task
+
+
+def minari_episodes(directory: Path, task: Task) -> Iterator[Episode]:
+    """Read one episode of a Minari dataset after the other."""
     space = recorded_space(task.observation_space)
     # Most of the bytes are infos, which are not used here.
     with mock.patch.object(hdf5_storage, "_decode_info"):
-        recorded = list(MinariDataset(directory).iterate_episodes())
-    episodes = []
-    for each in recorded:
-        n = len(each.rewards)
-        episodes.append(
-            Episode(
-                observations=flatten(space, each.observations),
-                actions=np.asarray(each.actions).reshape(n, -1),
-                rewards=each.rewards,
-                terminations=each.terminations,
-                where=f"{directory}, episode {each.id}",
-                whole=bool(each.terminations[-1] or each.truncations[-1]),
-                recorded_rewards=each.rewards,
-            )
-        )
-    return episodes, task
+        dataset = MinariDataset(directory)
+        ids = dataset.episode_indices
+        # Some at a time, because HDF5 keeps what it knows about an open file in memory.
+        for first in range(0, len(ids), 100):
+            for each in dataset.iterate_episodes(ids[first : first + 100]):
+                n = len(each.rewards)
+                yield Episode(
+                    observations=flatten(space, each.observations),
+                    actions=np.asarray(each.actions).reshape(n, -1),
+                    rewards=each.rewards,
+                    terminations=each.terminations,
+                    where=f"{directory}, episode {each.id}",
+                    whole=bool(each.terminations[-1] or each.truncations[-1]),
+                    recorded_rewards=each.rewards,
+                )
 
 
 def table_action_space(actions: np.ndarray) -> gym.Space:
@@ -894,18 +991,23 @@ def table_action_space(actions: np.ndarray) -> gym.Space:
     return gym.spaces.Box(-1, 1, actions.shape[1:])
 
 
-def read_arrays(path: Path) -> Dict[str, np.ndarray]:
-    """Return the arrays [n, ...] of a D4RL file. Raise UserError."""
+def read_arrays(file: h5py.File) -> Dict[str, np.ndarray]:
+    """Return the arrays [n, ...] of a D4RL file, except those of observations, which are
+    large. Raise UserError."""
     needed = "observations", "actions", "rewards", "terminals"
+    missing = [key for key in needed if key not in file]
+    if missing:
+        raise UserError(f"lacks D4RL's {missing}; it has {brief(list(file))}")
     arrays = {}
-    with h5py.File(path, "r") as file:
-        for key in (*needed, "timeouts", "next_observations"):
-            if key in file:
+    lengths = set()
+    for key in (*needed, "timeouts", "next_observations"):
+        if key in file:
+            kind = file[key].dtype
+            if kind.kind not in "biuf":
+                raise UserError(f"{key} have the type {kind}; expected numbers")
+            lengths.add(len(file[key]))
+            if not key.endswith("observations"):
                 arrays[key] = file[key][()]
-        missing = [key for key in needed if key not in arrays]
-        if missing:
-            raise UserError(f"lacks D4RL's {missing}; it has {brief(list(file))}")
-    lengths = {len(array) for array in arrays.values()}
     if len(lengths) > 1 or 0 in lengths:
         raise UserError(f"arrays have {lengths} rows; expected one row per step")
     for key in ("rewards", "terminals", "timeouts"):
@@ -916,28 +1018,42 @@ def read_arrays(path: Path) -> Dict[str, np.ndarray]:
                     f"{key} have shape {shape}; expected one number per step"
                 )
             arrays[key] = arrays[key].ravel()
-    for key in ("observations", "next_observations"):
-        if key in arrays and arrays[key].dtype == bool:  # it cannot be subtracted
-            arrays[key] = arrays[key].astype(np.float32)
     return arrays
 
 
-def episode_ends(arrays: Dict[str, np.ndarray], done: np.ndarray) -> np.ndarray:
-    """Return which rows [n] end an episode: those that `done` flags, and those whose
-    next observation is not the observation of the following row."""
-    ends = done.copy()
-    if "next_observations" in arrays:
-        observations = arrays["observations"]
+def chunk_rows(array) -> int:
+    """Return a number of rows of an array [n, ...] that hold about 2^18 numbers."""
+    return max(1, 2**18 // math.prod(array.shape[1:]))
+
+
+def find_ends(stored: h5py.Dataset, following: h5py.Dataset, ends) -> np.ndarray:
+    """Add to the mask `ends` [n] the rows whose next observation (following) is not the
+    observation (stored) of the next row. Return the next observations at all ends.
+
+    Two observations are the same if they differ by a few roundings of the type in which
+    the file stores them."""
+    eps = np.finfo(np.float32).eps
+    for array in (stored, following):
+        if array.dtype.kind == "f":
+            eps = max(eps, np.finfo(array.dtype).eps)
+    rows = chunk_rows(stored)
+    last = []
+    scale = None
+    for first in range(0, len(stored), rows):
+        chunk = following[first : first + rows]
+        here = stored[first + 1 : first + rows + 1].astype(np.float64)
         with np.errstate(all="ignore"):  # check_episode refuses NaN and infinity
-            size = np.abs(observations[1:]) + observations.std(axis=0)
-            distance = np.abs(arrays["next_observations"][:-1] - observations[1:])
-            same = distance <= 4 * np.finfo(np.float32).eps * size  # a few roundings
-        ends[:-1] |= ~same.all(axis=1)
-    ends[-1] = True
-    return ends
+            if scale is None:
+                scale = here.std(axis=0) if len(here) else 0.0
+            distance = np.abs(chunk[: len(here)] - here)
+            same = distance <= 4 * eps * (np.abs(here) + scale)
+        same = same.all(axis=tuple(range(1, same.ndim)))
+        ends[first : first + len(here)] |= ~same
+        last.append(chunk[ends[first : first + rows]])
+    return np.concatenate(last)
 
 
-def read_d4rl(path: Path) -> Tuple[List[Episode], Task]:
+def read_d4rl(path: Path) -> Tuple[Source, Task]:
     """Return episodes and task of a D4RL file, HDF5 with the arrays observations,
     actions, rewards, terminals and optionally timeouts and next_observations. Raise
     UserError.
@@ -946,36 +1062,57 @@ def read_d4rl(path: Path) -> Tuple[List[Episode], Task]:
     time limit ended the episode, its last transition is left out, as in
     d4rl.qlearning_dataset. After a termination it stays, as its target does not
     bootstrap."""
-    arrays = read_arrays(path)
-    observations = arrays["observations"]
-    rewards = arrays["rewards"]
-    terminals = arrays["terminals"] != 0
-    done = terminals | (arrays.get("timeouts", terminals) != 0)
-    following = arrays.get("next_observations")
-    if following is None and "timeouts" not in arrays:
+    with h5py.File(path, "r") as file:
+        arrays = read_arrays(file)
+        shape = file["observations"].shape
+        terminals = arrays["terminals"] != 0
+        done = terminals | (arrays.get("timeouts", terminals) != 0)
+        ends = done.copy()
+        ends[-1] = True
+        following = None
+        if "next_observations" in file:
+            following = find_ends(file["observations"], file["next_observations"], ends)
+    n_found = int((ends & ~done)[:-1].sum())
+    if n_found:
+        say(f"{path.name}: {n_found:,} row(s) without a flag end an episode, because")
+        say("  their next observation is not the observation of the next row")
+    elif following is None and "timeouts" not in arrays:
         say(f"{path.name}: has no timeouts, so only terminals end an episode")
-    space = gym.spaces.Box(-np.inf, np.inf, observations.shape[1:])
+    space = gym.spaces.Box(-np.inf, np.inf, shape[1:])
     task = make_task(space, table_action_space(arrays["actions"]))
+    last = np.flatnonzero(ends)
+    read = functools.partial(d4rl_episodes, path, arrays, done, last, following)
+    return Source(read), task
+
+
+def d4rl_episodes(path: Path, arrays, done, ends, following) -> Iterator[Episode]:
+    """Split a D4RL file at the rows `ends`, whose next observations are `following`."""
+    rewards = arrays["rewards"]
     actions = arrays["actions"].reshape(len(rewards), -1)
-    episodes = []
     first = 0
-    for last in np.flatnonzero(episode_ends(arrays, done)).tolist():
-        known = terminals[last] or following is not None
-        kept = slice(first, last + 1 if known else last)
-        end = observations[last] if following is None else following[last]
-        episodes.append(
-            Episode(
-                observations=np.concatenate([observations[kept], end[None]]),
+    with h5py.File(path, "r") as file:
+        stored = file["observations"]
+        chunk = stored[:0]
+        chunk_start = 0
+        for number, last in enumerate(ends.tolist()):
+            if last >= chunk_start + len(chunk):
+                chunk_start = first
+                chunk = stored[first : max(last + 1, first + chunk_rows(stored))]
+            observations = chunk[first - chunk_start : last + 1 - chunk_start]
+            end = observations[-1] if following is None else following[number]
+            known = arrays["terminals"][last] != 0 or following is not None
+            kept = slice(first, last + 1 if known else last)
+            n_kept = kept.stop - first
+            yield Episode(
+                observations=np.concatenate([observations[:n_kept], end[None]]),
                 actions=actions[kept],
                 rewards=rewards[kept],
                 terminations=arrays["terminals"][kept],
-                where=f"{path}, episode {len(episodes)}",
+                where=f"{path}, episode {number}",
                 whole=bool(done[last]),
                 recorded_rewards=rewards[first : last + 1],
             )
-        )
-        first = last + 1
-    return episodes, task
+            first = last + 1
 
 
 def guess_environment(task: Task, name: str) -> None:
@@ -996,7 +1133,9 @@ def guess_environment(task: Task, name: str) -> None:
 def minari_directory(name: str) -> Path:
     """Return the data directory of a Minari id; download it if needed. Raise
     UserError."""
-    root = get_dataset_path()
+    where = "the directory of Minari's datasets cannot be made"
+    with errors_as(UserError, f"{where}; set MINARI_DATASETS_PATH", OSError):
+        root = get_dataset_path()
     directory = get_dataset_path(name) / "data"
     if (directory / "metadata.json").exists():
         return directory
@@ -1017,6 +1156,8 @@ def minari_directory(name: str) -> Path:
         if "MINARI_REMOTE" not in os.environ:
             # Without a network, Minari would retry for minutes.
             urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=20)
+        if not os.access(root, os.W_OK):
+            raise UserError(f"{root} is not writable; set MINARI_DATASETS_PATH")
         say(f"downloading {name} ...")
         with filelock.FileLock(root / ".lock"), quiet():
             # Minari does nothing if another process has just downloaded it.
@@ -1024,43 +1165,45 @@ def minari_directory(name: str) -> Path:
     return directory
 
 
-def read_episodes(name: str) -> Tuple[List[Episode], Task]:
+def read_episodes(name: str) -> Tuple[Episodes, Task]:
     """Return episodes and task of one entry of `env`: a directory, a file or a Minari
     id. Raise UserError."""
     path = Path(name)
     where = f"--env {name}"
-    table = path.suffix in (".csv", ".json", ".npz", ".parquet", ".pkl")
+    table = re.search(r"\.(csv|json|npz|parquet|pkl)(\.gz)?$", name.lower())
     try:
         # Your own source goes here, as the first branch. It returns a list of Episode
         # and make_task(observation_space, action_space).
         if (path / "metadata.json").is_file():
-            episodes, task = read_minari(path)
+            source, task = read_minari(path)
         elif (path / "data").is_dir():
-            episodes, task = read_minari(path / "data")
+            source, task = read_minari(path / "data")
         elif path.is_file() and not table:
-            episodes, task = read_d4rl(path)
+            source, task = read_d4rl(path)
         elif not table:
-            episodes, task = read_minari(minari_directory(name))
+            source, task = read_minari(minari_directory(name))
         else:
             raise UserError("a table; make a dataset of it with scripts/from_table.py")
+        lengths = scan(source, task.observation_dim)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     except BlockingIOError:
         raise UserError(f"{where}: locked by a process that writes it; wait") from None
     except Exception as error:
         raise UserError(f"{where}: damaged or foreign: {brief(error)}") from None
-    task.longest = max([1000] + [len(each.recorded_rewards) for each in episodes])
-    return episodes, task
+    task.longest = max([1000] + lengths)
+    return Episodes([source], lengths), task
 
 
-def read_data(config: TrainConfig) -> Tuple[List[Episode], Task]:
+def read_data(config: TrainConfig) -> Tuple[Episodes, Task]:
     """Return joined episodes and task of all entries of `env`. Raise UserError."""
     names = config.env if isinstance(config.env, list) else [config.env]
-    episodes = []
+    joined_episodes = Episodes([], [])
     tasks = []
     for name in names:
-        part, task = read_episodes(name)
-        episodes += part
+        episodes, task = read_episodes(name)
+        joined_episodes.sources += episodes.sources
+        joined_episodes.lengths += episodes.lengths
         tasks.append(task)
     known = [task for task in tasks if task.env_id is not None]
     joined = (known or tasks)[0]
@@ -1068,7 +1211,7 @@ def read_data(config: TrainConfig) -> Tuple[List[Episode], Task]:
         join_task(joined, task, f"--env {name}")
         if config.eval_env is None:
             guess_environment(joined, name)
-    return episodes, joined
+    return joined_episodes, joined
 
 
 def join_task(joined: Task, task: Task, where: str) -> None:
@@ -1130,27 +1273,61 @@ def check_episode(episode: Episode, task: Task) -> None:
         )
 
 
-def check_resolution(observations: np.ndarray) -> None:
-    """Raise UserError for a column [n, O] of large numbers that differ by less than
-    float32 resolves, such as unix time. A column that is almost constant passes."""
-    moves = observations - observations[0].astype(float)  # exactly 0 for a constant
-    std = moves.std(axis=0, dtype=np.float64)
-    size = np.abs(observations).mean(axis=0, dtype=np.float64)
-    for column in np.flatnonzero((std > 1e-3) & (std < 1e-5 * size)):
+def scan(source: Iterable[Episode], observation_dim: int) -> List[int]:
+    """Return the length of each episode.
+
+    Raise UserError for a column of observations with large numbers that differ by less
+    than float32 resolves, such as unix time. A column that is almost constant passes."""
+    lengths = []
+    n = 0
+    first = None
+    # Sums over the observations x: of x - first, which is exactly 0 for a constant
+    # column, of its square, and of the size of x.
+    moved = squared = size = np.zeros(observation_dim)
+    for each in source:
+        lengths.append(len(each.recorded_rewards))
+        x = np.asarray(each.observations)
+        if x.dtype.kind not in "biuf" or x.shape[1:] != (observation_dim,):
+            continue  # check_episode refuses it
+        x = x.astype(np.float64)
+        if first is None:
+            first = x[0]
+        n += len(x)
+        with np.errstate(all="ignore"):  # check_episode refuses NaN and infinity
+            moves = x - first
+            moved = moved + moves.sum(axis=0)
+            squared = squared + np.square(moves).sum(axis=0)
+            size = size + np.abs(x).sum(axis=0)
+    n = max(n, 1)
+    size = size / n
+    with np.errstate(all="ignore"):
+        std = np.sqrt(squared / n - np.square(moved / n))
+        unresolved = (std > 1e-3) & (std < 1e-5 * size)
+    for column in np.flatnonzero(unresolved):
         raise UserError(
-            f"--env: column {column} of the observations has mean size "
-            f"{size[column]:.6g} and std {std[column]:.3g}, which float32 cannot "
-            "resolve; subtract a constant from it"
+            f"column {column} of the observations has mean size {size[column]:.6g} and "
+            f"std {std[column]:.3g}, which float32 cannot resolve; subtract a constant "
+            "from it"
         )
+    return lengths
 
 
-def join_columns(episodes: List[Episode]) -> Dict[str, np.ndarray]:
-    """Return the columns of a batch, all episodes after each other."""
-    columns = {}
-    for name in ("observations", "actions", "rewards", "terminations"):
-        columns[name] = np.concatenate([getattr(each, name) for each in episodes])
-    columns["terminations"] = columns["terminations"] != 0
-    return columns
+def check_bounds(actions: np.ndarray, task: Task) -> None:
+    """Raise UserError if float32 cannot resolve the differences of the actions [n, A]
+    within the bounds; print a line if they fill less than a fiftieth of them. The
+    policy acts within the bounds, of which the data then say little."""
+    if task.discrete:
+        return
+    width = np.array(task.action_high) - np.array(task.action_low)
+    fraction = np.ptp(actions, axis=0).astype(float) / width
+    moving = fraction > 0  # an action that is always the same may be meant
+    seen = f"{actions.min():g} to {actions.max():g}"
+    where = f"actions are {describe_actions(task)}, but those of the data {seen}"
+    way = "record the data with the bounds that their actions have"
+    if (fraction[moving] < 1e-5).any():
+        raise UserError(f"--env: {where}, which float32 cannot resolve; {way}")
+    if (fraction[moving] < 0.02).any():
+        say(f"{where}: the policy may choose actions far from them; {way}")
 
 
 class Dataset:
@@ -1160,48 +1337,86 @@ class Dataset:
     def __init__(
         self, config: TrainConfig, episodes, task: Task, device="cpu", factor=None
     ):
-        """Join the episodes. Raise UserError for too few transitions and for numbers out
-        of bounds.
+        """Join the episodes (Episodes or a list). Raise UserError for too few
+        transitions and for numbers out of bounds.
 
         factor: the factor of normalize_reward; None computes it from these episodes. A
         second dataset, for validation, takes the reward_factor of the first."""
-        for each in episodes:
-            check_episode(each, task)
-        recorded = [each.recorded_rewards for each in episodes]
-        returns = np.array([rewards.sum(dtype=np.float64) for rewards in recorded])
-        whole = np.array([each.whole for each in episodes], bool)
-        self.returns = returns[whole] if whole.any() else returns  # not as `lengths`
-        episodes = [each for each in episodes if len(each.rewards)]
-        self.lengths = np.array([len(each.rewards) for each in episodes], int)
+        if not isinstance(episodes, Episodes):
+            lengths = [len(each.recorded_rewards) for each in episodes]
+            episodes = Episodes([episodes], lengths)
+        arrays = self.join(episodes, task)
         n = int(self.lengths.sum())
-        self.left_out = sum(len(rewards) for rewards in recorded) - n
+        self.left_out = sum(episodes.lengths) - n
         if n < config.batch_size:
             hint = "pass a smaller --batch_size"
             if n == 0:
-                hint = "no episode holds a step with its next observation"
+                hint = "each episode is one row without a next observation; if the task "
+                hint += "ends there, mark the rows as terminals (scripts/from_table.py: "
+                hint += "--all-terminal)"
             what = f"--batch_size {config.batch_size}: the dataset has {n} transitions"
             raise UserError(f"{what}; {hint}")
-        arrays = join_columns(episodes)
+        check_bounds(arrays["actions"], task)
         self.columns = {}  # of a batch, [n, ...], except observations
         for name, array in arrays.items():
-            array = array.astype(np.float32)
             self.columns[name] = torch.as_tensor(array, device=device)
-        check_resolution(arrays["observations"])
         self.observations = self.columns.pop("observations")
-        self.reward_factor = factor or reward_factor(returns[whole], task, config)
+        whole = self.all_returns[self.whole]
+        self.returns = whole if len(whole) else self.all_returns  # not as `lengths`
+        self.reward_factor = factor or reward_factor(whole, task, config)
         rewards = self.columns["rewards"]
         rewards = transform_rewards(rewards, self.reward_factor, config)
         self.columns["rewards"] = rewards
         self.r_min = float(rewards.min())
         self.r_max = float(rewards.max())
         # A resumed run compares this to learn whether its data are still the same.
-        size = float(np.abs(arrays["observations"]).sum(dtype=np.float64))
-        self.fingerprint = [n, float(rewards.double().sum()), size]
+        self.fingerprint = [n, float(rewards.double().sum()), self.size]
         if config.cal_ql:
             self.columns["mc_returns"] = self.all_returns_to_go(config)
         # An episode has one more observation than transitions.
-        rows = np.arange(n) + np.repeat(np.arange(len(episodes)), self.lengths)
+        rows = np.arange(n)
+        rows += np.repeat(np.arange(len(self.lengths)), self.lengths)
         self.rows = torch.as_tensor(rows, device=device)
+
+    def join(self, episodes: Episodes, task: Task) -> Dict[str, np.ndarray]:
+        """Return the columns of a batch in float32, all episodes after each other, and
+        set what describes whole episodes. Raise UserError."""
+        n = sum(episodes.lengths)
+        arrays = {
+            "observations": np.empty((n + len(episodes), task.observation_dim), "f4"),
+            "actions": np.empty((n, len(task.action_low)), "f4"),
+            "rewards": np.empty(n, "f4"),
+            "terminations": np.empty(n, "f4"),
+        }
+        returns = []
+        whole = []
+        lengths = []
+        self.size = 0.0  # sum of the observations' sizes
+        first = 0  # transition
+        row = 0  # observation
+        for each in episodes:
+            check_episode(each, task)
+            returns.append(each.recorded_rewards.sum(dtype=np.float64))
+            whole.append(each.whole)
+            if len(each.rewards) == 0:
+                continue
+            last = first + len(each.rewards)
+            last_row = row + len(each.observations)
+            arrays["observations"][row:last_row] = each.observations
+            arrays["actions"][first:last] = each.actions
+            arrays["rewards"][first:last] = each.rewards
+            arrays["terminations"][first:last] = np.asarray(each.terminations) != 0
+            self.size += float(np.abs(each.observations).sum(dtype=np.float64))
+            lengths.append(len(each.rewards))
+            first = last
+            row = last_row
+        self.all_returns = np.array(returns)
+        self.whole = np.array(whole, bool)
+        self.lengths = np.array(lengths, int)
+        arrays["observations"] = arrays["observations"][:row]
+        for name in ("actions", "rewards", "terminations"):
+            arrays[name] = arrays[name][:first]
+        return arrays
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -1218,8 +1433,16 @@ class Dataset:
 
     def statistics(self) -> Tuple[Tensor, Tensor]:
         """Return mean and std + 1e-3 of the observations, [O] each, as in CORL."""
-        observations = self.observations[self.rows].double()
-        return observations.mean(0), observations.std(0, correction=0) + 1e-3
+        # In chunks, because float64 observations would take twice the dataset's memory.
+        chunks = self.rows.split(chunk_rows(self.observations))
+        total = 0.0
+        for rows in chunks:
+            total = total + self.observations[rows].double().sum(0)
+        mean = total / len(self)
+        squares = 0.0
+        for rows in chunks:
+            squares = squares + (self.observations[rows] - mean).square().sum(0)
+        return mean, (squares / len(self)).sqrt() + 1e-3
 
     def gather(self, index: Tensor) -> Dict[str, Tensor]:
         """Return the batch of the transitions at index [R, B]."""
@@ -1836,7 +2059,7 @@ class Agent(nn.Module):
         self.optimizer = self.make_optimizer(actor, critic)
         if self.config.compile and self.layout.batched and not on_gpu:
             say("--compile: not used, because it slows down stacked runs on a CPU")
-        elif self.config.compile:
+        elif self.config.compile and can_compile(self.device):
             say("compiling the losses: the first update takes a minute or so")
             torch._dynamo.config.suppress_errors = True  # then they run uncompiled
             self.layout.compile()
@@ -2418,7 +2641,8 @@ class DiscreteCQL(Agent):
 
 def make_agent(config: TrainConfig, task: Task, device="cpu", statistics=None) -> Agent:
     """Return the agent for the task's kind of actions. Raise UserError for flags of the
-    other kind and for networks that cannot be stacked."""
+    other kind or out of range, and for networks that cannot be stacked."""
+    validate_algorithm(config)
     kind = DiscreteCQL if task.discrete else ContinuousCQL
     return kind(config, task, device, statistics)
 
@@ -2600,9 +2824,12 @@ def describe_actions(task: Task) -> str:
     return f"{len(task.action_low)} in [{low:g}, {high:g}]"
 
 
-def reference_returns(task: Task, name: str) -> Tuple[Optional[List[float]], str]:
+def reference_returns(
+    task: Task, name: str, limit: Optional[int] = None
+) -> Tuple[Optional[List[float]], str]:
     """Return the returns that score 0 and 100 in an environment, and their origin: the
-    dataset, or else D4RL if the settings pay the same returns as D4RL's."""
+    dataset, or else D4RL if the settings pay the same returns as D4RL's. limit is the
+    time limit of its episodes."""
     recorded = name == task.env_id
     if task.reference is not None and (recorded or task.env_id is None):
         return task.reference, "scored by the dataset's reference returns"
@@ -2610,6 +2837,8 @@ def reference_returns(task: Task, name: str) -> Tuple[Optional[List[float]], str
     continuing = "AntMaze" in name and settings.get("continuing_task", True)
     if continuing or not settings.get("remove_task_when_completed", True):
         return None, "not scored: its settings pay other returns than D4RL's"
+    if name.startswith("AdroitHandPen-") and limit != 100:
+        return None, "not scored: D4RL's episodes have 100 steps (--max_episode_steps)"
     for prefix, reference in REFERENCE_RETURNS.items():
         if name.startswith(prefix):
             origin = "scored by D4RL's reference returns, as the dataset has none"
@@ -2659,6 +2888,26 @@ class Player:
         return sum(self.rewards), len(self.rewards), self.success, discounted
 
 
+def try_environment(env: gym.Env, task: Task, name: str) -> None:
+    """Reset the environment and take one step, so that an environment that fails does so
+    before anything is trained or recorded. Raise UserError."""
+    player = Player(env)
+    shape = env.observation_space.shape
+    action = np.array(task.action_low)
+    if not task.discrete:
+        action = (action + task.action_high) / 2
+    where = (
+        f"the environment {name} fails in a first reset or step; correct it, or pass "
+    )
+    where += "--eval_env none to train without it"
+    with errors_as(UserError, where), quiet():
+        player.reset(2**31 - 1)  # the largest seed that it will get
+        player.step(task.to_environment(action)[0])
+        if shape is not None and np.shape(player.observation) != shape:
+            found = np.shape(player.observation)
+            raise ValueError(f"observation of shape {found}, but its space has {shape}")
+
+
 class Evaluator:
     """Evaluation of every live run's policy by deterministic episodes, in parallel."""
 
@@ -2671,7 +2920,8 @@ class Evaluator:
         check_match(task, probe, self.name)
         self.players = [Player(probe)]
         self.limited = False
-        self.reference, self.whose = reference_returns(task, self.name)
+        limit = probe.get_wrapper_attr("_max_episode_steps")
+        self.reference, self.whose = reference_returns(task, self.name, limit)
 
     def describe(self) -> str:
         """Return the opening line: environment, settings, time limit, reference."""
@@ -2852,7 +3102,7 @@ class Online:
 # Logging and checkpoints
 # ======================================================================================
 
-VERSION = 7  # layout of checkpoints
+VERSION = 8  # layout of checkpoints
 
 
 class Table:
@@ -3223,8 +3473,9 @@ def run_directory(config: TrainConfig) -> Optional[Path]:
     if not isinstance(names, list):
         names = [names]
     label = "+".join([config.name] + [name.removesuffix(".hdf5") for name in names])
-    safe = re.sub(r"[^\w.+-]+", "-", label).strip(".-")[:120]
-    return Path(config.checkpoints_path) / f"{safe}-{uuid.uuid4().hex[:8]}"
+    safe = re.sub(r"[^\w.+-]+", "-", label).strip(".-")
+    short = safe.encode()[:120].decode(errors="ignore")  # a name has at most 255 bytes
+    return Path(config.checkpoints_path) / f"{short}-{uuid.uuid4().hex[:8]}"
 
 
 def lock_directory(directory: Path) -> filelock.BaseFileLock:
@@ -3328,7 +3579,9 @@ class Run:
         self.wandb = WandbLogger(config, directory, self.agent.runs, ids)
         runs = f"{len(self.agent.runs)} run(s) on {self.agent.device}"
         steps = f"updates {self.step:,} to {self.total:,}"
-        if self.online:
+        if self.step == self.total:
+            steps = f"no updates left after {self.step:,}"
+        elif self.online:
             steps += f", online after {self.offline:,}"
         say(f"training {runs}, {steps}, in {directory or 'no directory'}")
         if checkpoint is not None:  # a kill may have come before the last best.pt
@@ -3607,7 +3860,10 @@ def load(config: TrainConfig, checkpoint: Optional[dict], device):
         n_actions = math.prod(fields["action_shape"])
         if n_actions == len(task.action_low):  # otherwise Evaluator refuses it
             task = dataclasses.replace(task, **fields)
-    evaluator = Evaluator(config, task, probe) if probe else None
+    evaluator = None
+    if probe is not None:
+        evaluator = Evaluator(config, task, probe)
+        try_environment(probe, task, config.eval_env or env_id)
     data = None
     if episodes is not None:
         data = Dataset(config, episodes, task, device)
@@ -3688,6 +3944,7 @@ def describe_seen_actions(task: Task, actions: Tensor) -> None:
 def train(config: TrainConfig) -> int:
     """Train all runs of the config. Return the exit status. Raise UserError for bad
     input, before anything is written, and MachineError."""
+    validate(config)
     keep_freed_memory()
     device = pick_device(config)
     directory = run_directory(config)
@@ -3702,6 +3959,11 @@ def train(config: TrainConfig) -> int:
         resumed = True
     elif config.load_model:
         checkpoint = read_checkpoint(config.load_model)
+
+    # Decided once, because a compiled update rounds otherwise than an eager one.
+    if config.compile is None:
+        kept = checkpoint["config"]["compile"] if resumed else worth_compiling(config)
+        config = dataclasses.replace(config, compile=kept)
 
     # Data and environment, agent, source of batches.
     data, task, evaluator = load(config, checkpoint, device)

@@ -12,7 +12,9 @@ CUDA graphs on a GPU (benchmarks/gpu.py measures those). The sides take turns (A
 result is the median of the rounds' ratios. `--peer none` times cql.py alone.
 
 --peer old compares with an older cql.py, which makes the same updates with the same
-flags: that of commit bd30250, or one with the same functions.
+flags: that of commit bd30250, or one with the same functions. --peer eager compares a
+`-compiled` case with the same one that is not compiled; start_s has the seconds of the
+first updates, in which compiling happens.
 
 d3rlpy 2.8.1 is set to the same sizes, Adam, learning rates, K, importance sampling and
 penalty weight, without Lagrange (alpha_learning_rate 0) and entropy in the target; on a
@@ -106,6 +108,14 @@ CASES = {
     # By torch.compile, whose minutes of start fall into the warm-up:
     "hopper-compiled": Case(flags={"compile": True}),
     "hopper-k1-compiled": Case(flags={"compile": True, "cql_backward_actions": 1}),
+    "hopper-bf16-k1-s64-compiled": Case(
+        flags={
+            "compile": True,
+            "precision": "bf16",
+            "cql_backward_actions": 1,
+            "cql_states": 64,
+        }
+    ),
     # One size at a time, the others as in "hopper" (R = 1, K = 10, O = 11):
     **{f"R{n}": Case(n_runs=n) for n in (4, 16)},
     **{f"K{n}": Case(n_actions=n) for n in (4, 50)},
@@ -143,6 +153,13 @@ def load_cql(file: Path):
     return module
 
 
+def eager(case: Case, device: str):
+    """cql.py without torch.compile."""
+    return cql_py(
+        dataclasses.replace(case, flags={**case.flags, "compile": False}), device
+    )
+
+
 def cql_py(case: Case, device: str, file: Path = ROOT / "cql.py"):
     import torch
     from gymnasium.spaces import Box
@@ -152,7 +169,7 @@ def cql_py(case: Case, device: str, file: Path = ROOT / "cql.py"):
         seed=list(range(case.n_runs)), batch_size=case.batch_size, cql_alpha=WEIGHT,
         hidden_dim=case.hidden[0], q_n_hidden_layers=len(case.hidden),
         cql_n_actions=case.n_actions, n_critics=case.n_critics, policy_lr=POLICY_LR,
-        qf_lr=CRITIC_LR, device=device, **case.flags,
+        qf_lr=CRITIC_LR, device=device, **{"compile": False, **case.flags},
     )  # fmt: skip
     cql.keep_freed_memory()  # as `train` does
     device = cql.pick_device(config)
@@ -315,7 +332,13 @@ def torchrl(case: Case, device: str):
     return version, size, lambda: [update(draw()) for _, update in agents]
 
 
-PEERS = {"cql.py": cql_py, "old": cql_py, "d3rlpy": d3rlpy, "torchrl": torchrl}
+PEERS = {
+    "cql.py": cql_py,
+    "old": cql_py,
+    "eager": eager,
+    "d3rlpy": d3rlpy,
+    "torchrl": torchrl,
+}
 
 
 def work(peer: str, case: dict, device: str, threads: int, old: str) -> None:
@@ -367,7 +390,7 @@ def compare(name: str, options):
             command = [python, __file__, "--work", spec]
             workers[peer] = worker = subprocess.Popen(command, env=env, **pipes)
             abouts[peer] = ask(worker)
-            ask(worker, "run", options.warmup)
+            abouts[peer]["start_s"] = round(ask(worker, "run", options.warmup)[0], 2)
             rate = options.warmup / ask(worker, "run", options.warmup)[0]
             updates[peer] = max(1, round(options.seconds * rate))
             print(f"{name}: {peer}: {abouts[peer]}, {updates[peer]} updates a round")
@@ -398,7 +421,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--peer", default="d3rlpy", choices=["d3rlpy", "torchrl", "old", "none"])
+    add(
+        "--peer", default="d3rlpy", choices=["d3rlpy", "torchrl", "old", "eager", "none"]
+    )
     add("--peer-python", default=sys.executable, help="interpreter that has the peer")
     add("--old", type=Path, help="the older cql.py, of --peer old")
     add(

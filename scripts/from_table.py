@@ -15,8 +15,10 @@ observation, and its action and reward are dropped.
 Flags take column names or patterns, separated by commas. A pattern skips the
 columns that other flags name and columns without a name ("Unnamed: 0"), so
 --observations '*' selects all the others. An array [n, k] of an npz file
-becomes k columns, name_0 to name_{k-1}. A single action column of integers or
-of text is discrete; other actions are a box. In the numeric columns of a CSV
+becomes k columns, name_0 to name_{k-1}; arrays that no flag selects are not
+read. A single action column of integers or of text is discrete; other actions
+are a box. Columns of decimals, of a partitioned Parquet file and of pandas'
+Categorical type have the type of their values. In the numeric columns of a CSV
 file, "NA", "nan" and similar words are missing values; in text columns only an
 empty cell is. Messages count rows from 1, without the header.
 
@@ -32,6 +34,7 @@ query a trained policy, with cql.py's directory and scripts/ on the path:
 import argparse
 import difflib
 import json
+import math
 import os
 import pickle
 import re
@@ -179,11 +182,11 @@ def choose(columns: List[str], text: str, flag: str, skipped=()) -> List[str]:
     return list(dict.fromkeys(chosen))
 
 
-def choose_columns(table: DataFrame, flags: Namespace) -> dict:
+def choose_columns(names: List[str], flags: Namespace) -> dict:
     """Return the content of columns.json as far as the flags determine it.
 
-    learn_columns adds the rest. Raise UserError for unknown or conflicting columns."""
-    names = list(table.columns)
+    names are those of the table's columns. learn_columns adds the rest. Raise UserError
+    for unknown or conflicting columns."""
     single = []
     for flag in ("episode", "done", "time", "terminal", "rewards"):
         name = getattr(flags, flag)
@@ -202,8 +205,6 @@ def choose_columns(table: DataFrame, flags: Namespace) -> dict:
     if flags.categorical:
         both = observations + actions
         categorical = choose(both, flags.categorical, "categorical")
-    if len(actions) == 1 and is_text(table[actions[0]]) and not flags.continuous:
-        categorical += actions
     if len(actions) > 1 and set(actions) & set(categorical):
         problem = "a categorical action needs a single column"
         raise UserError(f"--actions: {len(actions)} columns, but {problem}; pass one")
@@ -220,21 +221,77 @@ def choose_columns(table: DataFrame, flags: Namespace) -> dict:
     }
 
 
+def selected(columns: dict, flags: Namespace) -> List[str]:
+    """Return the names of all columns that the flags select."""
+    single = (flags.episode, flags.done, flags.time, flags.terminal, flags.rewards)
+    names = [*columns["observations"], *columns["actions"], *single]
+    return [name for name in dict.fromkeys(names) if name is not None]
+
+
 # ---- Reading and checking ----
 
 
-def read_npz(path: Path) -> DataFrame:
-    """Read an npz file. An array [n] becomes one column, an array [n, k] k columns."""
-    columns = {}
+def read_header(arrays: np.lib.npyio.NpzFile, name: str) -> Tuple[tuple, np.dtype]:
+    """Return the shape and type of an array of an npz file without reading its data."""
+    with arrays.zip.open(f"{name}.npy") as file:
+        if np.lib.format.read_magic(file) == (1, 0):
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        else:
+            shape, _, dtype = np.lib.format.read_array_header_2_0(file)
+    return shape, dtype
+
+
+def check_array(name: str, shape: tuple, dtype: np.dtype) -> None:
+    """Raise UserError if an array does not hold numbers or text for each row."""
+    if dtype.names:
+        found = "is structured"
+        hint = "save each of its fields as an array"
+    elif dtype.hasobject:
+        found = "holds Python objects, for example one array for each episode"
+        hint = "concatenate the episodes, and save each row's episode in another array"
+    elif not shape:
+        found = "is a single value"
+        hint = "name the arrays to use, or save one value for each step"
+    else:
+        return
+    expected = "expected numbers or text, with one row for each step"
+    raise UserError(f"array {name} {found}; {expected}; {hint}")
+
+
+def column_names(name: str, shape: tuple) -> List[str]:
+    """Return the names of the columns that an array of an npz file becomes."""
+    if len(shape) < 2:
+        return [name]
+    return [f"{name}_{k}" for k in range(math.prod(shape[1:]))]
+
+
+def read_npz(path: Path, flags: Namespace) -> DataFrame:
+    """Read the arrays of an npz file that the flags select.
+
+    An array [n] becomes one column, an array [n, k] k columns. Raise UserError for an
+    array that cannot be columns, and for arrays of different lengths."""
+    table = {}
+    lengths = {}
     with np.load(path, allow_pickle=False) as arrays:
-        for name, array in arrays.items():
-            if array.ndim == 1:
-                columns[name] = array
+        headers = {name: read_header(arrays, name) for name in arrays.files}
+        names = []
+        for name, (shape, _) in headers.items():
+            names += column_names(name, shape)
+        used = selected(choose_columns(names, flags), flags)
+        for name, (shape, dtype) in headers.items():
+            columns = column_names(name, shape)
+            if set(columns).isdisjoint(used):
                 continue
-            flat = array.reshape(len(array), -1)
-            for k in range(flat.shape[1]):
-                columns[f"{name}_{k}"] = flat[:, k]
-    return DataFrame(columns)
+            check_array(name, shape, dtype)
+            # pandas only supports the native byte order.
+            array = arrays[name].astype(dtype.newbyteorder("="), copy=False)
+            lengths[name] = len(array)
+            table.update(zip(columns, array.reshape(len(array), len(columns)).T))
+    if len(set(lengths.values())) > 1:
+        found = ", ".join(f"{name} has {n:,} rows" for name, n in lengths.items())
+        problem = "expected one row for each step in all of them"
+        raise UserError(f"{path}: {found}; {problem}; save arrays of the same length")
+    return DataFrame(table)
 
 
 def read_csv(path: Path) -> DataFrame:
@@ -254,22 +311,24 @@ def read_csv(path: Path) -> DataFrame:
     return table
 
 
-def read_table(path: Path) -> DataFrame:
-    """Return the rows of a file, indexed from 1.
+def read_table(flags: Namespace) -> DataFrame:
+    """Return the rows of the file, indexed from 1.
 
     Raise UserError if the file is missing, empty, unreadable or of another type."""
+    path = flags.table
+    name = path.name.lower()
     if not path.exists():
         raise UserError(f"{path}: no such file")
     try:
-        if path.name.endswith((".csv", ".csv.gz")):
+        if name.endswith((".csv", ".csv.gz")):
             table = read_csv(path)
-        elif path.name.endswith(".parquet"):
+        elif name.endswith(".parquet"):
             table = pd.read_parquet(path)
             if not isinstance(table.index, pd.RangeIndex):
                 unnamed = set(table.index.names) == {None}
                 table = table.reset_index(drop=unnamed)
-        elif path.name.endswith(".npz"):
-            table = read_npz(path)
+        elif name.endswith(".npz"):
+            table = read_npz(path, flags)
         else:
             raise UserError(f"{path}: expected a .csv, .csv.gz, .parquet or .npz file")
     except UserError:
@@ -286,6 +345,30 @@ def read_table(path: Path) -> DataFrame:
     return table
 
 
+def by_value(column: Series) -> Series:
+    """Return a column with the type of its values, whatever type stores them.
+
+    Categoricals, decimals and Python objects become numbers or text. Decimals without
+    a fraction become integers. Raise UserError for a column of lists."""
+    if column.dtype.kind != "O":  # a type of numbers or times
+        return column
+    values = column.astype(object)
+    kind = pd.api.types.infer_dtype(values)
+    if kind == "decimal":
+        exponents = values.dropna().map(lambda value: value.as_tuple().exponent)
+        if exponents.min() >= 0:
+            values = values.map(int, na_action="ignore")
+    if kind in ("boolean", "integer", "floating", "mixed-integer-float", "decimal"):
+        return pd.to_numeric(values)
+    if kind == "bytes":
+        values = values.str.decode("utf-8", errors="backslashreplace")
+    elif kind == "mixed" and values.map(pd.api.types.is_list_like).any():
+        problem = "holds lists; expected a number or text in each row"
+        hint = "save one column for each element"
+        raise UserError(f"column {column.name} {problem}; {hint}")
+    return values.infer_objects()
+
+
 def numbers(column: Series) -> np.ndarray:
     """Return a column as float64 [n], with NaN for missing values."""
     return column.to_numpy(float, na_value=np.nan)
@@ -293,7 +376,7 @@ def numbers(column: Series) -> np.ndarray:
 
 def is_numeric(column: Series) -> bool:
     """Return whether a column is stored as numbers or booleans."""
-    return pd.api.types.is_numeric_dtype(column)
+    return column.dtype.kind in "iufb"
 
 
 def not_numeric(column: Series) -> np.ndarray:
@@ -375,9 +458,12 @@ def check_resolution(name: str, values: np.ndarray) -> None:
 def times(column: Series) -> Series:
     """Return a column of numbers or ISO 8601 times in a sortable form.
 
-    Raise UserError for other text."""
+    Numbers stored as text are sorted as numbers. Raise UserError for other text."""
     if not pd.api.types.is_string_dtype(column):
         return column
+    parsed = pd.to_numeric(column, errors="coerce")
+    if parsed.notna().all():
+        return parsed
     parsed = pd.to_datetime(column, format="ISO8601", utc=True, errors="coerce")
     problem = "is neither a number nor a time; expected a form like 2024-12-31 23:59"
     refuse(column, parsed.isna(), problem)
@@ -461,16 +547,17 @@ def encode(table: DataFrame, columns: dict) -> np.ndarray:
     unknown category."""
     parts = []
     for name in columns["observations"]:
+        column = by_value(table[name])
         if name in columns["categories"]:
             known = columns["categories"][name]
-            unknown = table[name][~table[name].isin(known)]
+            unknown = column[~column.isin(known)]
             if len(unknown):
                 problem = f"is not one of the {len(known):,} categories in columns.json"
                 raise UserError(f"column {name}: {unknown.iloc[0]} {problem}")
             for value in known:
-                parts.append((table[name] == value).to_numpy(float))
+                parts.append((column == value).to_numpy(float))
         else:
-            parts.append(numbers(table[name]) - columns["centers"].get(name, 0.0))
+            parts.append(numbers(column) - columns["centers"].get(name, 0.0))
     return np.stack(parts, axis=1).astype(np.float32)
 
 
@@ -540,10 +627,15 @@ def read_rows(flags: Namespace) -> Tuple[Rows, gym.Space, dict]:
 
     Return its rows, the action space and the content of columns.json. Raise UserError
     for invalid data."""
-    table = read_table(flags.table)
-    columns = choose_columns(table, flags)
+    table = read_table(flags)
+    columns = choose_columns(list(table.columns), flags)
+    used = selected(columns, flags)
+    table = DataFrame({name: by_value(table[name]) for name in used})
     observed = columns["observations"]
     categories = columns["categories"]
+    action = columns["actions"][0]
+    if len(columns["actions"]) == 1 and is_text(table[action]) and not flags.continuous:
+        categories[action] = None
     if flags.episode:
         check(table[flags.episode], categorical=True)
     if flags.time:
@@ -569,6 +661,8 @@ def read_rows(flags: Namespace) -> Tuple[Rows, gym.Space, dict]:
     )
     print(f"{flags.table}: {len(table):,} rows, {ends.sum():,} episodes", end="")
     print(f"; {n_missing:,} missing observations filled" if n_missing else "")
+    if not flags.time:
+        print_split(episode)
     return rows, space, columns
 
 
@@ -651,6 +745,19 @@ def write(
 # ---- Summary ----
 
 
+def print_split(episode: Series) -> None:
+    """Print the number of episodes whose rows are not contiguous in the file.
+
+    The argument is the result of sort_rows."""
+    in_file = episode.sort_index()
+    starts = in_file[in_file.diff() != 0]  # the first row of each contiguous part
+    n_split = starts[starts.duplicated()].nunique()
+    if n_split:
+        print(f"rows of {n_split:,} ids are not contiguous in the file;", end=" ")
+        print("each id is one episode in file order;", end=" ")
+        print("if that is wrong, pass --time or make the ids unique")
+
+
 def print_columns(rows: Rows, space: gym.Space, columns: dict, reward: str) -> None:
     """Print statistics of each column and the counts of discrete actions.
 
@@ -665,6 +772,7 @@ def print_columns(rows: Rows, space: gym.Space, columns: dict, reward: str) -> N
     table[f"reward {reward}"] = rows.rewards[known]
     shown = ["mean", "std", "min", "1%", "99%", "max"]
     summary = table.describe(percentiles=[0.01, 0.99]).T[shown]
+    summary["std"] = table.std(ddof=0)  # 0 instead of NaN for a single transition
     print(summary.to_string(max_rows=24, float_format="{:.4g}".format))
     for name, center in columns["centers"].items():
         print(f"{name}: its mean {center!r} is subtracted")
@@ -711,11 +819,18 @@ def convert(flags: Namespace) -> None:
             raise UserError(f"{where}: exists but is not a dataset; {hint}")
         if not flags.overwrite:
             raise UserError(f"{where}: already exists; {hint} or pass --overwrite")
+    for parent in flags.out.absolute().parents:
+        if parent.is_file():
+            problem = f"{parent} is a file, not a directory; choose another directory"
+            raise UserError(f"--out {flags.out}: {problem}")
     rows, space, columns = read_rows(flags)
     episodes = split_episodes(rows)
     if not episodes:
         problem = "no transitions, because each episode is one row that is not terminal"
-        hint = "check the flags that mark episodes and terminal rows"
+        hint = "if every row is a complete episode (a bandit), pass --all-terminal"
+        if flags.terminal:
+            hint += " instead of --terminal"
+        hint += f"; otherwise check --{'episode' if flags.episode else 'done'}"
         raise UserError(f"{flags.table}: {problem}; {hint}")
     write(flags.out, episodes, space, columns)
     print_columns(rows, space, columns, flags.rewards)
@@ -744,4 +859,5 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # not every terminal can show every name
     sys.exit(main())

@@ -106,7 +106,7 @@ OURS = {
         "cql_backward_actions": 0,
         "cql_states": 0,
         "precision": "fp32",
-        "compile": False,
+        "compile": None,
     },
 }
 GROUPS = {name: {**flags, **OURS[name]} for name, flags in CORL.items()}
@@ -217,7 +217,7 @@ def test_help_tells_meaning_and_default(flag, help_texts):
 
 def test_every_flag_is_read():
     """Every flag is read outside of its validation, so none is accepted and unused."""
-    checks = "check_number algorithm_mistakes phase_mistakes validate".split()
+    checks = "check_number algorithm_mistakes phase_mistakes validate_algorithm".split()
     tree, used = ast.parse(Path(cql.__file__).read_text()), set(cql.SWEPT)
     for body in tree.body:
         if getattr(body, "name", "") in checks:
@@ -324,25 +324,25 @@ def test_the_product_of_lists():
     "argv, fragments",
     [
         # Types
-        ("--normalize flase", "--normalize bool 'flase'"),
-        ("--normalize 1", "--normalize bool"),
-        ("--normalize null", "--normalize bool"),
-        ("--seed 1.5", "--seed 1.5 int"),
-        ("--seed true", "--seed int"),
-        ("--seed one", "--seed int"),
-        ("--seed ''", "--seed int"),
-        ("--seed None", "--seed int"),
+        ("--normalize flase", "--normalize true 'flase'"),
+        ("--normalize 1", "--normalize true"),
+        ("--normalize null", "--normalize true"),
+        ("--seed 1.5", "--seed 1.5 whole"),
+        ("--seed true", "--seed whole"),
+        ("--seed one", "--seed whole"),
+        ("--seed ''", "--seed whole"),
+        ("--seed None", "--seed whole"),
         ("--seed 1e400", "--seed"),
         ("--seed", "--seed value"),
         ("--seed --name x", "--seed value"),
         ("--device", "--device value"),
         ("--config_path", "--config_path value"),
-        ("--batch_size [8,16]", "--batch_size int"),
-        ("--batch_size 8.5", "--batch_size int"),
-        ("--batch_size null", "--batch_size int"),
-        ("--n_target_critics none", "--n_target_critics int"),
-        ("--max_timesteps 1e-3", "--max_timesteps int"),
-        ("--discount [0.9,0.99]", "--discount float"),
+        ("--batch_size [8,16]", "--batch_size whole"),
+        ("--batch_size 8.5", "--batch_size whole"),
+        ("--batch_size null", "--batch_size whole"),
+        ("--n_target_critics none", "--n_target_critics whole"),
+        ("--max_timesteps 1e-3", "--max_timesteps whole"),
+        ("--discount [0.9,0.99]", "--discount number"),
         # Lists
         ("--seed 0 1 2", "'1' '[0, 1]'"),
         ("--seed 0,1", "--seed '[0, 1]'"),
@@ -693,15 +693,15 @@ def effective(values):
     [
         ("max_timestep: 5", "max_timestep max_timesteps"),
         ("5: 5", "5 unknown"),
-        ("normalize: flase", "normalize bool flase"),
-        ("normalize: 'true'", "normalize bool"),
-        ("seed: 1.5", "seed int 1.5"),
-        ("seed: true", "seed int True"),
-        ("seed:", "seed int None"),
+        ("normalize: flase", "normalize true flase"),
+        ("normalize: 'true'", "normalize true"),
+        ("seed: 1.5", "seed whole 1.5"),
+        ("seed: true", "seed whole True"),
+        ("seed:", "seed whole None"),
         ("seed: [0, 0]", "seed twice"),
         ("seed: {a: 1}", "seed"),
-        ("name: true", "name str"),
-        ("batch_size: [8, 16]", "batch_size int"),
+        ("name: true", "name text"),
+        ("batch_size: [8, 16]", "batch_size whole"),
         ("discount: 1.5", "discount"),
         ("discount: .nan", "discount"),
         ("env: []", "env empty"),
@@ -1040,7 +1040,7 @@ def test_fewer_transitions_than_a_batch(refused, toy, tmp_path):
     refused(None, "--batch_size 8", "7 ", env=file)
     cut = random_episodes([1], ends="cut")  # its only next observation is unknown
     file = d4rl_file(tmp_path / "none.hdf5", cut, next_observations=None)
-    refused(None, "0 transitions; no episode", env=file, batch_size=1)
+    refused(None, "0 transitions; each episode is one row", env=file, batch_size=1)
 
 
 def test_the_episode_named_counts_those_left_out(refused, tmp_path):
@@ -1322,3 +1322,76 @@ def test_nothing_is_evaluated(asked, toy, tmp_path):
     assert (status, err) == (0, "") and "evaluation: none" in out
     if asked:
         assert "recorded" not in out
+
+
+# --------------------------------------------------------------------------------------
+# From Python, other terminals, other places
+# --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, fragment",
+    [
+        ({"penalty": "foo"}, "--penalty foo: must be one of"),
+        ({"batch_size": 0}, "--batch_size 0: must be at least 1"),
+        ({"seed": []}, "--seed []"),
+    ],
+)
+def test_a_config_from_python_is_validated(tmp_path, flags, fragment):
+    config = cql.TrainConfig(env=str(tmp_path), checkpoints_path=str(tmp_path), **flags)
+    task = cql.make_task(gym.spaces.Box(-1, 1, (3,)), gym.spaces.Box(-1, 1, (2,)))
+    for start in (lambda: cql.train(config), lambda: cql.make_agent(config, task)):
+        with pytest.raises(cql.UserError, match=re.escape(fragment)):
+            start()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_terminal_that_lacks_letters(tmp_path, encoding):
+    path = d4rl_file(
+        tmp_path / "\u6570\u636e.hdf5",
+        random_episodes([20]),
+        timeouts=None,
+        next_observations=None,
+    )
+    argv = make_data.arguments(env=path, eval_env="none", resume=tmp_path / "l\u00e4uft")
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "WANDB_MODE": "disabled"}
+    done = subprocess.run(
+        [sys.executable, cql.__file__, *argv],
+        env=environment,
+        capture_output=True,
+        cwd=tmp_path,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    out = done.stdout.decode(encoding)
+    assert ("\u6570\u636e" if encoding == "utf-8" else "??") in out
+    assert ("l?uft" if encoding == "ascii" else "l\u00e4uft") in out
+
+
+def test_a_long_name_of_a_directory(tmp_path):
+    """A name has at most 255 bytes, of which these letters take three each."""
+    names = ["\u6570\u636e" * 60 + f"{i}.hdf5" for i in range(2)]
+    config = cql.TrainConfig(env=names, checkpoints_path=str(tmp_path))
+    directory = cql.run_directory(config)
+    directory.mkdir()
+    assert directory.name.startswith("CQL+\u6570\u636e")
+    assert cql.run_directory(config) != directory
+
+
+@pytest.mark.parametrize("name", ["LOG.CSV", "log.csv.gz", "a.NPZ", "b.Parquet"])
+def test_a_table_is_sent_to_from_table(refused, tmp_path, name):
+    (tmp_path / name).write_bytes(b"a,b")
+    refused(None, name, "scripts/from_table.py", env=name)
+
+
+def test_a_home_that_cannot_be_written(refused, monkeypatch):
+    monkeypatch.delenv("MINARI_DATASETS_PATH")
+    monkeypatch.setenv("HOME", "/proc/nowhere")
+    error = refused(None, "set MINARI_DATASETS_PATH", env="mujoco/hopper/medium-v0")
+    assert "damaged" not in error
+
+
+def test_datasets_that_cannot_be_written(refused, monkeypatch):
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: None)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    refused(None, "not writable; set MINARI_DATASETS_PATH", env="mujoco/hopper/x-v0")

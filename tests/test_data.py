@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 import sys
+import tracemalloc
 import warnings
 from collections import namedtuple
 
@@ -234,6 +235,12 @@ def test_a_guess_gives_way_to_eval_env(in_tmp):
             super().__init__()
             self.observation_space = Box(-9, 9, hopper.shape)
             self.action_space = Box(shape=(3,), dtype=np.float32, **space)
+
+        def _observation(self, reward):
+            return np.zeros(hopper.shape, np.float32)
+
+        def step(self, action):
+            return self._observation(0.0), 0.0, False, False, {}
 
     gym.register("CqlRobot-v0", Robot, max_episode_steps=5)
     try:
@@ -543,6 +550,62 @@ def test_the_run_says_what_is_left_out(in_tmp):
     assert "15 transitions, 3 episodes (3 more" in told and "left out" in told
 
 
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_next_observations_in_another_type(tmp_path, kind, capsys):
+    """Numbers that were rounded to their type are the same numbers."""
+    episodes = random_episodes([20, 20, 20], ends="timeout")
+    after = np.concatenate([e["observations"][1:] for e in episodes]).astype(kind)
+    dataset = load(d4rl_file(tmp_path / "x.hdf5", episodes, next_observations=after))
+    assert list(dataset.lengths) == [20, 20, 20] and capsys.readouterr().out == ""
+    batch = everything(dataset)
+    np.testing.assert_array_equal(batch.next_observations[19::20], after[19::20])
+
+
+def test_rounded_next_observations_are_reported(in_tmp):
+    """Coarser rounding cuts episodes, which one message counts."""
+    episodes = random_episodes([20, 20, 20], ends="timeout")
+    after = np.concatenate([e["observations"][1:] for e in episodes]).round(2)
+    file = d4rl_file(in_tmp / "x.hdf5", episodes, next_observations=after)
+    status, out, _ = run(env=file, resume="out")
+    assert status == 0 and "x.hdf5: 57 row(s) without a flag end an episode" in out
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 20, 1000])
+def test_the_size_of_chunks_changes_nothing(tmp_path, chunk, monkeypatch):
+    episodes = random_episodes([1, 20, 3, 30], ends="timeout")
+    file = d4rl_file(tmp_path / "x.hdf5", episodes, timeouts=None)
+    monkeypatch.setattr(cql, "chunk_rows", lambda array: chunk)
+    dataset = load(file)
+    assert list(dataset.lengths) == [1, 20, 3, 30]
+    same(everything(dataset), transitions(episodes))
+    mean, std = dataset.statistics()
+    np.testing.assert_allclose(mean, states(episodes).mean(0), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(std, states(episodes).std(0) + 1e-3, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["minari", "hdf5"])
+def test_loading_takes_little_more_memory_than_the_dataset(tmp_path, kind):
+    """The largest memory of Python and NumPy is at most twice the Dataset's."""
+    episodes = random_episodes([1000] * 60, obs_dim=40)
+    path = tmp_path / "x.hdf5"
+    if kind == "hdf5":
+        d4rl_file(path, episodes)
+    else:
+        path = minari_dataset(tmp_path, "toy/large-v0", episodes)
+    del episodes
+    load(path)  # libraries are imported
+    tracemalloc.start()
+    try:
+        dataset = load(path)
+        dataset.statistics()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    tensors = [dataset.observations, dataset.rows, *dataset.columns.values()]
+    size = sum(tensor.nbytes for tensor in tensors)
+    assert size < peak < 2 * size
+
+
 def test_a_d4rl_file_that_does_not_say_where_episodes_end(in_tmp, capsys):
     episodes = random_episodes([30, 30], ends="timeout")
     nothing = {"timeouts": None, "next_observations": None}
@@ -550,7 +613,7 @@ def test_a_d4rl_file_that_does_not_say_where_episodes_end(in_tmp, capsys):
     assert "timeouts" in line(capsys.readouterr().out, "x.hdf5")
     assert list(dataset.lengths) == [59] and dataset.left_out == 1
     dataset = load(d4rl_file(in_tmp / "y.hdf5", episodes, timeouts=None))
-    assert capsys.readouterr().out == ""
+    assert "y.hdf5: 1 row(s) without a flag end an episode" in capsys.readouterr().out
     assert list(dataset.lengths) == [30, 30] and dataset.left_out == 0
 
 
@@ -649,6 +712,7 @@ def test_evaluation_flattens_as_the_data(layout, in_tmp):
     finally:
         del gym.registry["CqlSpy-v0"]
     policy = cql.load_policy("out/checkpoint.pt")
+    del Spy.seen[0]  # the environment was tried before training
     assert len(Spy.seen) >= 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -728,7 +792,7 @@ def test_eval_env_says_what_the_actions_are(actions, name, described, levers, in
     assert (status, err) == (0, "")
     assert line(out, "actions:") == f"actions: {described}"
     assert "taken as a box" not in out or "discrete" not in described
-    assert len(Levers.done) == 5
+    assert len(Levers.done) == 6  # one when it was tried before training
     taken = everything(loaded(file, eval_env=name)[0]).actions
     np.testing.assert_array_equal(taken.ravel(), actions.ravel())
 
@@ -775,9 +839,30 @@ def test_actions_are_cast_to_the_environment_s_type(name, stored, levers, in_tmp
     file.write_text(json.dumps({**metadata, "action_space": json.dumps(space)}))
     flags = {"max_timesteps": 60, "policy_lr": 1e-2}  # far from acting like zero
     status, _, err = run(env=path, resume="out", **flags)
-    assert (status, err) == (0, "") and len(Levers.done) == 5
+    assert (status, err) == (0, "") and len(Levers.done) == 6
     action = cql.load_policy("out/checkpoint.pt")(np.zeros(3, np.float32))
-    np.testing.assert_allclose(action, Levers.done[0], rtol=1e-5)
+    np.testing.assert_allclose(action, Levers.done[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("bound, fragment", [(1e6, "cannot resolve"), (3e38, "cannot")])
+def test_bounds_in_which_float32_cannot_resolve_the_actions(bound, fragment, tmp_path):
+    """A simulator that records 1e6 or the largest float for "no bounds"."""
+    env = gym.make("CqlToy-v0", low=-bound, high=bound)
+    path = minari_dataset(tmp_path, "toy/wide-v0", random_episodes([40]), env=env)
+    with pytest.raises(cql.UserError, match=fragment) as error:
+        load(path)
+    assert "bounds" in str(error.value)
+
+
+@pytest.mark.parametrize("bound, reported", [(1.0, False), (10.0, False), (200.0, True)])
+def test_bounds_far_wider_than_the_actions_are_reported(
+    bound, reported, tmp_path, capsys
+):
+    env = gym.make("CqlToy-v0", low=-bound, high=bound)
+    episodes = random_episodes([40])
+    episodes[0]["actions"][:, 1] = 0.25  # an action that is always the same may be meant
+    load(minari_dataset(tmp_path, "toy/wide-v0", episodes, env=env))
+    assert ("far from them" in capsys.readouterr().out) == reported
 
 
 @pytest.mark.parametrize("low, high", [([-2, 0], [6, 0.5]), ([0, -1e-3], [100, 1e-3])])
@@ -1160,12 +1245,23 @@ def task_in(env_id, **more):
 def test_the_table_of_references(env_id, low, high):
     settings = {"continuing_task": False} if "AntMaze" in env_id else {}
     task = task_in(env_id, env_kwargs=settings)
-    reference, whose = cql.reference_returns(task, env_id)
+    limit = 100 if "Pen" in env_id else 1000
+    reference, whose = cql.reference_returns(task, env_id, limit)
     assert reference == [low, high] and "D4RL" in whose
     assert cql.normalized_score((low + high) / 2, reference) == pytest.approx(50)
     own = dataclasses.replace(task, reference=[1.0, 2.0])
     reference, whose = cql.reference_returns(own, env_id)
     assert reference == [1, 2] and "D4RL" not in whose
+
+
+@pytest.mark.parametrize("limit", [None, 200])
+def test_longer_episodes_of_the_pen_are_not_scored(limit):
+    """D4RL's returns are those of 100 steps; gymnasium-robotics plays 200."""
+    task = task_in("AdroitHandPen-v1")
+    reference, why = cql.reference_returns(task, "AdroitHandPen-v1", limit)
+    assert reference is None and "100 steps" in why
+    own = dataclasses.replace(task, reference=[1.0, 2.0])
+    assert cql.reference_returns(own, "AdroitHandPen-v1", limit)[0] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -1337,6 +1433,6 @@ def test_bad_numbers_are_told_in_one_line(fault, in_tmp, recwarn):
         table[3] = np.inf if fault == "infinite" else 2e38
         changes["observations"] = table
     path = d4rl_file(in_tmp / "bad.hdf5", episodes, **changes)
-    status, _, error = run(env=path, resume="out", normalize=False, max_timesteps=3)
+    status, _, error = run(env=path, resume="out", normalize=False, max_timesteps=30)
     assert (status, error.count("\n")) == ((3, 0) if fault == "huge" else (2, 1))
     assert not [str(warning.message) for warning in recwarn]

@@ -3,11 +3,13 @@
 import csv
 import io
 import json
+import os
 import random
 import subprocess
 import sys
 from collections import namedtuple
 from contextlib import redirect_stderr, redirect_stdout
+from decimal import Decimal
 from pathlib import Path
 
 import minari
@@ -413,6 +415,260 @@ def test_times_as_text(tmp_path):
     assert u.rewards.tolist() == [3, 1] and v.rewards.tolist() == [4, 2]
 
 
+WALK = (
+    "--episode id --time t --observations x,ward --categorical ward --actions a "
+    "--rewards r --terminal end"
+).split()
+
+
+def walk():
+    """Return the shuffled rows of two episodes of 12 steps; the second one terminates.
+
+    Their times have another order as text."""
+    rows = []
+    for episode in (7, 8):
+        for t in range(12):
+            row = {
+                "id": episode,
+                "t": t,
+                "x": t / 4 - episode,
+                "ward": 7 * t % 3,
+                "a": 2 + 5 * t % 4,
+                "r": 100.0 * episode + t,
+                "end": episode == 8 and t == 11,
+            }
+            rows.append(row)
+    random.Random(3).shuffle(rows)
+    return pd.DataFrame(rows)
+
+
+def assert_walk(path, tmp_path):
+    """Convert a file with the rows of `walk`, and compare with loops over them.
+
+    Return the content of columns.json."""
+    episodes, task, _ = converted(path, *WALK, out=tmp_path / "mine-v0")
+    expected = expected_episodes(
+        walk().sort_values(["id", "t"]).to_dict("records"),
+        lambda row: row["id"],
+        lambda row: [row["x"]] + [float(row["ward"] == ward) for ward in range(3)],
+        lambda row: row["a"],
+        lambda row: row["r"],
+        lambda row: row["end"],
+    )
+    assert_same(sorted(episodes, key=lambda episode: episode.rewards[0]), expected)
+    assert task.discrete and (task.action_low, task.action_high) == ([2], [5])
+    return json.loads((tmp_path / "mine-v0" / "columns.json").read_text())
+
+
+TIMES = {
+    "integers": lambda t: t,
+    "fractions": lambda t: t / 4,
+    "large integers": lambda t: t * 10**9,
+    "dates": lambda t: f"2024-01-{1 + t:02}",
+}
+
+
+@pytest.mark.parametrize("times", TIMES)
+def test_partitioned_parquet(times, tmp_path):
+    """The column of a partition is sorted as numbers or dates, not as text."""
+    frame = walk()
+    frame["t"] = frame["t"].map(TIMES[times])
+    path = tmp_path / "log.parquet"
+    frame.to_parquet(path, partition_cols=["t"])
+    assert path.is_dir()
+    assert_walk(path, tmp_path)
+
+
+def to_decimals(column):
+    return column.map(lambda value: Decimal(str(value)))
+
+
+def to_categories(column):
+    """Return a Categorical whose categories are not in the order of their values."""
+    return pd.Categorical(column, column.unique())
+
+
+NUMBERS = ["id", "t", "x", "ward", "a", "r"]
+ALL = [*NUMBERS, "end"]
+STORED = {
+    "decimals": (NUMBERS, to_decimals),
+    "categories": (ALL, to_categories),
+    "decimal categories": (NUMBERS, lambda column: to_categories(to_decimals(column))),
+    "Arrow": (ALL, lambda column: column.convert_dtypes(dtype_backend="pyarrow")),
+    "nullable": (ALL, lambda column: column.convert_dtypes()),
+    "float16": (["t", "x", "r"], lambda column: column.astype("float16")),
+    "objects": (ALL, lambda column: column.astype(object)),
+}
+
+
+@pytest.mark.parametrize("stored", STORED)
+def test_storage_types(stored, tmp_path):
+    """Numbers and booleans are read by their values, whatever type stores them."""
+    names, convert_column = STORED[stored]
+    frame = walk()
+    for name in names:
+        frame[name] = convert_column(frame[name])
+    frame.to_parquet(tmp_path / "log.parquet")
+    columns = assert_walk(tmp_path / "log.parquet", tmp_path)
+    assert columns["categories"] == {"ward": [0, 1, 2]}
+    assert columns["names"] == ["x", "ward=0", "ward=1", "ward=2"]
+    encoded = from_table.encode(frame, columns)
+    assert (encoded == from_table.encode(walk(), columns)).all()
+
+
+def test_missing_values_of_objects(tmp_path):
+    """Decimals and booleans with missing values are numbers; --fill completes them."""
+    frame = pd.DataFrame({"id": [1] * 4, "a": [0, 1, 0, 1], "r": [1, 2, 3, 4]})
+    frame["x"] = [Decimal("1.5"), None, Decimal("2.5"), Decimal("0.5")]
+    frame["up"] = [True, None, False, None]
+    frame.to_parquet(tmp_path / "log.parquet")
+    flags = "--episode id --observations x,up --fill forward --actions a --rewards r"
+    out = tmp_path / "mine-v0"
+    (episode,), _, _ = converted(tmp_path / "log.parquet", *flags.split(), out=out)
+    assert episode.observations.tolist() == [[1.5, 1], [1.5, 1], [2.5, 0], [0.5, 0]]
+
+
+@pytest.mark.parametrize("stored", ["category", "bytes"])
+def test_stored_text(stored, tmp_path):
+    """Categories and bytes of text are text."""
+    frame = walk()
+    frame["t"] = frame["t"].map(TIMES["dates"])
+    frame["ward"] = frame["ward"].map(["A", "B", "C"].__getitem__)
+    for name in ("t", "ward"):
+        if stored == "bytes":
+            frame[name] = frame[name].map(str.encode)
+        else:
+            frame[name] = pd.Categorical(frame[name], sorted(set(frame[name]))[::-1])
+    frame.to_parquet(tmp_path / "log.parquet")
+    columns = assert_walk(tmp_path / "log.parquet", tmp_path)
+    assert columns["categories"] == {"ward": ["A", "B", "C"]}
+
+
+def test_large_decimal_ids(tmp_path):
+    """Ids that are equal in float64 are different episodes."""
+    frame = walk()
+    frame["id"] = frame["id"].map(lambda i: Decimal(10**20 + i))
+    frame.to_parquet(tmp_path / "log.parquet")
+    assert_walk(tmp_path / "log.parquet", tmp_path)
+
+
+def test_lists_refused(tmp_path, refused_line):
+    """One line names a column of lists; other such columns do not matter."""
+    frame = walk().assign(state=[[1.0, 2.0]] * 24)
+    frame.to_parquet(tmp_path / "log.parquet")
+    assert_walk(tmp_path / "log.parquet", tmp_path)
+    flags = [*WALK, "--observations", "state,ward"]
+    expected = "column state holds lists; expected a number or text in each row; save"
+    refused_line(tmp_path / "log.parquet", flags, expected)
+
+
+@pytest.mark.parametrize("name", ["LOG.CSV", "log.csv.GZ", "Log.Parquet", "LOG.NPZ"])
+def test_suffixes_without_regard_to_case(name, tmp_path):
+    if "CSV" in name:
+        walk().to_csv(tmp_path / name, index=False)
+    elif "csv" in name:
+        walk().to_csv(tmp_path / name, index=False, compression="gzip")
+    elif "Parquet" in name:
+        walk().to_parquet(tmp_path / name)
+    else:
+        with open(tmp_path / name, "wb") as file:
+            np.savez(file, **{column: walk()[column].to_numpy() for column in walk()})
+    assert_walk(tmp_path / name, tmp_path)
+
+
+def save_npz(path):
+    """Save the rows of `walk` in big-endian arrays, beside arrays of other kinds."""
+    arrays = {"ragged": np.array([np.zeros(3), np.zeros(4)], object)}
+    for name, column in walk().items():
+        array = column.to_numpy()
+        arrays[name] = array.astype(array.dtype.newbyteorder(">"))
+    arrays["who"] = np.array(["ann"] * 24).astype(">U3")
+    arrays["short"] = np.zeros((23, 2))
+    arrays["gamma"] = 0.99
+    arrays["config"] = np.array({"seed": 1})
+    arrays["records"] = np.zeros(24, [("x", "f4"), ("y", "f4")])
+    np.savez(path, **arrays)
+
+
+def test_npz_reads_only_named_arrays(tmp_path):
+    """Arrays that no flag names do not matter. Big-endian arrays are read."""
+    save_npz(tmp_path / "log.npz")
+    assert_walk(tmp_path / "log.npz", tmp_path)
+    flags = [*WALK, "--episode", "who", "--time", "r"]
+    (episode,), _, _ = converted(tmp_path / "log.npz", *flags, out=tmp_path / "one-v0")
+    assert episode.rewards.tolist() == sorted(walk()["r"])
+
+
+NPZ_REFUSALS = {
+    "ragged": (
+        "array ragged holds Python objects, for example one array for each episode; ",
+        "; expected numbers or text, with one row for each step; concatenate the epis",
+        "; concatenate the episodes, and save each row's episode in another array\n",
+    ),
+    "config": ("array config holds Python objects, ",),
+    "gamma": (
+        "array gamma is a single value; expected numbers or text, with one row for",
+        "; name the arrays to use, or save one value for each step\n",
+    ),
+    "records": (
+        "array records is structured; expected numbers or text, with one row for each",
+        "; save each of its fields as an array\n",
+    ),
+    "short_0": (
+        "log.npz: id has 24 rows, a has 24 rows, r has 24 rows, short has 23 rows; expe",
+        "; expected one row for each step in all of them; save arrays of the same lengt",
+    ),
+    "x,short_*": ("x has 24 rows, ", "short has 23 rows"),
+    "*": ("array ragged holds Python objects",),
+    "shirt": ("--observations: no column matches 'shirt'; did you mean 'short_",),
+}
+
+
+@pytest.mark.parametrize("observations", NPZ_REFUSALS)
+def test_npz_refusals(observations, tmp_path, refused_line):
+    save_npz(tmp_path / "log.npz")
+    flags = "--episode id --actions a --rewards r --observations".split()
+    fragments = NPZ_REFUSALS[observations]
+    refused_line(tmp_path / "log.npz", [*flags, observations], *fragments)
+
+
+def test_bandits(tmp_path):
+    """With --all-terminal, episodes of one row are transitions."""
+    flags = {"episode": "far", "terminal": None, "all_terminal": ""}
+    episodes, _, _ = read_small(tmp_path, **flags)
+    rewards = [episode.rewards.tolist() for episode in episodes]
+    assert rewards == [[1], [2], [3], [4], [5]]
+    assert all(episode.terminations.all() for episode in episodes)
+
+
+def test_ids_that_are_not_contiguous(tmp_path):
+    """One line reports ids whose rows are not contiguous; each is still one episode."""
+    line = "rows of 2 ids are not contiguous in the file; each id is one episode in "
+    line += "file order; if that is wrong, pass --time or make the ids unique\n"
+    flags = {"terminal": None, "overwrite": ""}
+    (u, v), _, printed = read_small(tmp_path, time=None, **flags)
+    assert u.rewards.tolist() == [1] and v.rewards.tolist() == [2, 4]
+    assert line in printed
+    _, _, printed = read_small(tmp_path, **flags)
+    assert "contiguous" not in printed
+    header, *rows = SMALL.splitlines(keepends=True)
+    text = "".join([header, *sorted(rows)])
+    _, _, printed = read_small(tmp_path, text=text, time=None, **flags)
+    assert "contiguous" not in printed
+    text = "".join([header, *sorted(rows), rows[0]])
+    _, _, printed = read_small(tmp_path, text=text, time=None, **flags)
+    assert "rows of 1 ids are not contiguous" in printed
+
+
+def test_one_transition(tmp_path):
+    """The standard deviation of a single transition is 0."""
+    rows = SMALL.splitlines(keepends=True)
+    text = "".join([rows[0], rows[1], rows[3]])
+    _, _, printed = read_small(tmp_path, text=text, terminal=None)
+    assert "1 steps in 1 episodes" in printed and "NaN" not in printed
+    assert "\nt            1    0    1   1    1    1\n" in printed
+
+
 @pytest.fixture
 def refused_line(tmp_path):
     """Return a function (path, flags, *fragments) that checks a refusal.
@@ -551,6 +807,16 @@ REFUSALS = [
     (
         {"episode": "far", "terminal": None},
         "small.csv: no transitions, because each episode is one row that is not",
+        "; if every row is a complete episode (a bandit), pass --all-terminal; other",
+        "; otherwise check --episode\n",
+    ),
+    (
+        edited(",1,1\n", ",1,0\n", episode="far"),
+        "(a bandit), pass --all-terminal instead of --terminal; otherwise check",
+    ),
+    (
+        {"episode": None, "time": None, "done": "same", "terminal": None},
+        "(a bandit), pass --all-terminal; otherwise check --done\n",
     ),
 ]
 
@@ -635,6 +901,35 @@ def test_out(tmp_path, monkeypatch):
     names = ["columns.json", "data", "thesis.tex"]
     assert sorted(p.name for p in out.iterdir()) == names
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine-v0", "small.csv"]
+
+
+def test_out_cannot_be_written(tmp_path, monkeypatch):
+    """One line is printed for a file as a parent directory and for a read-only disk."""
+    path, flags = small(tmp_path)
+    for out in (path / "mine-v0", path / "deep" / "mine-v0"):
+        status, printed, err = convert(path, *flags, out=out)
+        problem = f"{path} is a file, not a directory; choose another directory"
+        assert (status, printed) == (2, "")
+        assert err == f"from_table.py: error: --out {out}: {problem}\n"
+
+    def denied(*_, **__):
+        raise PermissionError(13, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr(from_table.tempfile, "TemporaryDirectory", denied)
+    status, _, err = convert(path, *flags, out=tmp_path / "mine-v0")
+    problem = f"[Errno 13] Permission denied: '{tmp_path}'"
+    assert (status, err) == (1, f"from_table.py: failed: {problem}\n")
+    assert [p.name for p in tmp_path.iterdir()] == ["small.csv"]
+
+
+def test_a_terminal_without_unicode(tmp_path):
+    """Characters that the terminal cannot show are replaced."""
+    walk().rename(columns={"x": "água"}).to_csv(tmp_path / "log.csv", index=False)
+    flags = [*WALK, "--observations", "água,ward", "--out", tmp_path / "mine-v0"]
+    command = [sys.executable, SCRIPT, tmp_path / "log.csv", *flags]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0 and result.stderr == "" and "\n?gua " in result.stdout
 
 
 @pytest.mark.parametrize("action", ["dose", "who"])

@@ -20,6 +20,8 @@ import numpy as np
 import pytest
 import tensordict.nn
 import torch
+import torch._inductor.config
+import yaml
 from make_data import arguments, d4rl_file, random_episodes
 from make_data import run as command
 from reference import tiny, trained
@@ -691,6 +693,73 @@ def test_stacked_losses_compile_whole(files, flags, compiling):
     assert compiled.agent.layout.batched
     other = run(trainer_of(files, **flags), 7)
     assert_same(run(compiled, 7), other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "sizes, updates, worth",
+    [
+        ({}, 1_000_000, True),  # CORL's sizes: seconds saved 24,000, 12,000 with k = 1
+        ({}, 4_000, False),
+        ({}, 6_000, True),
+        ({"cql_backward_actions": 1}, 6_000, False),
+        ({"seed": [0, 1]}, 1_000_000, False),
+        ({"cql_alpha": [1, 5]}, 1_000_000, False),
+        (dict(hidden_dim=128, q_n_hidden_layers=2, cql_n_actions=4), 12_000, False),
+        (dict(hidden_dim=128, q_n_hidden_layers=2, cql_n_actions=4), 200_000, True),
+    ],
+)
+def test_which_runs_are_worth_compiling(sizes, updates, worth):
+    """A rule of the config alone: arithmetic times updates, offline and online."""
+    offline = cql.TrainConfig(max_timesteps=updates, **sizes)
+    half = dict(max_timesteps=updates // 2, online_iterations=updates // 4, utd=2)
+    online = cql.TrainConfig(**half, **sizes)
+    assert cql.worth_compiling(offline) == cql.worth_compiling(online) == worth
+
+
+@pytest.mark.parametrize("worth", [False, True])
+def test_what_was_decided_is_kept(files, compiling, tmp_path, monkeypatch, worth):
+    """It is decided before the first update and recorded; the same command resumes the
+    run and a longer one, whatever the rule would say then."""
+    compiling(backend="eager")
+    monkeypatch.chdir(tmp_path)
+    flags = {"env": files[False], "eval_env": "none", "seed": 0, "resume": "run"}
+    asked = []
+
+    def decide(config):
+        asked.append(config.max_timesteps)
+        return worth if len(asked) == 1 else not worth
+
+    monkeypatch.setattr(cql, "worth_compiling", decide)
+    outs = []
+    for updates in (4, 4, 8):
+        status, out, err = command(**flags, max_timesteps=updates)
+        assert (status, err) == (0, "")
+        outs.append("compiling the losses" in out)
+        recorded = yaml.safe_load(Path("run/config.yaml").read_text())["compile"]
+        saved = torch.load("run/checkpoint.pt", weights_only=True)["config"]["compile"]
+        assert recorded is saved is worth
+    assert outs == [worth] * 3 and asked == [4]
+    status, _, err = command(**flags, max_timesteps=8, compile=not worth)
+    assert status == 2 and "--compile" in err
+    assert command(**flags, max_timesteps=8, compile="null")[0] == 0
+    loaded = {**flags, "resume": "other", "load_model": "run", "max_timesteps": 3}
+    assert command(**loaded)[0] == 0 and asked == [4, 3]  # decided anew
+
+
+def test_without_a_compiler_one_line_and_eager(files, compiling, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    flags = {"env": files[False], "eval_env": "none", "seed": 0, "max_timesteps": 4}
+    with torch._inductor.config.patch(
+        {"cpp.cxx": ("no-compiler",), "fx_graph_cache": False}
+    ):
+        status, out, err = command(**flags, compile=True, resume="a")
+    assert (status, err) == (0, "")
+    [line] = [line for line in out.splitlines() if "compil" in line]
+    assert line.startswith("torch.compile does not work here")
+    assert command(**flags, compile=False, resume="b")[0] == 0
+    same = Path("a/metrics.csv").read_bytes() == Path("b/metrics.csv").read_bytes()
+    assert same
 
 
 def test_where_nothing_compiles_updates_go_on(files, compiling, capsys):

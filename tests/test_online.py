@@ -529,8 +529,15 @@ def test_a_stacked_run_equals_its_solo_run(go):
 
 
 def test_an_environment_that_fails(go, monkeypatch):
+    step = Goal.step
+
+    taken = []
+
     def fail(self, action):
-        raise ValueError("broken gripper")
+        taken.append(action)
+        if len(taken) == 4:  # not in the first step, in which it is tried
+            raise ValueError("broken gripper")
+        return step(self, action)
 
     flags = {"eval_env": "CqlGoal-v0", "max_timesteps": 40}
     go("run", online_iterations=0, **flags)
@@ -688,7 +695,7 @@ def test_discrete_actions_online(go, dial, nothing):
     assert n_updates(directory) == offline + 2 * (50 - waiting)
     columns = replay_columns(directory)
     actions = columns["actions"][0, :, 0]
-    done = Dial.got[20:70]  # after two episodes of evaluation
+    done = Dial.got[21:71]  # after one step to try it, and two episodes of evaluation
     assert actions.tolist() == done and set(done) == {2, 3, 4}
     here, after = columns["observations"][0], columns["next_observations"][0]
     turned = here.roll(1, dims=1)

@@ -240,7 +240,7 @@ def test_measured_references(tmp_path, capsys, monkeypatch):
         printed
     )
     # The printed mean excludes the last episode, which --steps truncates.
-    returns = [each.rewards.sum() for each in episodes[:-1]]
+    returns = [each.rewards.sum() for each in list(episodes)[:-1]]
     score = cql.normalized_score(np.mean(returns), [low, high])
     assert len(episodes) > 1 and f"return {np.mean(returns):.1f} +- " in printed
     assert f", score {score:.1f}\n" in printed

@@ -56,17 +56,20 @@ TABLES = ("metrics.csv", "evaluations.csv")
 
 
 class Hooked(Toy):
-    """The toy environment, which notes its reset seeds and asks a hook for each info."""
+    """The toy environment, which notes its reset seeds and asks a hook for each info,
+    except when it is tried before training."""
 
     resets, hook = [], staticmethod(lambda env: None)
 
     def reset(self, seed=None, options=None):
-        Hooked.resets.append(seed)
+        self.tried = seed == 2**31 - 1
+        if not self.tried:
+            Hooked.resets.append(seed)
         self.episode, self.steps = len(Hooked.resets) - 1, 0
         return super().reset(seed=seed, options=options)
 
     def step(self, action):
-        info = Hooked.hook(self) or {}
+        info = {} if self.tried else Hooked.hook(self) or {}
         self.steps += 1
         return *super().step(action)[:4], info
 
@@ -1093,7 +1096,15 @@ def test_online_needs_a_second_simulator(few, square, tmp_path, refused):
 
 def test_simulators_are_closed_when_one_fails(few, square, tmp_path, monkeypatch):
     few(4)
-    monkeypatch.setattr(Few, "step", lambda *_: 1 / 0)
+    step, taken = Few.step, []
+
+    def fail(self, action):
+        taken.append(action)
+        if len(taken) > 1:  # not when it is tried before training
+            raise RuntimeError("broken")
+        return step(self, action)
+
+    monkeypatch.setattr(Few, "step", fail)
     argv = command(square, tmp_path / "run", eval_env="CqlFew-v0")
     assert cql.main(argv) == 1
     assert (Few.opened, Few.live) == (2, 0)
@@ -1120,6 +1131,57 @@ def test_success(train, hooked, told, rates, key):
     changes = {"eval_env": "CqlHooked-v0", "seed": [0, 1], "max_timesteps": 0}
     table = rows(train("run", **changes)[1], "evaluations.csv")
     assert [row["success_rate"] for row in table] == rates
+
+
+class Faulty(Toy):
+    """The toy environment with one fault in its first reset or step."""
+
+    fault = None
+
+    def reset(self, seed=None, options=None):
+        if Faulty.fault == "reset":
+            raise RuntimeError("no license")
+        if Faulty.fault == "seed" and seed > 2**31 - 1:
+            raise ValueError("no int32")
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action):
+        observation, reward, *rest = super().step(action)
+        if Faulty.fault == "step":
+            raise RuntimeError("no license")
+        if Faulty.fault == "reward":
+            reward = np.zeros(2)
+        if Faulty.fault == "observation":
+            observation = np.zeros(4)
+        return observation, reward, *rest
+
+
+gym.register("CqlFaulty-v0", Faulty, max_episode_steps=20, kwargs=BOUNDS)
+
+
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        ("reset", "no license"),
+        ("step", "no license"),
+        ("reward", "reward of shape (2,)"),
+        ("observation", "observation of shape (4,), but its space has (3,)"),
+    ],
+)
+def test_a_faulty_environment_is_refused_before_training(
+    toy, tmp_path, monkeypatch, capsys, fault, message
+):
+    """Offline, online and from nothing: exit 2, one line, no directory."""
+    monkeypatch.setattr(Faulty, "fault", fault)
+    nothing = {"max_timesteps": 0, "normalize": False}
+    for data, changes in ((toy, {"online_iterations": 0}), (toy, {}), ("null", nothing)):
+        changes = {"eval_env": "CqlFaulty-v0", "online_iterations": 20, **changes}
+        argv = command(data, tmp_path / "run", **changes)
+        assert cql.main(argv) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and message in error
+        assert "CqlFaulty-v0" in error and "--eval_env none" in error
+        assert not (tmp_path / "run").exists()
 
 
 def test_an_environment_that_raises(train, whole, hooked, capsys):
