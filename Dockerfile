@@ -11,10 +11,11 @@
 # driver for CUDA 13 and the NVIDIA container toolkit.
 FROM python:3.11-slim-bookworm
 
-# Off-screen rendering for MuJoCo: EGL, on the GPU or in software, or MUJOCO_GL=osmesa.
+# g++ is for torch.compile. The other packages render MuJoCo off-screen: EGL, on the GPU
+# or in software, or MUJOCO_GL=osmesa.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends libegl1 libgl1 libosmesa6 \
+    && apt-get install -y --no-install-recommends g++ libegl1 libgl1 libosmesa6 \
     && rm -rf /var/lib/apt/lists/*
 ENV MUJOCO_GL=egl \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility,graphics \

@@ -56,7 +56,6 @@ from pathlib import Path
 from typing import (
     Callable,
     Dict,
-    Iterable,
     Iterator,
     List,
     NamedTuple,
@@ -64,6 +63,7 @@ from typing import (
     Tuple,
     Union,
     get_args,
+    get_origin,
 )
 from unittest import mock
 
@@ -205,8 +205,8 @@ class TrainConfig:
     # Precision of matrix products: fp32, tf32 (GPU only) or bf16 (critics only, fast on
     # CPUs with avx512_bf16)
     precision: str = "fp32"
-    # Use torch.compile; null: if the run is long enough to win back the minute that it
-    # takes at the start
+    # Use torch.compile; null: only for runs long enough to amortize the compile time of
+    # about a minute
     compile: Optional[bool] = None
 
     def __post_init__(self):
@@ -346,8 +346,8 @@ def make_config(values: dict, where: str = "") -> TrainConfig:
         try:
             decoded[name] = pyrallis.decode(kind, value)
         except Exception:
-            kinds = get_args(kind) or (kind,)
-            expected = " or ".join(KINDS[each] for each in kinds)
+            kinds = get_args(kind) if get_origin(kind) is Union else (kind,)
+            expected = " or ".join(KINDS.get(each, str(each)) for each in kinds)
             raise UserError(f"{where}--{name} {value!r}: expected {expected}") from None
     return TrainConfig(**decoded)
 
@@ -386,7 +386,7 @@ def read_yaml(text: str):
 def read_config_file(path: Union[str, Path]) -> dict:
     """Return the flags in a YAML file. Raise UserError."""
     where = f"--config_path {path}"
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise UserError(f"{where}: no such file; pass a YAML file of flags")
     with errors_as(UserError, where):
         values = read_yaml(Path(path).read_text("utf-8"))
@@ -596,8 +596,9 @@ def phase_mistakes(config: TrainConfig) -> Dict[str, bool]:
 
 
 def validate_algorithm(config: TrainConfig) -> None:
-    """Raise UserError for values out of range, and for flags of the algorithm that
-    contradict."""
+    """Raise UserError for values of another type or out of range, and for flags of the
+    algorithm that contradict."""
+    decoded = make_config(vars(config))
     for name, value in vars(config).items():
         values = value if isinstance(value, list) else [value]
         if not values or len(set(values)) < len(values):
@@ -608,6 +609,8 @@ def validate_algorithm(config: TrainConfig) -> None:
         for each in values:
             if isinstance(each, (int, float)):
                 check_number(name, each)
+        if value != getattr(decoded, name):
+            raise UserError(f"--{name} {value!r}: pass {getattr(decoded, name)!r}")
     refuse(algorithm_mistakes(config))
 
 
@@ -655,21 +658,26 @@ def pick_device(config: TrainConfig) -> torch.device:
     return device
 
 
-def worth_compiling(config: TrainConfig) -> bool:
-    """Return whether faster updates win back the start of torch.compile, a minute or so.
+def worth_compiling(config: TrainConfig, device: torch.device, discrete: bool) -> bool:
+    """Return whether faster updates win back the start of torch.compile.
 
-    What compiling saves are passes over the activations of the critics' hidden layers,
-    about a nanosecond each on two CPU cores, and twice that with the exact gradient
-    (benchmarks/README.md). Stacked runs gain nothing on a CPU."""
+    On a CPU that takes a minute or so, and stacked runs gain nothing. What is saved are
+    passes over the activations of the critics' hidden layers, about a nanosecond each
+    on two cores, and twice that with the exact gradient. On a GPU it takes some 20
+    seconds and saves half a millisecond an update (benchmarks/README.md)."""
     updates = config.max_timesteps + config.online_iterations * config.utd
+    if device.type == "cuda":
+        return updates > 100_000
+    if len(product_of_runs(config)) > 1:
+        return False
     states = config.cql_states or config.batch_size
-    actions = 1 + 3 * config.cql_n_actions
+    actions = 1 if discrete else 1 + 3 * config.cql_n_actions
     width = config.n_critics * config.q_n_hidden_layers * config.hidden_dim
-    passes = 1 if config.cql_backward_actions else 2
-    seconds = 1e-9 * updates * states * actions * width * passes
-    return len(product_of_runs(config)) == 1 and seconds > 120
+    passes = 1 if config.cql_backward_actions or discrete else 2
+    return 1e-9 * updates * states * actions * width * passes > 120
 
 
+@functools.cache
 def can_compile(device: torch.device) -> bool:
     """Return whether torch.compile works; if not, for example without a C++ compiler,
     print why. A tiny function shows it within seconds."""
@@ -785,12 +793,11 @@ class Episode(NamedTuple):
 
 @dataclass
 class Episodes:
-    """Episodes of T steps each, of one dataset after the other. Each iteration reads
-    them anew, because all of them in the recorded type may take several times the memory
-    of a Dataset."""
+    """Episodes of one dataset after another. Each iteration reads them again, because
+    all of them in the recorded type may take several times the memory of a Dataset."""
 
-    sources: list  # each yields Episode whenever it is iterated
-    lengths: List[int]  # T, with steps that are left out
+    sources: list  # of iterables of Episode
+    lengths: List[int]  # steps of each episode, with those that are left out
 
     def __iter__(self) -> Iterator[Episode]:
         return itertools.chain.from_iterable(self.sources)
@@ -800,8 +807,7 @@ class Episodes:
 
 
 class Source:
-    """The episodes that a generator function yields when it is called, as often as they
-    are iterated."""
+    """Iterable that calls a generator function on each iteration."""
 
     def __init__(self, read: Callable[[], Iterator[Episode]]):
         self.read = read
@@ -962,23 +968,24 @@ def read_minari(directory: Path) -> Tuple[Source, Task]:
 def minari_episodes(directory: Path, task: Task) -> Iterator[Episode]:
     """Read one episode of a Minari dataset after the other."""
     space = recorded_space(task.observation_space)
-    # Most of the bytes are infos, which are not used here.
-    with mock.patch.object(hdf5_storage, "_decode_info"):
-        dataset = MinariDataset(directory)
-        ids = dataset.episode_indices
-        # Some at a time, because HDF5 keeps what it knows about an open file in memory.
-        for first in range(0, len(ids), 100):
-            for each in dataset.iterate_episodes(ids[first : first + 100]):
-                n = len(each.rewards)
-                yield Episode(
-                    observations=flatten(space, each.observations),
-                    actions=np.asarray(each.actions).reshape(n, -1),
-                    rewards=each.rewards,
-                    terminations=each.terminations,
-                    where=f"{directory}, episode {each.id}",
-                    whole=bool(each.terminations[-1] or each.truncations[-1]),
-                    recorded_rewards=each.rewards,
-                )
+    dataset = MinariDataset(directory)
+    ids = dataset.episode_indices
+    # Reopen the file every ten episodes: HDF5 caches metadata while it is open.
+    for first in range(0, len(ids), 10):
+        # Most of the bytes are infos, which are not used here.
+        with mock.patch.object(hdf5_storage, "_decode_info"):
+            recorded = list(dataset.iterate_episodes(ids[first : first + 10]))
+        for each in recorded:
+            n = len(each.rewards)
+            yield Episode(
+                observations=flatten(space, each.observations),
+                actions=np.asarray(each.actions).reshape(n, -1),
+                rewards=each.rewards,
+                terminations=each.terminations,
+                where=f"{directory}, episode {each.id}",
+                whole=bool(each.terminations[-1] or each.truncations[-1]),
+                recorded_rewards=each.rewards,
+            )
 
 
 def table_action_space(actions: np.ndarray) -> gym.Space:
@@ -1002,9 +1009,9 @@ def read_arrays(file: h5py.File) -> Dict[str, np.ndarray]:
     lengths = set()
     for key in (*needed, "timeouts", "next_observations"):
         if key in file:
-            kind = file[key].dtype
-            if kind.kind not in "biuf":
-                raise UserError(f"{key} have the type {kind}; expected numbers")
+            kind = getattr(file[key], "dtype", np.dtype(object))
+            if kind.kind not in "biuf" or file[key].ndim == 0:
+                raise UserError(f"damaged or foreign: {key} are {brief(file[key])}")
             lengths.add(len(file[key]))
             if not key.endswith("observations"):
                 arrays[key] = file[key][()]
@@ -1018,6 +1025,10 @@ def read_arrays(file: h5py.File) -> Dict[str, np.ndarray]:
                     f"{key} have shape {shape}; expected one number per step"
                 )
             arrays[key] = arrays[key].ravel()
+    shape = file["observations"].shape
+    if "next_observations" in file and file["next_observations"].shape != shape:
+        other = file["next_observations"].shape
+        raise UserError(f"next_observations have shape {other}; expected {shape}")
     return arrays
 
 
@@ -1064,7 +1075,8 @@ def read_d4rl(path: Path) -> Tuple[Source, Task]:
     bootstrap."""
     with h5py.File(path, "r") as file:
         arrays = read_arrays(file)
-        shape = file["observations"].shape
+        space = gym.spaces.Box(-np.inf, np.inf, file["observations"].shape[1:])
+        task = make_task(space, table_action_space(arrays["actions"]))
         terminals = arrays["terminals"] != 0
         done = terminals | (arrays.get("timeouts", terminals) != 0)
         ends = done.copy()
@@ -1074,12 +1086,10 @@ def read_d4rl(path: Path) -> Tuple[Source, Task]:
             following = find_ends(file["observations"], file["next_observations"], ends)
     n_found = int((ends & ~done)[:-1].sum())
     if n_found:
-        say(f"{path.name}: {n_found:,} row(s) without a flag end an episode, because")
-        say("  their next observation is not the observation of the next row")
+        say(f"{path.name}: {n_found:,} episodes end without terminals or timeouts:")
+        say("  their last next observation is not the observation of the next row")
     elif following is None and "timeouts" not in arrays:
         say(f"{path.name}: has no timeouts, so only terminals end an episode")
-    space = gym.spaces.Box(-np.inf, np.inf, shape[1:])
-    task = make_task(space, table_action_space(arrays["actions"]))
     last = np.flatnonzero(ends)
     read = functools.partial(d4rl_episodes, path, arrays, done, last, following)
     return Source(read), task
@@ -1134,6 +1144,8 @@ def minari_directory(name: str) -> Path:
     """Return the data directory of a Minari id; download it if needed. Raise
     UserError."""
     where = "the directory of Minari's datasets cannot be made"
+    if os.path.expanduser("~") == "~" and "MINARI_DATASETS_PATH" not in os.environ:
+        raise UserError(f"{where}, as there is no home; set MINARI_DATASETS_PATH")
     with errors_as(UserError, f"{where}; set MINARI_DATASETS_PATH", OSError):
         root = get_dataset_path()
     directory = get_dataset_path(name) / "data"
@@ -1146,8 +1158,8 @@ def minari_directory(name: str) -> Path:
         )
     if not re.fullmatch(r"([-\w]+/)*[-\w]+-v\d+", name):
         raise UserError(
-            "no such directory or .hdf5 file; "
-            "pass one, or a Minari id such as mujoco/hopper/medium-v0"
+            "no such directory or .hdf5 file; pass one, or a Minari id such as "
+            "mujoco/hopper/medium-v0; for a table, see scripts/from_table.py"
         )
     with errors_as(
         UserError,
@@ -1170,7 +1182,6 @@ def read_episodes(name: str) -> Tuple[Episodes, Task]:
     id. Raise UserError."""
     path = Path(name)
     where = f"--env {name}"
-    table = re.search(r"\.(csv|json|npz|parquet|pkl)(\.gz)?$", name.lower())
     try:
         # Your own source goes here, as the first branch. It returns a list of Episode
         # and make_task(observation_space, action_space).
@@ -1178,13 +1189,16 @@ def read_episodes(name: str) -> Tuple[Episodes, Task]:
             source, task = read_minari(path)
         elif (path / "data").is_dir():
             source, task = read_minari(path / "data")
-        elif path.is_file() and not table:
+        elif path.is_file():
+            if not h5py.is_hdf5(path):
+                way = "for a table, make a dataset with scripts/from_table.py"
+                raise UserError(f"not an HDF5 file; {way}")
             source, task = read_d4rl(path)
-        elif not table:
-            source, task = read_minari(minari_directory(name))
         else:
-            raise UserError("a table; make a dataset of it with scripts/from_table.py")
-        lengths = scan(source, task.observation_dim)
+            source, task = read_minari(minari_directory(name))
+        if isinstance(source, Iterator):
+            source = list(source)
+        lengths = [len(each.recorded_rewards) for each in source]
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     except BlockingIOError:
@@ -1256,7 +1270,8 @@ def check_episode(episode: Episode, task: Task) -> None:
                 f"{where}: {name} have shape {array.shape} and type {array.dtype}; "
                 f"expected numbers of shape {size}"
             )
-        if not (np.abs(array) < 3e38).all():  # about the largest float32
+        # 3e38 is about the largest float32. NaN fails each comparison.
+        if array.size and not (array.min() > -3e38 and array.max() < 3e38):
             raise UserError(
                 f"{where}: {name} contain NaN or infinity; "
                 "remove the episode, or correct it"
@@ -1273,61 +1288,58 @@ def check_episode(episode: Episode, task: Task) -> None:
         )
 
 
-def scan(source: Iterable[Episode], observation_dim: int) -> List[int]:
-    """Return the length of each episode.
+class Resolution:
+    """Check that float32 resolves observations: raise UserError for a column of large
+    numbers that differ by little, such as unix time. A column that is almost constant
+    passes."""
 
-    Raise UserError for a column of observations with large numbers that differ by less
-    than float32 resolves, such as unix time. A column that is almost constant passes."""
-    lengths = []
-    n = 0
-    first = None
-    # Sums over the observations x: of x - first, which is exactly 0 for a constant
-    # column, of its square, and of the size of x.
-    moved = squared = size = np.zeros(observation_dim)
-    for each in source:
-        lengths.append(len(each.recorded_rewards))
-        x = np.asarray(each.observations)
-        if x.dtype.kind not in "biuf" or x.shape[1:] != (observation_dim,):
-            continue  # check_episode refuses it
-        x = x.astype(np.float64)
-        if first is None:
-            first = x[0]
-        n += len(x)
-        with np.errstate(all="ignore"):  # check_episode refuses NaN and infinity
-            moves = x - first
-            moved = moved + moves.sum(axis=0)
-            squared = squared + np.square(moves).sum(axis=0)
-            size = size + np.abs(x).sum(axis=0)
-    n = max(n, 1)
-    size = size / n
-    with np.errstate(all="ignore"):
-        std = np.sqrt(squared / n - np.square(moved / n))
-        unresolved = (std > 1e-3) & (std < 1e-5 * size)
-    for column in np.flatnonzero(unresolved):
-        raise UserError(
-            f"column {column} of the observations has mean size {size[column]:.6g} and "
-            f"std {std[column]:.3g}, which float32 cannot resolve; subtract a constant "
-            "from it"
-        )
-    return lengths
+    def __init__(self):
+        self.n = 0
+        self.first = None
+        # Sums over the observations x: of x - first, which is exactly 0 for a constant
+        # column, of its square, and of the size of x.
+        self.moved = self.squared = self.size = 0.0
+
+    def add(self, observations: np.ndarray) -> None:
+        rows = chunk_rows(observations)
+        for start in range(0, len(observations), rows):
+            x = observations[start : start + rows].astype(np.float64)
+            if self.first is None:
+                self.first = x[0]
+            moves = x - self.first
+            self.n += len(x)
+            self.moved = self.moved + moves.sum(axis=0)
+            self.squared = self.squared + np.square(moves).sum(axis=0)
+            self.size = self.size + np.abs(x).sum(axis=0)
+
+    def check(self) -> None:
+        variance = self.squared / self.n - np.square(self.moved / self.n)
+        std = np.sqrt(np.maximum(variance, 0))
+        size = self.size / self.n
+        for column in np.flatnonzero((std > 1e-3) & (std < 1e-5 * size)):
+            raise UserError(
+                f"--env: column {column} of the observations has mean size "
+                f"{size[column]:.6g} and std {std[column]:.3g}, which float32 cannot "
+                "resolve; subtract a constant from it"
+            )
 
 
 def check_bounds(actions: np.ndarray, task: Task) -> None:
-    """Raise UserError if float32 cannot resolve the differences of the actions [n, A]
-    within the bounds; print a line if they fill less than a fiftieth of them. The
-    policy acts within the bounds, of which the data then say little."""
+    """Print a line if the bounds are far wider than an action [n, A], since the policy
+    acts within the bounds. Raise UserError if float32 cannot resolve the action within
+    them."""
     if task.discrete:
         return
-    width = np.array(task.action_high) - np.array(task.action_low)
-    fraction = np.ptp(actions, axis=0).astype(float) / width
-    moving = fraction > 0  # an action that is always the same may be meant
-    seen = f"{actions.min():g} to {actions.max():g}"
-    where = f"actions are {describe_actions(task)}, but those of the data {seen}"
-    way = "record the data with the bounds that their actions have"
-    if (fraction[moving] < 1e-5).any():
-        raise UserError(f"--env: {where}, which float32 cannot resolve; {way}")
-    if (fraction[moving] < 0.02).any():
-        say(f"{where}: the policy may choose actions far from them; {way}")
+    largest = np.abs(actions).max(axis=0)
+    for column, (low, high) in enumerate(zip(task.action_low, task.action_high)):
+        wider = (high - low) / largest[column] if largest[column] > 0 else 0.0
+        found = f"action {column} is at most {largest[column]:.3g} in size, but its "
+        found += f"bounds are [{low:g}, {high:g}]"
+        if wider > 1e5:
+            way = "record the data with narrower bounds"
+            raise UserError(f"--env: {found}, too wide for float32; {way}")
+        if wider > 50:
+            say(f"{found}; the policy may choose actions that the data do not have")
 
 
 class Dataset:
@@ -1343,6 +1355,7 @@ class Dataset:
         factor: the factor of normalize_reward; None computes it from these episodes. A
         second dataset, for validation, takes the reward_factor of the first."""
         if not isinstance(episodes, Episodes):
+            episodes = list(episodes)
             lengths = [len(each.recorded_rewards) for each in episodes]
             episodes = Episodes([episodes], lengths)
         arrays = self.join(episodes, task)
@@ -1350,7 +1363,7 @@ class Dataset:
         self.left_out = sum(episodes.lengths) - n
         if n < config.batch_size:
             hint = "pass a smaller --batch_size"
-            if n == 0:
+            if self.left_out and n == 0:
                 hint = "each episode is one row without a next observation; if the task "
                 hint += "ends there, mark the rows as terminals (scripts/from_table.py: "
                 hint += "--all-terminal)"
@@ -1379,8 +1392,8 @@ class Dataset:
         self.rows = torch.as_tensor(rows, device=device)
 
     def join(self, episodes: Episodes, task: Task) -> Dict[str, np.ndarray]:
-        """Return the columns of a batch in float32, all episodes after each other, and
-        set what describes whole episodes. Raise UserError."""
+        """Return the columns of a batch in float32, all episodes after each other. Set
+        lengths, all_returns, whole and size. Raise UserError."""
         n = sum(episodes.lengths)
         arrays = {
             "observations": np.empty((n + len(episodes), task.observation_dim), "f4"),
@@ -1391,7 +1404,7 @@ class Dataset:
         returns = []
         whole = []
         lengths = []
-        self.size = 0.0  # sum of the observations' sizes
+        resolution = Resolution()
         first = 0  # transition
         row = 0  # observation
         for each in episodes:
@@ -1400,16 +1413,19 @@ class Dataset:
             whole.append(each.whole)
             if len(each.rewards) == 0:
                 continue
+            resolution.add(each.observations)
             last = first + len(each.rewards)
             last_row = row + len(each.observations)
             arrays["observations"][row:last_row] = each.observations
             arrays["actions"][first:last] = each.actions
             arrays["rewards"][first:last] = each.rewards
             arrays["terminations"][first:last] = np.asarray(each.terminations) != 0
-            self.size += float(np.abs(each.observations).sum(dtype=np.float64))
             lengths.append(len(each.rewards))
             first = last
             row = last_row
+        if lengths:
+            resolution.check()
+        self.size = float(np.sum(resolution.size))  # of all observations
         self.all_returns = np.array(returns)
         self.whole = np.array(whole, bool)
         self.lengths = np.array(lengths, int)
@@ -2838,7 +2854,7 @@ def reference_returns(
     if continuing or not settings.get("remove_task_when_completed", True):
         return None, "not scored: its settings pay other returns than D4RL's"
     if name.startswith("AdroitHandPen-") and limit != 100:
-        return None, "not scored: D4RL's episodes have 100 steps (--max_episode_steps)"
+        return None, f"not scored: D4RL's episodes have 100 steps, not {limit}"
     for prefix, reference in REFERENCE_RETURNS.items():
         if name.startswith(prefix):
             origin = "scored by D4RL's reference returns, as the dataset has none"
@@ -2892,20 +2908,29 @@ def try_environment(env: gym.Env, task: Task, name: str) -> None:
     """Reset the environment and take one step, so that an environment that fails does so
     before anything is trained or recorded. Raise UserError."""
     player = Player(env)
-    shape = env.observation_space.shape
     action = np.array(task.action_low)
     if not task.discrete:
         action = (action + task.action_high) / 2
-    where = (
-        f"the environment {name} fails in a first reset or step; correct it, or pass "
-    )
-    where += "--eval_env none to train without it"
-    with errors_as(UserError, where), quiet():
+    where = f"the environment {name} fails in its first reset or step; correct it, or "
+    with errors_as(UserError, f"{where}name another by --eval_env"), quiet():
         player.reset(2**31 - 1)  # the largest seed that it will get
+        check_observation(env, player.observation)
         player.step(task.to_environment(action)[0])
-        if shape is not None and np.shape(player.observation) != shape:
-            found = np.shape(player.observation)
-            raise ValueError(f"observation of shape {found}, but its space has {shape}")
+        check_observation(env, player.observation)
+        if not math.isfinite(player.rewards[0]):
+            raise ValueError(f"reward {player.rewards[0]}; expected a finite number")
+
+
+def check_observation(env: gym.Env, observation) -> None:
+    """Raise ValueError unless an observation of a vector space is a finite vector."""
+    shape = env.observation_space.shape
+    if shape is None or isinstance(observation, (dict, tuple)):
+        return
+    if np.shape(observation) != shape:
+        found = np.shape(observation)
+        raise ValueError(f"observation of shape {found}; its space has {shape}")
+    if not np.isfinite(observation).all():
+        raise ValueError("observation with NaN or infinity; expected finite numbers")
 
 
 class Evaluator:
@@ -3866,7 +3891,9 @@ def load(config: TrainConfig, checkpoint: Optional[dict], device):
         try_environment(probe, task, config.eval_env or env_id)
     data = None
     if episodes is not None:
-        data = Dataset(config, episodes, task, device)
+        where = f"--env {config.env}: changed while it was read"
+        with errors_as(UserError, where, (OSError, ValueError)):
+            data = Dataset(config, episodes, task, device)
     return data, task, evaluator
 
 
@@ -3960,13 +3987,14 @@ def train(config: TrainConfig) -> int:
     elif config.load_model:
         checkpoint = read_checkpoint(config.load_model)
 
-    # Decided once, because a compiled update rounds otherwise than an eager one.
-    if config.compile is None:
-        kept = checkpoint["config"]["compile"] if resumed else worth_compiling(config)
-        config = dataclasses.replace(config, compile=kept)
-
     # Data and environment, agent, source of batches.
     data, task, evaluator = load(config, checkpoint, device)
+    # Decided once, because a compiled update rounds otherwise than an eager one.
+    if config.compile is None and resumed:
+        config = dataclasses.replace(config, compile=checkpoint["config"]["compile"])
+    elif config.compile is None:
+        worth = worth_compiling(config, device, task.discrete)
+        config = dataclasses.replace(config, compile=worth and can_compile(device))
     statistics = None
     if data is not None and config.normalize:
         statistics = data.statistics()

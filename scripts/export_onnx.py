@@ -51,14 +51,20 @@ def export(checkpoint: str, path: str, run: int = 0) -> None:
     """Write the policy of a checkpoint to an ONNX file.
 
     Raise UserError if the checkpoint, the run or the directory of the file does not
-    exist."""
+    exist, and cql.MachineError if the file cannot be written."""
+    with cql.errors_as(cql.UserError, path, OSError):
+        if Path(path).is_dir():
+            raise cql.UserError(f"{path}: a directory; pass the name of a file")
+        if not Path(path).absolute().parent.is_dir():
+            raise cql.UserError(f"{path}: no such directory; create it first")
     policy = cql.load_policy(checkpoint, run)
-    if not Path(path).absolute().parent.is_dir():
-        raise cql.UserError(f"{path}: no such directory; create it first")
     example = torch.zeros(2, policy.task.observation_dim)
     # torch.onnx warns that torchvision is not installed; it is not needed.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+    with (
+        warnings.catch_warnings(action="ignore", category=FutureWarning),
+        cql.errors_as(cql.MachineError, f"cannot write {path}", OSError),
+    ):
         torch.onnx.export(
             RunPolicy(policy.agent, run).eval(),
             (example,),
@@ -96,13 +102,17 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the command line and return its exit status.
 
-    The status is 0 when done, 2 for invalid input or a missing package."""
+    The status is 0 when done, 1 if the disk failed, 2 for invalid input or a missing
+    package."""
     try:
         options = parse(argv)
         export(options.checkpoint, options.path, options.run)
     except cql.UserError as error:
         print(f"export_onnx.py: error: {error}", file=sys.stderr)
         return 2
+    except cql.MachineError as error:
+        print(f"export_onnx.py: failed: {error}", file=sys.stderr)
+        return 1
     except ModuleNotFoundError as missing:
         install = __doc__.splitlines()[2].strip()
         print(f"export_onnx.py: error: {missing}: {install}", file=sys.stderr)
@@ -112,4 +122,5 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # not every terminal can show every name
     sys.exit(main())

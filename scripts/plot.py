@@ -16,6 +16,9 @@ written to --out if there are data for them:
     table.csv    interval: of the last evaluation, the mean of the last three,
                  and the best
 
+Runs without evaluations, such as those of --eval_env none, are only in
+drift.png and weights.png.
+
 Lines are means over seeds. Bands are 95% percentile bootstrap intervals, drawn
 for five or more seeds; with fewer, each seed is a thin line. Such intervals are
 too narrow for few seeds: with five normally distributed values they cover the
@@ -28,6 +31,7 @@ example because it diverged, is drawn until then; the table only counts it.
 
 import argparse
 import io
+import itertools
 import math
 import sys
 import warnings
@@ -56,6 +60,7 @@ RESAMPLES = 2000
 MIN_SEEDS = 5  # fewest seeds for a bootstrap interval
 SCORE = "d4rl_normalized_score"
 LABELS = {SCORE: "normalized score", "return_mean": "return"}
+TABLES = ["evaluations.csv", "metrics.csv"]
 EVALUATED = ["seed", *KEYS, "return_mean", SCORE]  # columns of evaluations.csv
 # Columns of metrics.csv, one for each critic; their means over the critics are drawn.
 Q_COLUMNS = {
@@ -63,6 +68,12 @@ Q_COLUMNS = {
     "data": r"average_qf\d+",
     "uniform": r"cql_q\d+_rand",
     "gap": r"cql_qf\d+_diff",
+}
+# The reason if a figure is not drawn
+ABSENT = {
+    "curves.png": "no run has been evaluated, so there is no table either",
+    "drift.png": "metrics.csv holds no Q of policy actions",
+    "weights.png": "all runs have the same cql_alpha",
 }
 # Okabe and Ito's palette, which is safe for color-blind readers.
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -94,14 +105,16 @@ def find_runs(paths: List[Path]) -> List[Path]:
     a path has no run or is given twice."""
     found = []
     for path in paths:
-        below = sorted(table.parent for table in path.glob("*/evaluations.csv"))
+        below = set()
+        for name in TABLES:
+            below |= {table.parent for table in path.glob(f"*/{name}")}
         if below and not (path / "config.yaml").exists():
-            found += below
-        elif (path / "evaluations.csv").exists():
+            found += sorted(below)
+        elif any((path / name).exists() for name in TABLES):
             found.append(path)
         else:
-            problem = "no evaluations.csv"
-            raise UserError(f"{path}: {problem}; pass a run that has been evaluated")
+            problem = f"neither {TABLES[0]} nor {TABLES[1]}"
+            raise UserError(f"{path}: {problem}; pass the directory of a trained run")
     seen = set()
     for path in found:
         if path.resolve() in seen:
@@ -124,7 +137,7 @@ def read_table(path: Path, columns=()) -> pd.DataFrame:
         if not whole:
             return pd.DataFrame()
         table = pd.read_csv(io.StringIO(whole))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: {error}") from None
     missing = [name for name in ("step", "run", *columns) if name not in table]
     if missing:
@@ -143,7 +156,7 @@ def read_config(directory: Path) -> dict:
         return {}
     try:
         config = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, ValueError):
+    except (yaml.YAMLError, OSError, ValueError):
         config = None
     if not isinstance(config, dict):
         raise UserError(f"{path}: not a mapping; expected a config that cql.py wrote")
@@ -189,48 +202,80 @@ def read_metrics(path: Path) -> pd.DataFrame:
     return metrics
 
 
-def read_runs(paths: List[Path]) -> Tuple[pd.DataFrame, pd.DataFrame]:
-    """Read the evaluations and the metrics of all runs and label their groups.
+def planned_runs(directory: Path) -> pd.DataFrame:
+    """Return the runs that config.yaml asks for, in the order of their numbers.
 
-    Raise UserError for files that are not cql.py's and for a seed that occurs twice."""
+    Raise UserError if the file is missing or does not hold a run's flags."""
+    config = read_config(directory)
+    lists = []
+    for name in ["seed", *KEYS]:
+        if name not in config:
+            problem = f"no evaluations, and no {name} in config.yaml"
+            raise UserError(f"{directory}: {problem}; pass a directory of cql.py")
+        value = config[name]
+        lists.append(value if isinstance(value, list) else [value])
+    runs = pd.DataFrame(itertools.product(*lists), columns=["seed", *KEYS])
+    runs["id"] = [f"{directory}/{run}" for run in runs.index]
+    return runs
+
+
+def read_runs(paths: List[Path]) -> Tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Read the flags, the evaluations and the metrics of all runs.
+
+    The first table has one row for each run. The columns `group` and `others` label
+    the groups in all three. Raise UserError for files that are not cql.py's and for a
+    seed that occurs twice."""
+    runs = []
     evaluations = []
     metrics = []
     settings = []
     for directory in find_runs(paths):
-        table = read_table(directory / "evaluations.csv", EVALUATED)
-        if len(table):
-            flags = read_flags(directory)
-            settings += [name for name in flags if name not in settings]
-            more = {"origin": str(directory), "n_seeds": count_seeds(directory)}
-            evaluations.append(table.assign(**flags, **more))
-            metrics.append(read_metrics(directory / "metrics.csv"))
-    if not evaluations:
-        raise UserError(f"{paths[0]}: no evaluations yet; wait for the first one")
-    evaluations = pd.concat(evaluations).sort_values(KEYS, kind="stable")
-    evaluations = evaluations.reset_index(drop=True)
-    evaluations[settings] = evaluations[settings].fillna("unset")
-    label_groups(evaluations, settings)
-    check_seeds(evaluations)
-    metrics = pd.concat(metrics)
-    if len(metrics):
-        labels = evaluations.drop_duplicates("id").set_index("id")
-        labels = labels[["group", "others", *KEYS]]
-        metrics = metrics.join(labels, on="id", how="inner")
-        metrics = metrics.sort_values(KEYS, kind="stable")
-    return evaluations, metrics
+        evaluated = read_table(directory / "evaluations.csv", EVALUATED)
+        trained = read_metrics(directory / "metrics.csv")
+        if len(evaluated):
+            found = evaluated.drop_duplicates("id")[["id", "seed", *KEYS]]
+        elif len(trained):
+            found = planned_runs(directory)
+        else:
+            continue
+        flags = read_flags(directory)
+        settings += [name for name in flags if name not in settings]
+        more = {"origin": str(directory), "n_seeds": count_seeds(directory)}
+        more["evaluated"] = len(evaluated) > 0
+        runs.append(found.assign(**flags, **more))
+        evaluations.append(evaluated.drop(columns=["seed", *KEYS], errors="ignore"))
+        metrics.append(trained)
+    if not runs:
+        problem = f"no rows in {TABLES[0]} or {TABLES[1]} yet"
+        raise UserError(f"{paths[0]}: {problem}; wait for the first ones")
+    runs = pd.concat(runs).sort_values(KEYS, kind="stable").reset_index(drop=True)
+    runs[settings] = runs[settings].fillna("unset")
+    label_groups(runs, settings)
+    runs = check_seeds(runs)
+    return runs, add_flags(evaluations, runs), add_flags(metrics, runs)
 
 
-def label_groups(evaluations: pd.DataFrame, settings: List[str]) -> None:
+def add_flags(tables: List[pd.DataFrame], runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the joined tables with the columns of `runs`, sorted by KEYS."""
+    table = pd.concat(tables)
+    if not len(table):
+        return table
+    labels = ["seed", "origin", "n_seeds", "group", "others", *KEYS]
+    table = table.join(runs.set_index("id")[labels], on="id", how="inner")
+    return table.sort_values(KEYS, kind="stable").reset_index(drop=True)
+
+
+def label_groups(runs: pd.DataFrame, settings: List[str]) -> None:
     """Add the columns `group` and `others`.
 
     `group` is a label of the flags that differ between groups; `others` is the same
     label without cql_alpha."""
     varying = []
     for name in settings + KEYS:
-        if evaluations[name].nunique(dropna=False) > 1:
+        if runs[name].nunique(dropna=False) > 1:
             varying.append(name)
     flags = [name for name in varying if name not in KEYS]
-    several = evaluations.groupby(varying or KEYS, sort=False, dropna=False)
+    several = runs.groupby(varying or KEYS, sort=False, dropna=False)
     for _, rows in several:
         first = rows.iloc[0]
         words = [f"{name} {first[name]}" for name in flags]
@@ -245,20 +290,30 @@ def label_groups(evaluations: pd.DataFrame, settings: List[str]) -> None:
                 else:
                     words.append(word)
         label = ", ".join(words + alpha) or Path(first["origin"]).resolve().name
-        evaluations.loc[rows.index, "group"] = label
-        evaluations.loc[rows.index, "others"] = ", ".join(words)
+        runs.loc[rows.index, "group"] = label
+        runs.loc[rows.index, "others"] = ", ".join(words)
 
 
-def check_seeds(evaluations: pd.DataFrame) -> None:
+def check_seeds(runs: pd.DataFrame) -> pd.DataFrame:
     """Raise UserError if two directories hold the same seed of a group.
 
-    It would count as two seeds."""
-    for (_, seed), rows in evaluations.groupby(["group", "seed"]):
+    It would count as two seeds. But a run without evaluations that another one repeats
+    with evaluations was stopped early, so the result is without it."""
+    seeds = pd.MultiIndex.from_frame(runs[["group", "seed"]])
+    repeated = seeds.isin(seeds[runs["evaluated"]])
+    runs = runs[runs["evaluated"] | ~repeated]
+    for (_, seed), rows in runs.groupby(["group", "seed"]):
         origins = rows["origin"].unique()
         if len(origins) > 1:
             both = f"{origins[0]} and {origins[1]}"
             problem = f"both hold seed {seed:g} of the same settings"
             raise UserError(f"{both}: {problem}; pass one of them")
+    return runs
+
+
+def has_q(metrics: pd.DataFrame) -> bool:
+    """Return whether there is any Q of policy actions."""
+    return len(metrics) > 0 and bool(metrics["policy"].notna().any())
 
 
 def over_runs(table: pd.DataFrame, column: str) -> pd.DataFrame:
@@ -411,13 +466,13 @@ def choose_scale(panel, values: pd.DataFrame) -> None:
         panel.set_yscale("symlog", linthresh=10)
 
 
-def name_steps(evaluations: pd.DataFrame) -> str:
+def name_steps(runs: pd.DataFrame) -> str:
     """Return the label of the x-axis: the unit that the steps of these runs count."""
     online = {"0"}
     offline = {"unset"}
-    if "online_iterations" in evaluations:
-        online |= set(evaluations["online_iterations"])
-        offline = set(evaluations["max_timesteps"])
+    if "online_iterations" in runs:
+        online |= set(runs["online_iterations"])
+        offline = set(runs["max_timesteps"])
     if online <= {"0", "unset"}:
         return "gradient updates"
     if offline == {"0"}:
@@ -437,10 +492,10 @@ def save(figure, path: Path) -> None:
     plt.close(figure)
 
 
-def draw_curves(evaluations, column: str, out: Path, data_score=None) -> None:
+def draw_curves(runs, evaluations, column: str, out: Path, data_score=None) -> None:
     """Write curves.png: a column of the evaluations against the step."""
     figure, panel = plt.subplots(figsize=(7, 3.8))
-    colors = choose_colors(evaluations["group"].unique())
+    colors = choose_colors(runs["group"].unique())
     lines = {}
     for group, table in evaluations.groupby("group", sort=False):
         values = over_runs(table, column)
@@ -450,21 +505,21 @@ def draw_curves(evaluations, column: str, out: Path, data_score=None) -> None:
     if data_score is not None:
         line = panel.axhline(data_score, color="0.4", dashes=(4, 2))
         lines["mean of the dataset"] = line
-    panel.set(xlabel=name_steps(evaluations), ylabel=LABELS[column])
+    panel.set(xlabel=name_steps(runs), ylabel=LABELS[column])
     add_legend(figure, lines)
     save(figure, out / "curves.png")
 
 
-def draw_drift(evaluations, metrics, out: Path) -> None:
+def draw_drift(runs, metrics, out: Path) -> None:
     """Write drift.png, if there are metrics.
 
     It shows Q of policy actions, the differences to Q of dataset actions, and the
     conservative gap, against the step."""
-    if not len(metrics) or metrics["policy"].isna().all():
+    if not has_q(metrics):
         return
     figure, panels = plt.subplots(1, 3, figsize=(12, 3.8))
     q, difference, gap = panels
-    colors = choose_colors(evaluations["group"].unique())
+    colors = choose_colors(runs["group"].unique())
     differences = metrics[["policy", "uniform"]].sub(metrics["data"], axis=0)
     metrics = metrics.assign(
         policy_difference=differences["policy"],
@@ -485,39 +540,44 @@ def draw_drift(evaluations, metrics, out: Path) -> None:
     gap.set_title("conservative gap, before cql_alpha")
     add_style_legend(difference, {"policy actions": "-", "uniform actions": "--"})
     for panel in panels:
-        panel.set_xlabel(name_steps(evaluations))
+        panel.set_xlabel(name_steps(runs))
     add_legend(figure, lines)
     save(figure, out / "drift.png")
 
 
-def draw_weights(evaluations, metrics, column: str, out: Path) -> None:
+def draw_weights(runs, evaluations, metrics, column: str, out: Path) -> None:
     """Write weights.png, if there are several values of cql_alpha.
 
-    It shows the final score and the final Q of all runs against cql_alpha, with one
-    color for each combination of the other flags."""
-    alphas = sorted(evaluations["cql_alpha"].unique())
+    It shows the final score, if there are evaluations, and the final Q of all runs
+    against cql_alpha, with one color for each combination of the other flags."""
+    alphas = sorted(runs["cql_alpha"].unique())
     if len(alphas) < 2:
         return
-    figure, (scores, q) = plt.subplots(1, 2, figsize=(10, 4))
-    colors = choose_colors(evaluations["others"].unique())
-    last = evaluations.sort_values("step").groupby("id").tail(3)
-    last = last.groupby(["others", "cql_alpha", "id"], as_index=False)[column].mean()
+    n_panels = 2 if len(evaluations) else 1
+    size = (5 * n_panels, 4)
+    figure, panels = plt.subplots(1, n_panels, figsize=size, sharex=True, squeeze=False)
+    scores, q = panels[0, 0], panels[0, -1]
+    colors = choose_colors(runs["others"].unique())
     lines = {}
-    for others, table in last.groupby("others", sort=False):
-        lines[others] = draw_ends(scores, table, alphas, column, colors[others])
-    if len(metrics) and metrics["policy"].notna().any():
+    if len(evaluations):
+        last = evaluations.sort_values("step").groupby("id").tail(3)
+        last = last.groupby(["others", "cql_alpha", "id"], as_index=False)[column].mean()
+        for others, table in last.groupby("others", sort=False):
+            lines[others] = draw_ends(scores, table, alphas, column, colors[others])
+        scores.set_title("mean of the last three evaluations")
+        scores.set_ylabel(LABELS[column])
+    if has_q(metrics):
         last = metrics.dropna(subset="policy").sort_values("step")
         last = last.groupby("id").tail(1)
         for others, table in last.groupby("others", sort=False):
             color = colors[others]
-            draw_ends(q, table, alphas, "policy", color, "o", -0.1)
+            line = draw_ends(q, table, alphas, "policy", color, "o", -0.1)
             draw_ends(q, table, alphas, "data", color, "s", 0.1)
+            lines.setdefault(others, line)
         choose_scale(q, last[["policy", "data"]])
     add_style_legend(q, {"policy actions": "o", "dataset actions": "s"})
-    scores.set_title("mean of the last three evaluations")
-    scores.set_ylabel(LABELS[column])
     q.set_title("Q at the end")
-    for panel in (scores, q):
+    for panel in panels[0]:
         names = [f"{alpha:g}" for alpha in alphas]
         panel.set(xlabel="cql_alpha", xticks=range(len(alphas)), xticklabels=names)
     if len(lines) > 1:
@@ -574,27 +634,57 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
 def plot(options) -> None:
     """Write the figures and tables, and print the table.
 
-    Raise UserError for runs that cannot be read or a directory that cannot be made."""
-    evaluations, metrics = read_runs(options.directories)
-    column = measure(evaluations)
+    Raise UserError for runs that cannot be read or shown, and for a directory that
+    cannot be written."""
+    data_score = options.data_score
+    if data_score is not None and not math.isfinite(data_score):
+        raise UserError(f"--data-score {data_score}: must be a finite number")
+    runs, evaluations, metrics = read_runs(options.directories)
+    if not len(evaluations) and not has_q(metrics):
+        problem = "no evaluations, and no Q of policy actions in metrics.csv"
+        raise UserError(f"{options.directories[0]}: {problem}; nothing can be drawn")
     out = options.out
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        write_files(runs, evaluations, metrics, out, data_score)
     except OSError as error:
-        raise UserError(f"--out {out}: {error}") from None
-    # A figure of an earlier command would look like one of these runs.
-    for name in ("curves.png", "drift.png", "weights.png"):
+        hint = "pass another directory"
+        raise UserError(f"--out {out}: cannot be written ({error}); {hint}") from None
+    print_files(runs, evaluations, out)
+
+
+def write_files(runs, evaluations, metrics, out: Path, data_score=None) -> None:
+    """Write the figures and tables to the directory out, which is made if needed."""
+    out.mkdir(parents=True, exist_ok=True)
+    # A file of an earlier command would look like one of these runs.
+    for name in (*ABSENT, "table.csv", "table.md"):
         (out / name).unlink(missing_ok=True)
+    column = measure(evaluations) if len(evaluations) else None
     with matplotlib.rc_context(STYLE):
-        draw_curves(evaluations, column, out, options.data_score)
-        draw_drift(evaluations, metrics, out)
-        draw_weights(evaluations, metrics, column, out)
-    table = tabulate(evaluations, column)
-    table.to_csv(
-        out / "table.csv", index=False, float_format="%.6g", lineterminator="\n"
-    )
-    (out / "table.md").write_text(markdown(table))
-    print(markdown(table), end="")
+        draw_drift(runs, metrics, out)
+        draw_weights(runs, evaluations, metrics, column, out)
+        if column:
+            draw_curves(runs, evaluations, column, out, data_score)
+    if column:
+        table = tabulate(evaluations, column)
+        form = {"float_format": "%.6g", "lineterminator": "\n"}
+        table.to_csv(out / "table.csv", index=False, **form)
+        (out / "table.md").write_text(markdown(table), "utf-8")
+
+
+def print_files(runs, evaluations, out: Path) -> None:
+    """Print the table, and the reasons for figures that are not drawn."""
+    if len(evaluations):
+        print((out / "table.md").read_text("utf-8"), end="")
+        without = runs[~runs["evaluated"]]["origin"].unique()
+        if len(without):
+            print(f"not evaluated, so not in the table: {', '.join(without)}")
+    drawn = [name for name in ABSENT if (out / name).exists()]
+    if len(drawn) < len(ABSENT):
+        line = f"drawn: {' and '.join(drawn)}"
+        for name, reason in ABSENT.items():
+            if name not in drawn:
+                line += f"; no {name}: {reason}"
+        print(line)
     print(f"figures and tables: {out}")
 
 
@@ -604,10 +694,11 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         plot(parse(argv))
     except UserError as error:
-        print(f"plot.py: error: {error}", file=sys.stderr)
+        print("plot.py: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     return 0
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # not every terminal can show every name
     sys.exit(main())

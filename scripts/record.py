@@ -30,6 +30,7 @@ import gymnasium as gym
 import minari
 import numpy as np
 import torch
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector.utils import concatenate, create_empty_array
 from gymnasium.wrappers import TransformObservation
 from minari.data_collector import EpisodeBuffer
@@ -62,25 +63,23 @@ def play_episode(
     truncations. An episode that reaches max_steps without a termination is truncated.
     observation_space sets the space, and thus the dtype, of the stored observations;
     the default is the environment's own."""
-    observation, _ = env.reset(seed=seed)
+    player = cql.Player(env)
+    player.reset(seed)
     # Some environments reuse the array that they return, so each one is copied.
-    observations = [copy.deepcopy(observation)]
+    observations = [copy.deepcopy(player.observation)]
     actions = []
-    rewards = []
-    done = False
-    while not done:
-        action = act(observation)
-        observation, reward, terminated, truncated, _ = env.step(action)
-        observations.append(copy.deepcopy(observation))
+    while not player.over and len(actions) < max_steps:
+        action = act(player.observation)
+        player.step(action)
+        observations.append(copy.deepcopy(player.observation))
         actions.append(action)
-        rewards.append(float(reward))
-        done = terminated or truncated or len(actions) >= max_steps
+    terminated = bool(player.terminated)
     last = np.arange(len(actions)) == len(actions) - 1
     return EpisodeBuffer(
         seed=seed,
         observations=stack(observation_space or env.observation_space, observations),
         actions=stack(env.action_space, actions),
-        rewards=np.array(rewards),
+        rewards=np.array(player.rewards),
         terminations=last & terminated,
         truncations=last & (not terminated),
         infos={},
@@ -99,6 +98,44 @@ def check_space(directory: Path, episodes: List[EpisodeBuffer]) -> None:
         raise OSError(f"{directory}: {sizes}; free some disk space")
 
 
+def importable_name(creator: Callable, env_id: str) -> str:
+    """Return the class or function that makes an environment as module:name.
+
+    Raise UserError unless other programs can import it under this name."""
+    module = getattr(creator, "__module__", None)
+    name = getattr(creator, "__name__", "")
+    found = getattr(sys.modules.get(module), name, None)
+    if found is not creator or module == "__main__":
+        problem = f"entry_point {creator} cannot be imported by its name"
+        hint = "pass entry_point='module:name' to gymnasium.register"
+        raise cql.UserError(f"{env_id}: {problem}, so it cannot be recorded; {hint}")
+    return f"{module}:{name}"
+
+
+def recorded_spec(env: gym.Env) -> Optional[EnvSpec]:
+    """Return the environment's spec as the dataset records it.
+
+    Classes and functions are replaced by their names. The result is None for an
+    environment that gymnasium.make did not make. Raise UserError if the spec cannot be
+    written as JSON."""
+    spec = env.spec
+    if spec is None:
+        return None
+    names = {}
+    for field in ("entry_point", "vector_entry_point"):
+        creator = getattr(spec, field)
+        if callable(creator):
+            names[field] = importable_name(creator, spec.id)
+    spec = dataclasses.replace(spec, **names)
+    try:
+        spec.to_json()
+    except (TypeError, ValueError) as error:
+        problem = f"settings or wrappers that are not JSON ({cql.brief(error)})"
+        hint = "expected numbers, text, lists and dictionaries; register it with these"
+        raise cql.UserError(f"{spec.id}: {problem}; {hint}") from None
+    return spec
+
+
 def write_dataset(
     out: Path,
     episodes: List[EpisodeBuffer],
@@ -109,7 +146,9 @@ def write_dataset(
     """Write the episodes as the Minari dataset out/data, replacing an existing one.
 
     metadata holds entries under Minari's names, for example description. Raises
-    OSError, RuntimeError or ValueError if the disk fails; nothing is then written."""
+    OSError, RuntimeError or ValueError if the disk fails, and UserError if the
+    environment cannot be recorded; nothing is then written."""
+    spec = recorded_spec(env)
     check_space(out.parent, episodes)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:
         new = Path(beside) / "data"
@@ -117,7 +156,7 @@ def write_dataset(
             new,
             observation_space=observation_space or env.observation_space,
             action_space=env.action_space,
-            env_spec=env.spec,
+            env_spec=spec,
         )
         names = {"dataset_id": out.name, "minari_version": minari.__version__}
         storage.update_metadata({**names, **metadata})
@@ -134,15 +173,15 @@ def check_out(out: Path, overwrite: bool) -> None:
     Raise UserError if the dataset cannot be written to out."""
     where = f"--out {out}"
     hint = "choose another directory"
-    if out.exists() and not overwrite:
-        raise cql.UserError(f"{where}: already exists; {hint} or pass --overwrite")
-    if out.exists() and not (out / "data" / "metadata.json").exists():
-        problem = "exists but is not a dataset, so it is not overwritten"
-        raise cql.UserError(f"{where}: {problem}; {hint}")
-    with cql.errors_as(cql.UserError, where, OSError):
+    with cql.errors_as(cql.UserError, f"{where}: cannot be written; {hint}", OSError):
+        if out.exists() and not overwrite:
+            raise cql.UserError(f"{where}: already exists; {hint} or pass --overwrite")
+        if out.exists() and not (out / "data" / "metadata.json").exists():
+            problem = "exists but is not a dataset, so it is not overwritten"
+            raise cql.UserError(f"{where}: {problem}; {hint}")
         out.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(out.parent, os.W_OK):
-            raise cql.UserError(f"{where}: {out.parent} is not writable; {hint}")
+        # os.access does not detect every directory that cannot be written.
+        tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent).cleanup()
 
 
 def make_env(options, policy: Optional[Callable]) -> Tuple[gym.Env, cql.Task, str]:
@@ -217,13 +256,19 @@ def policy_act(policy: Callable, run: int, seed: int, noise=0.0, stochastic=Fals
 
 
 def record(env: gym.Env, act: Callable, steps: int, seed: int) -> List[EpisodeBuffer]:
-    """Record episodes with a total number of steps; the last episode is truncated."""
+    """Record episodes with a total number of steps; the last episode is truncated.
+
+    Raise cql.MachineError if the environment fails."""
     episodes = []
     left = steps
     with tqdm(total=steps, unit=" steps", disable=None) as bar:
         while left > 0:
             start = cql.environment_seed([START, seed, len(episodes)])
-            episode = play_episode(env, act, start, left)
+            where = (
+                f"{env.spec.id} failed in episode {len(episodes)}; nothing is written"
+            )
+            with cql.errors_as(cql.MachineError, where):
+                episode = play_episode(env, act, start, left)
             episodes.append(episode)
             left -= len(episode)
             bar.update(len(episode))
@@ -244,22 +289,29 @@ def find_reference(options, env: gym.Env, task: cql.Task, policy):
     """Find the returns with the normalized scores 0 and 100.
 
     Returns them as [low, high], or None if there are none, and a line that says where
-    they come from. Measures them if they are unknown and there is a policy."""
+    they come from. Measures them if they are unknown and there is a policy. Raise
+    cql.MachineError if the environment then fails."""
     if options.reference:
         return options.reference, "scored by the returns of --reference"
     name = env.spec.id
     if task.env_id not in (None, name):
         # The recorded reference returns belong to another environment.
         task = dataclasses.replace(task, reference=None)
-    reference, source = cql.reference_returns(task, name)
+    limit = env.spec.max_episode_steps
+    reference, source = cql.reference_returns(task, name, limit)
     if reference is None and policy is None:
         source += "; pass --reference LOW HIGH to record some"
     if reference is not None or policy is None:
         return reference, source
     print("measuring reference returns", flush=True)
     seed = options.seed
-    low = mean_return(env, random_act(env, cql.seed_from([MEASURE, seed])), seed)
-    high = mean_return(env, policy_act(policy, options.run, seed), seed)
+    random = random_act(env, cql.seed_from([MEASURE, seed]))
+    greedy = policy_act(policy, options.run, seed)
+    where = f"{name} failed while reference returns were measured"
+    hint = "pass --reference LOW HIGH instead"
+    with cql.errors_as(cql.MachineError, f"{where}; {hint}"):
+        low = mean_return(env, random, seed)
+        high = mean_return(env, greedy, seed)
     measured = f"random actions return {low:.1f}, the policy without noise {high:.1f}"
     if not low < high:
         return None, f"not scored: the policy is no better than random: {measured}"
@@ -282,13 +334,17 @@ def describe(options) -> str:
 def record_dataset(options) -> None:
     """Record, write and summarize the dataset that the options describe.
 
-    Raise UserError for invalid options and cql.MachineError if the disk fails."""
+    Raise UserError for invalid options and cql.MachineError if the environment or the
+    disk fails."""
     policy = None
     if options.policy != "random":
         policy = cql.load_policy(options.policy, options.run)
     check_options(options, policy)
     env, task, name = make_env(options, policy)
+    recorded_spec(env)  # raises UserError if it cannot be written later
+    cql.try_environment(env, task, name)
     check_out(options.out, options.overwrite)
+    reference, source = find_reference(options, env, task, policy)
 
     seed = cql.seed_from([DRAW, options.seed])
     if policy is None:
@@ -297,7 +353,6 @@ def record_dataset(options) -> None:
         act = policy_act(policy, options.run, seed, options.noise, options.stochastic)
     print(f"recording in {name}: {describe(options)}", flush=True)
     episodes = record(env, act, options.steps, options.seed)
-    reference, source = find_reference(options, env, task, policy)
     metadata = {
         "algorithm_name": describe(options),
         "description": f"{options.steps} steps in {name}, seed {options.seed}",
@@ -414,13 +469,14 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the command line and return its exit status.
 
-    The status is 0 when done, 1 if the disk failed, 2 for invalid input, 130 if
-    interrupted."""
+    The status is 0 when done, 1 if the environment or the disk failed, 2 for invalid
+    input, 130 if interrupted."""
     try:
         record_dataset(parse(argv))
     except cql.UserError as error:
-        # cql.py's messages name its own flag and the dataset of a training run.
-        text = str(error).replace("--eval_env", "--env")
+        # cql.py's messages name its own flags and the dataset of a training run.
+        text = str(error)
+        text = text.replace("--eval_env", "--env")
         text = text.replace("match the data's", "match the policy's")
         print(f"record.py: error: {text}", file=sys.stderr)
         return 2
@@ -433,4 +489,5 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # not every terminal can show every name
     sys.exit(main())

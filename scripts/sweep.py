@@ -22,13 +22,14 @@ not authenticate, so use a private network. The results are DIR/evaluations.csv 
 DIR/metrics.csv, in which runs are numbered as if one process had trained them
 all. DIR/TRIAL is a trial's run directory and DIR/TRIAL.log its output.
 
-Exit status: 0 done, 1 a trial failed after all retries, 2 invalid input, 3 a
-run diverged, 130 interrupted.
+Exit status: 0 done, 1 a trial failed after all retries or the disk failed, 2
+invalid input, 3 a run diverged, 130 interrupted.
 """
 
 import argparse
 import csv
 import ctypes
+import hashlib
 import itertools
 import json
 import logging
@@ -147,6 +148,17 @@ def unstacked_lists(argv: List[str]) -> Dict[str, list]:
     return lists
 
 
+def short_name(name: str) -> str:
+    """Return the name, with its end replaced by a hash if it is long.
+
+    A file name has at most 255 bytes, of which suffixes such as .json need some."""
+    letters = name.encode()
+    if len(letters) <= 200:
+        return name
+    digest = hashlib.sha256(letters).hexdigest()[:8]
+    return letters[:200].decode(errors="ignore") + "-" + digest
+
+
 def plan(argv: List[str], per_trial: List[str], directory: Path) -> List[Trial]:
     """Split the combinations of cql.py's flags into trials.
 
@@ -163,6 +175,7 @@ def plan(argv: List[str], per_trial: List[str], directory: Path) -> List[Trial]:
     unstacked = list(axes)
     first = {name: values[0] for name, values in axes.items()}
     config_of_first = cql.read_config(replace_flags(argv, first))
+    cql.validate(config_of_first)
     for name in cql.SWEPT:
         values = getattr(config_of_first, name)  # from the command or a loaded model
         if isinstance(values, list):
@@ -173,13 +186,15 @@ def plan(argv: List[str], per_trial: List[str], directory: Path) -> List[Trial]:
         run = dict(zip(axes, values))
         chosen = {name: run[name] for name in split}
         words = [f"{key}_{value}".removesuffix(".0") for key, value in chosen.items()]
-        name = "-".join(words) or "all"
+        name = short_name("-".join(words) or "all")
         if name not in trials:
             folder = directory / name
             command = replace_flags(argv, {**chosen, "resume": str(folder)})
-            config = json.dumps(asdict(cql.read_config(command)))
+            config = cql.read_config(command)
+            cql.validate(config)
+            text = json.dumps(asdict(config))
             extra = {key: run[key] for key in unstacked}
-            trials[name] = Trial(name, folder, command, config, [], extra)
+            trials[name] = Trial(name, folder, command, text, [], extra)
         trials[name].numbers.append(number)
     return list(trials.values())
 
@@ -302,12 +317,16 @@ class RecordEnds(tune.Callback):
 
     def __init__(self, trials: Dict[str, Trial]):
         self.trials = trials
+        self.failed = []  # Tune's trials that failed after all retries
 
     def on_trial_complete(self, iteration, trials, trial, **info) -> None:
         ended = self.trials[trial.config["trial"]]
         end = trial.last_result.get("status", STOPPED)
         if end != 2:  # invalid input is checked again by the next command
             ended.write_end(end)
+
+    def on_trial_error(self, iteration, trials, trial, **info) -> None:
+        self.failed.append(trial)
 
     def on_trial_recover(self, iteration, trials, trial, **info) -> None:
         name = trial.config["trial"]
@@ -339,6 +358,8 @@ def connect(options) -> dict:
     gpus = max(machine.get("GPU", 0) for machine in machines)
     if options.gpus is None:
         options.gpus = min(1, gpus)
+    if options.cpus == options.gpus == 0:
+        raise cql.UserError("--cpus 0: a trial without a GPU needs a CPU; pass --cpus 1")
     if options.cpus > cpus or options.gpus > gpus:
         where = f"--cpus {options.cpus:g} --gpus {options.gpus:g}"
         found = f"a machine has at most {cpus:g} CPUs and {gpus:g} GPUs"
@@ -381,6 +402,7 @@ def run_trials(trials: List[Trial], options) -> Dict[str, str]:
     if options.asha:
         scheduler = make_scheduler(cql.read_config(trials[0].command))
     stopper = StopAtBadInput()
+    ends = RecordEnds({each.name: each for each in trials})
     columns = {"step": "step", "score": "score", "time_total_s": "seconds"}
     tuner = tune.Tuner(
         tune.with_resources(training, resources),
@@ -394,21 +416,20 @@ def run_trials(trials: List[Trial], options) -> Dict[str, str]:
             stop=stopper,
             failure_config=tune.FailureConfig(max_failures=MAX_RETRIES),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            callbacks=[RecordEnds({each.name: each for each in trials})],
+            callbacks=[ends],
             progress_reporter=tune.CLIReporter(
                 metric_columns=columns, max_report_frequency=30
             ),
             verbose=1,
         ),
     )
-    results = tuner.fit()
+    tuner.fit()
     ray.shutdown()
     if stopper.line:
         raise cql.UserError(stopper.line.removeprefix("cql.py: error: "))
     failures = {}
-    for result in results:
-        if result.error:
-            failures[result.config["trial"]] = str(result.error).splitlines()[-1]
+    for trial in ends.failed:
+        failures[trial.config["trial"]] = str(trial.get_error()).splitlines()[-1]
     return failures
 
 
@@ -508,13 +529,19 @@ def write_tables(trials: List[Trial], directory: Path) -> None:
 def sweep(options, argv: List[str]) -> int:
     """Run or continue the sweep and return the exit status.
 
-    Raise UserError for invalid input."""
+    Raise UserError for invalid input and cql.MachineError if the disk fails."""
+    for name in ("cpus", "gpus"):
+        number = getattr(options, name)
+        if number is not None and not 0 <= number < math.inf:
+            raise cql.UserError(f"--{name} {number:g}: must be finite and at least 0")
     options.dir = options.dir.absolute()
-    per_trial = [name for name in options.per_trial.split(",") if name]
-    trials = plan(argv, per_trial, options.dir)
-    if (options.dir / "config.yaml").exists():
+    with cql.errors_as(cql.UserError, f"--dir {options.dir}", OSError):
+        holds_run = (options.dir / "config.yaml").exists()
+    if holds_run:
         problem = "holds a run of cql.py, not a sweep"
         raise cql.UserError(f"--dir {options.dir}: {problem}; choose another directory")
+    per_trial = [name for name in options.per_trial.split(",") if name]
+    trials = plan(argv, per_trial, options.dir)
     failures = {}
     with cql.lock_directory(options.dir):
         waiting = [trial for trial in trials if trial.end(options.asha) is None]
@@ -522,7 +549,9 @@ def sweep(options, argv: List[str]) -> int:
             # Delete what Tune wrote in an earlier command.
             shutil.rmtree(options.dir / ".ray", ignore_errors=True)
             failures = run_trials(waiting, options)
-        write_tables(trials, options.dir)
+        where = f"cannot write the tables in {options.dir}"
+        with cql.errors_as(cql.MachineError, where, OSError):
+            write_tables(trials, options.dir)
     ends = [trial.end(options.asha) for trial in trials]
     for trial, end in zip(trials, ends):
         if end == 3:
@@ -548,9 +577,13 @@ def main(argv: Optional[List[str]] = None) -> int:
     except cql.UserError as error:
         print("sweep.py: error:", error, file=sys.stderr)
         return 2
+    except cql.MachineError as error:
+        print("sweep.py: failed:", error, file=sys.stderr)
+        return 1
     except KeyboardInterrupt:  # before Tune has started
         return 130
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # not every terminal can show every name
     sys.exit(main())

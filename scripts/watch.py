@@ -5,8 +5,8 @@
 The first policy of each run (`--run 1`: the second one) acts deterministically,
 as in evaluation. All policies start from the same seed, and a new episode
 starts when one ends. The caption shows the penalty weight and the return of the
-episode so far. No display is needed. If rendering fails, set MUJOCO_GL=egl or
-MUJOCO_GL=osmesa (Debian packages: libegl1, libosmesa6).
+episode so far. No display is needed. If rendering MuJoCo fails, set
+MUJOCO_GL=egl or MUJOCO_GL=osmesa (Debian packages: libegl1, libosmesa6).
 """
 
 import argparse
@@ -44,9 +44,29 @@ def make_env(directory: str, policy: Callable) -> gym.Env:
         task.max_episode_steps = None
     task.env_kwargs["render_mode"] = "rgb_array"
     spec = gym.registry.get(env_id)
-    if spec and "mujoco" in str(spec.entry_point):
+    if spec and "gymnasium.envs.mujoco" in str(spec.entry_point):
         task.env_kwargs |= {"width": SIZE, "height": SIZE, "camera_name": "track"}
     return cql.make_env(dataclasses.replace(config, eval_env=name), task)
+
+
+def uses_mujoco(env: gym.Env) -> bool:
+    """Return whether MuJoCo renders the environment.
+
+    Its class then is, or is derived from, one of Gymnasium's or Gymnasium-Robotics'."""
+    modules = [kind.__module__ for kind in type(env.unwrapped).__mro__]
+    return any("mujoco" in name or "gymnasium_robotics" in name for name in modules)
+
+
+def render(env: gym.Env, directory: str) -> Image.Image:
+    """Return the environment's present frame. Raise UserError if it has none."""
+    where = f"{directory}: the environment cannot be rendered"
+    if uses_mujoco(env):
+        where += " (set MUJOCO_GL=egl or MUJOCO_GL=osmesa)"
+    with cql.errors_as(cql.UserError, where):
+        frame = env.render()
+        if frame is None:
+            raise ValueError("render() returned None; expected an array")
+        return Image.fromarray(frame).convert("RGB")
 
 
 def render_episodes(directory: str, options) -> Iterator[Image.Image]:
@@ -56,43 +76,54 @@ def render_episodes(directory: str, options) -> Iterator[Image.Image]:
     policy = cql.load_policy(directory, options.run)
     weight = policy.agent.runs[options.run]["cql_alpha"]
     env = make_env(directory, policy)
+    player = cql.Player(env)
     seed = options.seed
     while True:
-        observation, _ = env.reset(seed=seed)
+        player.reset(seed % 2**31)  # environments may keep a seed in 32 bits
         seed += 1
-        total = 0.0
         t = 0
-        done = False
-        while not done:
+        while not player.over:
             if t % options.every == 0:
-                problem = "the environment cannot be rendered"
-                hint = "MuJoCo: set MUJOCO_GL=egl"
-                with cql.errors_as(cql.UserError, f"{directory}: {problem} ({hint})"):
-                    image = Image.fromarray(env.render())
+                image = render(env, directory)
                 image = image.resize((image.width * SIZE // image.height, SIZE))
-                caption = f"cql_alpha {weight:g}: {total:.0f}"
+                caption = f"cql_alpha {weight:g}: {sum(player.rewards):.0f}"
                 ImageDraw.Draw(image).text((6, 4), caption)
                 yield image
-            action = policy(observation)
-            observation, reward, terminated, truncated, _ = env.step(action)
-            total += float(reward)
+            player.step(policy(player.observation))
             t += 1
-            done = terminated or truncated
+
+
+def check_options(options) -> None:
+    """Raise UserError for numbers out of range and a file that cannot be written."""
+    for name, least in {"frames": 1, "every": 1, "seed": 0}.items():
+        value = getattr(options, name)
+        if value < least:
+            raise cql.UserError(f"--{name} {value}: must be at least {least}")
+    out = options.out
+    with cql.errors_as(cql.UserError, f"--out {out}", OSError):
+        if out.is_dir() or out.suffix.lower() != ".gif":
+            raise cql.UserError(f"--out {out}: not a file name that ends in .gif")
+        if not out.absolute().parent.is_dir():
+            raise cql.UserError(f"--out {out}: no such directory; create it first")
 
 
 def write_gif(options) -> None:
-    """Render all runs and write them as one GIF to options.out. Raise UserError."""
-    for name in ("frames", "every"):
-        value = getattr(options, name)
-        if value < 1:
-            raise cql.UserError(f"--{name} {value}: must be at least 1")
+    """Render all runs and write them as one GIF to options.out.
+
+    Raise UserError for bad input and cql.MachineError if an environment or the disk
+    fails."""
+    check_options(options)
     runs = [render_episodes(directory, options) for directory in options.directories]
     frames = []
     for _ in range(options.frames):
-        images = [np.asarray(next(run)) for run in runs]
+        images = []
+        for directory, run in zip(options.directories, runs):
+            where = f"{directory}: the environment failed"
+            with cql.errors_as(cql.MachineError, where):
+                images.append(np.asarray(next(run)))
         frame = np.concatenate(images, axis=1)
         frames.append(Image.fromarray(frame).quantize(32))
-    with cql.errors_as(cql.UserError, f"--out {options.out}"):
+    with cql.errors_as(cql.MachineError, f"cannot write {options.out}"):
         frames[0].save(
             options.out, save_all=True, append_images=frames[1:], duration=40, loop=0
         )
@@ -115,7 +146,7 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("directories", nargs="+", metavar="DIR", help="run directories or checkpoints")
-    add("--out", default="policies.gif", help="GIF file to write")
+    add("--out", type=Path, default=Path("policies.gif"), help="GIF file to write")
     add("--run", type=int, default=0, help="index of the policy in a stacked run")
     add("--seed", type=int, default=0, help="seed of the first episode")
     add("--frames", type=int, default=100, help="number of frames")
@@ -124,7 +155,10 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """Run the command line and return its exit status: 0 done, 2 invalid input."""
+    """Run the command line and return its exit status.
+
+    The status is 0 when done, 1 if an environment or the disk failed, 2 for invalid
+    input, 130 if interrupted."""
     try:
         write_gif(parse(argv))
     except cql.UserError as error:
@@ -132,8 +166,14 @@ def main(argv: Optional[List[str]] = None) -> int:
         text = str(error).replace("--eval_env", "environment")
         print(f"watch.py: error: {text}", file=sys.stderr)
         return 2
+    except cql.MachineError as error:
+        print(f"watch.py: failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # not every terminal can show every name
     sys.exit(main())

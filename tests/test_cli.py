@@ -1335,6 +1335,8 @@ def test_nothing_is_evaluated(asked, toy, tmp_path):
         ({"penalty": "foo"}, "--penalty foo: must be one of"),
         ({"batch_size": 0}, "--batch_size 0: must be at least 1"),
         ({"seed": []}, "--seed []"),
+        ({"normalize": "false"}, "--normalize 'false': expected true or false"),
+        ({"batch_size": "256"}, "--batch_size '256': pass 256"),
     ],
 )
 def test_a_config_from_python_is_validated(tmp_path, flags, fragment):
@@ -1378,7 +1380,7 @@ def test_a_long_name_of_a_directory(tmp_path):
     assert cql.run_directory(config) != directory
 
 
-@pytest.mark.parametrize("name", ["LOG.CSV", "log.csv.gz", "a.NPZ", "b.Parquet"])
+@pytest.mark.parametrize("name", ["LOG.CSV", "log.csv.gz", "b.tsv", "c.hdf5.gz"])
 def test_a_table_is_sent_to_from_table(refused, tmp_path, name):
     (tmp_path / name).write_bytes(b"a,b")
     refused(None, name, "scripts/from_table.py", env=name)
@@ -1389,6 +1391,12 @@ def test_a_home_that_cannot_be_written(refused, monkeypatch):
     monkeypatch.setenv("HOME", "/proc/nowhere")
     error = refused(None, "set MINARI_DATASETS_PATH", env="mujoco/hopper/medium-v0")
     assert "damaged" not in error
+
+
+def test_without_a_home(refused, monkeypatch):
+    monkeypatch.delenv("MINARI_DATASETS_PATH")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    refused(None, "set MINARI_DATASETS_PATH", env="mujoco/hopper/medium-v0")
 
 
 def test_datasets_that_cannot_be_written(refused, monkeypatch):

@@ -125,11 +125,23 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         ],
         "holds runs 0 to 1, no 2": [directory, path, "--run", "2"],
         "no such directory": [directory, str(tmp_path / "no" / "policy.onnx")],
+        "run/config.yaml/x: no such directory": [
+            directory,
+            f"{directory}/config.yaml/x",
+        ],
+        "run: a directory; pass the name of a file": [directory, directory],
+        "File name too long": [directory, "中" * 90],
+        "holds runs 0 to 1, no -1": [directory, path, "--run", "-1"],
         "required: path": [directory],
     }
+    before = sorted(tmp_path.rglob("*"))
     for words, argv in cases.items():
         capsys.readouterr()
         assert export_onnx.main(argv) == 2
         error = capsys.readouterr().err
         assert re.fullmatch(f"export_onnx.py: error: .*{words}.*\n", error), error
-    assert not Path(path).exists()
+    assert sorted(tmp_path.rglob("*")) == before
+    for full in ("/dev/full", "/proc/policy.onnx"):
+        assert export_onnx.main([directory, full]) == 1
+        error = capsys.readouterr().err
+        assert re.fullmatch(f"export_onnx.py: failed: cannot write {full}: .*\n", error)

@@ -43,6 +43,7 @@ def converted(path, *flags, out):
     status, stdout, stderr = convert(path, *flags, out=out)
     assert status == 0 and stderr == "", stderr
     episodes, task = cql.read_episodes(str(out))
+    episodes = list(episodes)
     for episode in episodes:
         cql.check_episode(episode, task)
     return episodes, task, stdout
@@ -894,7 +895,7 @@ def test_out(tmp_path, monkeypatch):
     sizes = "0.03 MB free, up to 0.04 MB needed; free some disk space"
     assert (status, err) == (1, f"from_table.py: failed: {tmp_path}: {sizes}\n")
     unchanged, _ = cql.read_episodes(str(out))
-    assert unchanged[0].rewards.tolist() == episodes[0].rewards.tolist() == [3, 1]
+    assert list(unchanged)[0].rewards.tolist() == episodes[0].rewards.tolist() == [3, 1]
     (out / "thesis.tex").touch()
     replaced, _, _ = converted(path, *flags, out="mine-v0")
     assert replaced[0].rewards.tolist() == [8, 8]

@@ -663,9 +663,11 @@ def compiling(monkeypatch):
     def set_options(**options):
         monkeypatch.setattr(torch, "compile", partial(torch.compile, **options))
 
+    cql.can_compile.cache_clear()
     with torch._dynamo.config.patch(suppress_errors=False):
         yield set_options
     torch._dynamo.reset()
+    cql.can_compile.cache_clear()
 
 
 def compiled_trainer(files, **flags):
@@ -695,25 +697,36 @@ def test_stacked_losses_compile_whole(files, flags, compiling):
     assert_same(run(compiled, 7), other, rtol=1e-4, atol=1e-6)
 
 
+LIGHT = dict(hidden_dim=128, q_n_hidden_layers=2, cql_n_actions=4)
+
+
 @pytest.mark.parametrize(
-    "sizes, updates, worth",
+    "flags, updates, worth",
     [
-        ({}, 1_000_000, True),  # CORL's sizes: seconds saved 24,000, 12,000 with k = 1
-        ({}, 4_000, False),
+        ({}, 4_000, False),  # CORL's sizes: 24 ms an update are saved
         ({}, 6_000, True),
         ({"cql_backward_actions": 1}, 6_000, False),
+        ({"cql_backward_actions": 1}, 12_000, True),
         ({"seed": [0, 1]}, 1_000_000, False),
         ({"cql_alpha": [1, 5]}, 1_000_000, False),
-        (dict(hidden_dim=128, q_n_hidden_layers=2, cql_n_actions=4), 12_000, False),
-        (dict(hidden_dim=128, q_n_hidden_layers=2, cql_n_actions=4), 200_000, True),
+        (LIGHT, 12_000, False),
+        (LIGHT, 200_000, True),
+        ({"discrete": True}, 200_000, False),
+        ({"discrete": True}, 1_000_000, True),
+        ({"device": "cuda"}, 80_000, False),
+        ({"device": "cuda", "seed": [0, 1]}, 200_000, True),
     ],
 )
-def test_which_runs_are_worth_compiling(sizes, updates, worth):
-    """A rule of the config alone: arithmetic times updates, offline and online."""
-    offline = cql.TrainConfig(max_timesteps=updates, **sizes)
+def test_which_runs_are_worth_compiling(flags, updates, worth):
+    """Arithmetic times updates on a CPU, updates on a GPU; offline and online."""
+    flags = dict(flags)
+    device = torch.device(flags.pop("device", "cpu"))
+    discrete = flags.pop("discrete", False)
+    offline = cql.TrainConfig(max_timesteps=updates, **flags)
     half = dict(max_timesteps=updates // 2, online_iterations=updates // 4, utd=2)
-    online = cql.TrainConfig(**half, **sizes)
-    assert cql.worth_compiling(offline) == cql.worth_compiling(online) == worth
+    online = cql.TrainConfig(**half, **flags)
+    for config in (offline, online):
+        assert cql.worth_compiling(config, device, discrete) == worth
 
 
 @pytest.mark.parametrize("worth", [False, True])
@@ -725,7 +738,7 @@ def test_what_was_decided_is_kept(files, compiling, tmp_path, monkeypatch, worth
     flags = {"env": files[False], "eval_env": "none", "seed": 0, "resume": "run"}
     asked = []
 
-    def decide(config):
+    def decide(config, device, discrete):
         asked.append(config.max_timesteps)
         return worth if len(asked) == 1 else not worth
 
@@ -746,20 +759,24 @@ def test_what_was_decided_is_kept(files, compiling, tmp_path, monkeypatch, worth
     assert command(**loaded)[0] == 0 and asked == [4, 3]  # decided anew
 
 
-def test_without_a_compiler_one_line_and_eager(files, compiling, tmp_path, monkeypatch):
+@pytest.mark.parametrize("asked", [True, None])
+def test_without_a_compiler_one_line_and_eager(
+    files, compiling, tmp_path, monkeypatch, asked
+):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    monkeypatch.setattr(cql, "worth_compiling", lambda *_: True)
+    missing = {"cpp.cxx": ("no-compiler",), "fx_graph_cache": False}
     flags = {"env": files[False], "eval_env": "none", "seed": 0, "max_timesteps": 4}
-    with torch._inductor.config.patch(
-        {"cpp.cxx": ("no-compiler",), "fx_graph_cache": False}
-    ):
-        status, out, err = command(**flags, compile=True, resume="a")
+    with torch._inductor.config.patch(missing):
+        status, out, err = command(**flags, compile=asked, resume="a")
     assert (status, err) == (0, "")
     [line] = [line for line in out.splitlines() if "compil" in line]
     assert line.startswith("torch.compile does not work here")
     assert command(**flags, compile=False, resume="b")[0] == 0
-    same = Path("a/metrics.csv").read_bytes() == Path("b/metrics.csv").read_bytes()
-    assert same
+    assert Path("a/metrics.csv").read_bytes() == Path("b/metrics.csv").read_bytes()
+    # What the user asked for is kept; what was decided is what happened.
+    recorded = yaml.safe_load(Path("a/config.yaml").read_text())["compile"]
+    assert recorded is bool(asked)
 
 
 def test_where_nothing_compiles_updates_go_on(files, compiling, capsys):

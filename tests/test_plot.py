@@ -2,14 +2,19 @@
 
 import csv
 import json
+import os
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
+
+import cql
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
 import plot
@@ -53,9 +58,17 @@ def made(directory, alphas=(0, 5), seeds=range(5), score=sum_of, **flags):
     return directory
 
 
+def unevaluated(directory, alphas=(0, 5), seeds=range(5), **flags):
+    """Make a run directory like that of `--eval_env none`."""
+    keys = {"cql_temp": 1.0, "cql_target_action_gap": -1.0}
+    made(directory, alphas, seeds, **{**keys, **flags})
+    (directory / "evaluations.csv").unlink()
+    return directory
+
+
 def groups(*directories):
     """Return the number of runs of each group by its label, in order."""
-    evaluations, _ = plot.read_runs(list(directories))
+    _, evaluations, _ = plot.read_runs(list(directories))
     return evaluations.groupby("group", sort=False)["id"].nunique().to_dict()
 
 
@@ -106,7 +119,7 @@ def test_interval_of_a_run_that_stopped():
 
 
 def test_values_of_a_group(tmp_path):
-    evaluations, metrics = plot.read_runs([made(tmp_path / "one")])
+    _, evaluations, metrics = plot.read_runs([made(tmp_path / "one")])
     scores = evaluations[evaluations["group"] == "cql_alpha 5"]
     values = plot.over_runs(scores, plot.SCORE)
     assert values.index.tolist() == [10, 20, 30, 40]
@@ -164,7 +177,7 @@ def test_an_incomplete_row_is_left_out(tmp_path):
     for incomplete in ("50,0,0,1", "50,0,0,1,1,-1,-51,5"):
         with open(directory / "evaluations.csv", "a") as file:
             file.write(incomplete)
-        evaluations, _ = plot.read_runs([directory])
+        _, evaluations, _ = plot.read_runs([directory])
         assert evaluations["step"].tolist() == [10, 20, 30, 40]
         assert evaluations["group"].unique().tolist() == ["one"]
         made(directory, (1,), (0,))
@@ -176,7 +189,7 @@ def test_runs_with_different_numbers_of_critics(tmp_path):
     three = made(tmp_path / "three", (1,), (0,), n_critics=3)
     table = pd.read_csv(three / "metrics.csv").assign(average_qf3=5)
     table.to_csv(three / "metrics.csv", index=False)
-    _, metrics = plot.read_runs([two, three])
+    _, _, metrics = plot.read_runs([two, three])
     assert metrics.groupby("group")["data"].unique().map(list).to_dict() == {
         "n_critics 2": [2],
         "n_critics 3": [3],
@@ -204,7 +217,7 @@ def test_a_sweeps_directory(tmp_path):
 
 
 def test_table(tmp_path):
-    evaluations, _ = plot.read_runs([made(tmp_path / "one")])
+    _, evaluations, _ = plot.read_runs([made(tmp_path / "one")])
     row = plot.tabulate(evaluations, plot.measure(evaluations)).iloc[1]
     assert row["measure"] == "d4rl_normalized_score" and row["seeds"] == 5
     assert row["last"] == 5 + 2 + 40 and row["last three"] == 5 + 2 + 30
@@ -224,7 +237,7 @@ def test_runs_that_stopped_early(tmp_path):
         table = pd.read_csv(directory / name)
         gone = (table["run"] == 4) & (table["step"] >= 30)
         table[~gone].to_csv(directory / name, index=False)
-    evaluations, _ = plot.read_runs([directory])
+    _, evaluations, _ = plot.read_runs([directory])
     row = plot.tabulate(evaluations, plot.SCORE).iloc[0]
     assert (row["seeds"], row["stopped"]) == (4, 2)
     assert row["last"] == 1 + 1.5 + 40 and np.isnan(row["last low"])
@@ -289,6 +302,90 @@ def test_what_is_drawn(tmp_path, monkeypatch, capsys):
     assert printed == (out / "table.md").read_text() + f"figures and tables: {out}\n"
     assert "| cql_alpha 5 | 5 | 47.0 [45.7, 48.7] |" in printed
     assert pd.read_csv(out / "table.csv")["last three"].tolist() == [32, 37]
+
+
+def files_in(directory):
+    return {path.name for path in directory.iterdir()}
+
+
+def test_a_run_without_evaluations(tmp_path, monkeypatch, capsys):
+    """Drift and the Q panel of weights.png are drawn, and a line says why no others."""
+    drawn = lines_drawn(monkeypatch)
+    out = tmp_path / "out"
+    assert plot.main([str(made(tmp_path / "before")), "--out", str(out)]) == 0
+    directory = unevaluated(tmp_path / "run", (0.0, 5.0))
+    capsys.readouterr()
+    assert plot.main([str(directory), "--out", str(out)]) == 0
+    assert files_in(out) == {"drift.png", "weights.png"}
+    assert ys(drawn["drift.png"][0]) == [[27, 37, 47, 57]] * 2
+    (ends,) = drawn["weights.png"]
+    assert ys(ends) == [[57, 57], [2, 2]]
+    assert capsys.readouterr().out == (
+        "drawn: drift.png and weights.png; "
+        "no curves.png: no run has been evaluated, so there is no table either\n"
+        f"figures and tables: {out}\n"
+    )
+
+
+def test_one_seed_and_weight_without_evaluations(tmp_path, capsys):
+    directory = unevaluated(tmp_path / "run", (5,), (3,))
+    text = json.dumps(
+        {"seed": 3, "cql_alpha": 5, "cql_temp": 1, "cql_target_action_gap": -1}
+    )
+    (directory / "config.yaml").write_text(text)
+    runs, _, metrics = plot.read_runs([directory])
+    assert runs[["seed", "group"]].values.tolist() == [[3, "run"]]
+    assert metrics["policy"].tolist() == [28, 38, 48, 58]
+    assert plot.main([str(directory), "--out", str(tmp_path / "out")]) == 0
+    assert files_in(tmp_path / "out") == {"drift.png"}
+    assert capsys.readouterr().out.startswith("drawn: drift.png; no curves.png: ")
+
+
+def test_labels_without_evaluations_are_those_with_them(tmp_path):
+    """The runs of config.yaml are numbered as cql.py numbers them."""
+    lists = {"seed": [0, 1], "cql_alpha": [0.0, 5.0], "cql_temp": [1.0, 2.0]}
+    config = cql.TrainConfig(**lists, cql_target_action_gap=-1.0)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(cql.asdict(config)))
+    planned = plot.planned_runs(tmp_path)
+    columns = ["seed", *plot.KEYS]
+    expected = [[run[key] for key in columns] for run in cql.product_of_runs(config)]
+    assert planned[columns].values.tolist() == expected
+    assert planned["id"].tolist() == [f"{tmp_path}/{run}" for run in range(8)]
+
+
+def test_runs_with_and_without_evaluations(tmp_path, monkeypatch, capsys):
+    """A run without evaluations is in drift.png and in the Q panel of weights.png.
+
+    Its color is the same in both figures."""
+    drawn = lines_drawn(monkeypatch)
+    evaluated = str(made(tmp_path / "a", (0,), discount=0.5))
+    other = str(unevaluated(tmp_path / "b", (1,), discount=0.9))
+    out = tmp_path / "out"
+    assert plot.main([evaluated, other, "--out", str(out)]) == 0
+    assert len(drawn["curves.png"][0]) == 1 and len(drawn["drift.png"][0]) == 2
+    scores, ends = drawn["weights.png"]
+    assert xs(scores) == [[0]] and xs(ends) == [[-0.1], [0.1], [0.9], [1.1]]
+    colors = [line.get_color() for line in drawn["drift.png"][0]]
+    assert drawn["curves.png"][0][0].get_color() == colors[0] != colors[1]
+    printed = capsys.readouterr().out
+    assert f"not evaluated, so not in the table: {other}\n" in printed
+    assert len(pd.read_csv(out / "table.csv")) == 1
+    assert groups(Path(evaluated), Path(other)) == {"discount 0.5, cql_alpha 0": 5}
+
+
+def test_a_run_that_was_begun_again(tmp_path, capsys):
+    """An attempt without evaluations is left out if another run has its seeds.
+
+    Two such attempts are refused."""
+    first = unevaluated(tmp_path / "first", (1,), (0, 1), discount=1)
+    second = made(tmp_path / "second", (1,), (0, 1), discount=1)
+    runs, _, _ = plot.read_runs([tmp_path])
+    assert runs["origin"].unique().tolist() == [str(second)]
+    (second / "evaluations.csv").unlink()
+    unevaluated(second, (1,), (0, 1), discount=1)
+    assert plot.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert f"{first} and {second}: both hold seed 0 of the same settings" in error
 
 
 def test_other_flags_have_different_colors_in_weights_png(tmp_path, monkeypatch):
@@ -385,17 +482,36 @@ def test_invalid_input_gives_one_line(tmp_path, capsys, monkeypatch):
     made(Path("broken"), discount=1)
     (Path("broken") / "config.yaml").write_text("a: [1,\n")
     Path("file").touch()
+    Path("full/table.csv").mkdir(parents=True)
+    Path("folder/evaluations.csv").mkdir(parents=True)
+    Path("onlyconfig").mkdir()
+    made(Path("ragged"))
+    (Path("ragged") / "evaluations.csv").write_text("step,run\n1,0\n2,0,5,6\n")
+    (Path("onlyconfig") / "config.yaml").write_text("seed: 0")
+    write(Path("moved"), "metrics.csv", [{"step": 1, "run": 0}])
+    unevaluated(Path("unknown"), discount=1)
+    write(Path("unknown"), "metrics.csv", [{"step": 1, "run": 0}])
     cases = {
-        "empty: no evaluations.csv; pass a run": ["empty"],
-        "nothing: no evaluations.csv; pass a run": ["nothing"],
-        "begun: no evaluations yet": ["begun"],
+        "empty: neither evaluations.csv nor metrics.csv; pass": ["empty"],
+        "nothing: neither evaluations.csv nor metrics.csv; pass": ["nothing"],
+        "onlyconfig: neither evaluations.csv nor metrics.csv; pass": ["onlyconfig"],
+        "begun: no rows in evaluations.csv or metrics.csv yet": ["begun"],
+        "moved: no evaluations, and no seed in config.yaml": ["moved"],
+        "unknown: no evaluations, and no Q of policy actions": ["unknown"],
+        "folder/evaluations.csv: .*directory": ["folder"],
+        "ragged/evaluations.csv: .*line 3": ["ragged"],
         "run: given twice; pass each directory once": ["run", "run/"],
         "foreign/evaluations.csv: column step is missing": ["foreign"],
         "short/evaluations.csv: column seed is missing": ["short"],
         "blank/config.yaml: not a mapping; expected a config": ["blank"],
         "broken/config.yaml: not a mapping; expected a config": ["broken"],
-        "--out file: .*exists": ["run", "--out", "file"],
+        "--data-score nan: must be a finite number": ["run", "--data-score", "nan"],
+        "--out file: cannot be written .*exists": ["run", "--out", "file"],
+        "--out file/x: cannot be written .*Not a dir": ["run", "--out", "file/x"],
+        "--out /proc/x: cannot be written": ["run", "--out", "/proc/x"],
+        "--out full: .*Is a directory: 'full/table.csv'": ["run", "--out", "full"],
         "unrecognized arguments: --color": ["run", "--color"],
+        "argument --out: expected one argument": ["run", "--out"],
     }
     before = sorted(tmp_path.rglob("*"))
     for words, argv in cases.items():
@@ -403,6 +519,17 @@ def test_invalid_input_gives_one_line(tmp_path, capsys, monkeypatch):
         error = capsys.readouterr().err
         assert re.fullmatch(f"plot.py: error: .*{words}.*\n", error), error
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_names_that_the_terminal_cannot_show(tmp_path):
+    """The table has them, and the terminal question marks."""
+    directories = [made(tmp_path / name, (1,), (0,)) for name in ("跑", "é")]
+    command = [sys.executable, plot.__file__, *directories, "--out", tmp_path / "out"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "/? | 1 |" in result.stdout
+    assert "/跑 | 1 |" in (tmp_path / "out" / "table.md").read_text("utf-8")
 
 
 def test_without_its_packages(capsys, monkeypatch):

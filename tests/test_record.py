@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import re
 import sys
 from collections import namedtuple
@@ -374,6 +375,160 @@ def test_observations_are_copied():
     assert len(set(last_rewards)) == 4
 
 
+class Faulty(Toy):
+    """Toy environment with other rewards, or that fails at a step or reset."""
+
+    failing_reset = math.inf
+    failing_step = math.inf
+    reward = None
+    resets = 0
+    steps = 0
+
+    def __init__(self, table=None, **settings):
+        super().__init__(**settings)
+
+    def reset(self, seed=None, options=None):
+        np.random.seed(seed)  # fails for a seed that has more than 32 bits
+        self.resets += 1
+        if self.resets == self.failing_reset:
+            raise ValueError("no\nsignal")
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        self.steps += 1
+        if self.steps == self.failing_step:
+            raise RuntimeError("arm jammed")
+        observation, reward, *rest = super().step(action)
+        if self.reward is not None:
+            reward = self.reward
+        return observation, reward, *rest
+
+
+def make_faulty(**settings):
+    return Faulty(**settings)
+
+
+class Outer:
+    class Inner(Faulty):
+        pass
+
+
+@pytest.fixture
+def register(monkeypatch):
+    """Register Faulty as CqlFaulty-v0 until the end of the test."""
+    monkeypatch.setattr(gym.envs.registration, "registry", dict(gym.registry))
+
+    def function(entry_point=Faulty, **settings):
+        gym.register(
+            "CqlFaulty-v0", entry_point=entry_point, max_episode_steps=20, **settings
+        )
+
+    return function
+
+
+FAULTY = ["random", "--env", "CqlFaulty-v0", "--steps", "50"]
+
+
+@pytest.mark.parametrize("creator", [Faulty, make_faulty])
+def test_classes_and_functions_are_recorded_by_name(creator, register, tmp_path):
+    """The dataset is equal to one of an environment that is registered by text."""
+    register(creator)
+    episodes, task = recorded(tmp_path / "class-v0", *FAULTY)
+    metadata = json.loads((tmp_path / "class-v0/data/metadata.json").read_text())
+    spec = json.loads(metadata["env_spec"])
+    assert spec["entry_point"] == f"{__name__}:{creator.__name__}"
+    assert task.env_id == "CqlFaulty-v0" and task.max_episode_steps == 20
+    dataset = record.minari.dataset.minari_dataset.MinariDataset(
+        tmp_path / "class-v0" / "data"
+    )
+    assert isinstance(dataset.recover_environment().unwrapped, Faulty)
+    plain, _ = recorded(tmp_path / "text-v0", "random", "--env", TOY, "--steps", "50")
+    for one, other in zip(episodes, plain):
+        np.testing.assert_array_equal(one.observations, other.observations)
+
+
+ARRAY = np.zeros(2, np.float32)
+RESCALE = {"min_action": ARRAY - 1, "max_action": ARRAY + 1}
+WRAPPER = gym.envs.registration.WrapperSpec(
+    "RescaleAction", "gymnasium.wrappers:RescaleAction", RESCALE
+)
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"entry_point": lambda **_: Faulty()}, "entry_point <function <lambda> at"),
+        ({"entry_point": Outer.Inner}, "entry_point <class '.*Inner'> cannot be"),
+        ({"kwargs": {"table": ARRAY}}, "not JSON .*ndarray is not JSON"),
+        ({"kwargs": {"table": max}}, "not JSON .*builtin_function"),
+        ({"additional_wrappers": (WRAPPER,)}, "not JSON .*ndarray is not JSON"),
+    ],
+)
+def test_environments_that_cannot_be_recorded(
+    settings, words, register, tmp_path, capsys, monkeypatch
+):
+    """They are refused in one line, before the first reset."""
+    register(**settings)
+    monkeypatch.setattr(Faulty, "failing_reset", 1)
+    assert record.main([*FAULTY, "--out", str(tmp_path / "x")]) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(f"record.py: error: CqlFaulty-v0: .*{words}.*\n", error), error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("reward", [[2.0], np.array([[2.0]]), np.float32(2), 2])
+def test_a_reward_is_one_number(reward, register, tmp_path, monkeypatch):
+    register()
+    monkeypatch.setattr(Faulty, "reward", reward)
+    episodes, _ = recorded(tmp_path / "x-v0", *FAULTY)
+    assert all((each.rewards == 2).all() for each in episodes)
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"reward": [1.0, 2.0]}, r"reward of shape \(2,\)"),
+        ({"failing_reset": 1}, "no signal"),
+        ({"failing_step": 1}, "arm jammed"),
+        (
+            {"failing_step": 40},
+            r"CqlFaulty-v0 failed in episode \d+; nothing is written",
+        ),
+    ],
+)
+def test_an_environment_that_fails(
+    values, words, register, tmp_path, capsys, monkeypatch
+):
+    """It gives one line. An environment that always fails is not recorded in."""
+    register()
+    for name, value in values.items():
+        monkeypatch.setattr(Faulty, name, value)
+    status = record.main([*FAULTY, "--out", str(tmp_path / "x")])
+    printed, error = capsys.readouterr()
+    late = values.get("failing_step") == 40
+    assert status in ([1] if late else [1, 2])
+    assert ("recording in" in printed) == late
+    (line,) = [each for each in error.splitlines() if "record.py" in each]
+    assert re.fullmatch(f"record.py: (error|failed): .*{words}.*", line), line
+    assert "--env none" not in line and "--eval_env" not in line
+    assert "Traceback" not in error and list(tmp_path.iterdir()) == []
+
+
+def test_an_environment_that_fails_while_returns_are_measured(
+    toy_run, register, tmp_path, capsys, monkeypatch
+):
+    """Nothing has been recorded yet, so no steps are lost."""
+    register(kwargs={"low": [-2.0, 0.0], "high": [1.0, 4.0], "layout": "dict"})
+    monkeypatch.setattr(Faulty, "failing_step", 10)
+    argv = [str(toy_run), "--env", "CqlFaulty-v0", "--out", str(tmp_path / "x")]
+    assert record.main(argv) == 1
+    printed, error = capsys.readouterr()
+    assert "recording in" not in printed
+    where = "CqlFaulty-v0 failed while reference returns were measured"
+    hint = "pass --reference LOW HIGH instead"
+    assert error == f"record.py: failed: {where}; {hint}: arm jammed\n"
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """Change to a directory that holds a file and a directory that is no dataset."""
@@ -411,7 +566,13 @@ def test_invalid_input_gives_one_line(toy_run, cart_run, here, capsys):
         "--out full: exists but is not a dataset": (
             ["random", "--env", TOY, "--out", "full", "--overwrite"]
         ),
-        "--out file/x: ": ["random", "--env", TOY, "--out", "file/x"],
+        "--out file/x: cannot be written": [*toy[:-1], "file/x"],
+        "--out /proc/x: cannot be written": [*toy[:-1], "/proc/x"],
+        "--out /proc/x/y: cannot be written": [*toy[:-1], "/proc/x/y"],
+        "--out file: exists but is not a dataset": [*toy[:-1], "file", "--overwrite"],
+        "File name too long": [*toy[:-1], "中" * 90],
+        "holds runs 0 to 1, no -1": [*policy, "--run", "-1"],
+        "checkpoint full/checkpoint.pt: cannot be read": ["full", "--out", "x"],
         "required: --out": ["random"],
     }
     before = sorted(here.rglob("*"))

@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import fcntl
 import json
+import math
 import multiprocessing
 import os
 import pty
@@ -1141,9 +1142,12 @@ class Faulty(Toy):
     def reset(self, seed=None, options=None):
         if Faulty.fault == "reset":
             raise RuntimeError("no license")
-        if Faulty.fault == "seed" and seed > 2**31 - 1:
+        if Faulty.fault == "seed" and seed >= 2**31 - 1:  # one less than possible
             raise ValueError("no int32")
-        return super().reset(seed=seed, options=options)
+        observation, info = super().reset(seed=seed, options=options)
+        if Faulty.fault == "first observation":
+            observation = np.zeros(1)
+        return observation, info
 
     def step(self, action):
         observation, reward, *rest = super().step(action)
@@ -1151,8 +1155,12 @@ class Faulty(Toy):
             raise RuntimeError("no license")
         if Faulty.fault == "reward":
             reward = np.zeros(2)
+        if Faulty.fault == "nan reward":
+            reward = math.nan
         if Faulty.fault == "observation":
             observation = np.zeros(4)
+        if Faulty.fault == "nan observation":
+            observation = np.full(3, np.nan)
         return observation, reward, *rest
 
 
@@ -1163,9 +1171,13 @@ gym.register("CqlFaulty-v0", Faulty, max_episode_steps=20, kwargs=BOUNDS)
     "fault, message",
     [
         ("reset", "no license"),
+        ("seed", "no int32"),
         ("step", "no license"),
         ("reward", "reward of shape (2,)"),
-        ("observation", "observation of shape (4,), but its space has (3,)"),
+        ("nan reward", "reward nan"),
+        ("observation", "observation of shape (4,); its space has (3,)"),
+        ("first observation", "observation of shape (1,); its space has (3,)"),
+        ("nan observation", "observation with NaN"),
     ],
 )
 def test_a_faulty_environment_is_refused_before_training(
@@ -1180,7 +1192,7 @@ def test_a_faulty_environment_is_refused_before_training(
         assert cql.main(argv) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and message in error
-        assert "CqlFaulty-v0" in error and "--eval_env none" in error
+        assert "CqlFaulty-v0 fails in its first reset or step; correct it" in error
         assert not (tmp_path / "run").exists()
 
 

@@ -98,15 +98,46 @@ def test_any_other_flag_may_be_swept(tmp_path):
         ("--penalty '[mean'", "--penalty"),
         ("--cql_target_action_gap '[1,2]'", "--cql_lagrange"),
         ("--cpus many", "--cpus"),
+        ("--cpus -1", "--cpus -1: must be finite and at least 0"),
+        ("--cpus nan", "--cpus nan: must be finite and at least 0"),
+        ("--gpus -0.5", "--gpus -0.5: must be finite and at least 0"),
+        ("--dir file", "/file: cannot be written"),
+        ("--dir file/x", "/file/x: cannot be written"),
+        ("--dir /proc/x", "/proc/x: cannot be written"),
+        (f"--dir {'中' * 90}", "File name too long"),
         ("--config_path nowhere.yaml", "nowhere.yaml"),
     ],
 )
-def test_invalid_flags_give_one_line(line, fragment, tmp_path, capsys):
+def test_invalid_flags_give_one_line(line, fragment, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
     argv = ["--dir", str(tmp_path / "sweep"), *shlex.split(line)]
     assert sweep.main(argv) == 2
     error = capsys.readouterr().err
     assert error.startswith("sweep.py: error: ") and error.count("\n") == 1
     assert fragment in error and not (tmp_path / "sweep").exists()
+
+
+def test_long_names_are_cut_by_bytes():
+    """Files named after a trial exist, and two long names stay different."""
+    flags = " ".join(f"--{name} [0.001,0.002]" for name in ("qf_lr", "policy_lr"))
+    numbers = "discount soft_target_update_rate alpha_multiplier".split()
+    numbers += "policy_log_std_multiplier reward_scale reward_bias".split()
+    numbers += "cql_clip_diff_min exploration_epsilon".split()
+    flags += "".join(f" --{name} [0.123456789]" for name in numbers)
+    trials = plan(f"--env data {flags} --seed [0,1]")
+    names = {trial.name for trial in trials}
+    assert len(names) == len(trials) == 8
+    for trial in trials:
+        assert 200 < len(trial.end_file().name.encode()) <= 255
+        assert trial.directory.name == trial.name
+        assert trial.name.startswith("qf_lr_0.00")
+    assert [trial.name for trial in plan(f"--env data {flags} --seed [0,1]")] == (
+        [trial.name for trial in trials]
+    )
+    assert sweep.short_name("中" * 66) == "中" * 66
+    cut = sweep.short_name("中" * 67 + "x")
+    assert cut.startswith("中" * 66 + "-") and len(cut.encode()) == 198 + 9
 
 
 def test_per_trial_names_a_swept_flag(tmp_path, capsys):
@@ -156,6 +187,20 @@ def test_a_run_directory_is_refused(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("seed: 0")
     assert sweep.main(["--dir", str(tmp_path), "--env", "data"]) == 2
     assert "--dir" in capsys.readouterr().err
+
+
+def test_tables_that_cannot_be_written(tmp_path, capsys):
+    """A finished sweep only joins its tables, for which Ray is not needed."""
+    argv = ["--dir", str(tmp_path), "--env", "data"]
+    (trial,) = plan("--env data", directory=tmp_path)
+    trial.directory.mkdir()
+    (trial.directory / "metrics.csv").write_text("step,run\n1,0\n")
+    trial.write_end(0)
+    (tmp_path / "metrics.csv").mkdir()
+    assert sweep.main(argv) == 1
+    error = capsys.readouterr().err
+    where = f"cannot write the tables in {tmp_path}"
+    assert re.fullmatch(f"sweep.py: failed: {where}: .*Is a directory.*\n", error)
 
 
 def test_without_ray(monkeypatch, capsys):
@@ -308,6 +353,20 @@ def test_a_diverged_trial_and_a_machine_that_is_too_small(toy, tmp_path):
     process = start(tmp_path / "large", flags, "--cpus", "1000")
     assert process.wait(60) == 2
     assert "--cpus 1000" in Path(f"{tmp_path}/large.out").read_text()
+
+
+@pytest.mark.slow
+def test_a_trial_that_fails_before_its_first_result(toy, tmp_path):
+    """It is named with the last line of its log, after all retries."""
+    directory = tmp_path / "sweep"
+    (directory / "seed_0" / "checkpoint.tmp").mkdir(parents=True)
+    flags = flags_of(toy, seed=[0, 1], eval_env="none", max_timesteps=30)
+    assert start(directory, flags).wait(200) == 1
+    out = Path(f"{directory}.out").read_text()
+    assert re.search(
+        "^seed_0 failed 4 times: .*Is a directory.*see seed_0.log$", out, re.M
+    )
+    assert json.loads((directory / "seed_1.json").read_text())["end"] == 0
 
 
 @pytest.mark.slow

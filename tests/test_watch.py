@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import gymnasium as gym
+import gymnasium_robotics
 import numpy as np
 import pytest
 from make_data import Toy, run, toy_dataset
@@ -20,8 +21,11 @@ class Rendered(Toy):
     """Toy environment with frames of 200 x 100 pixels of brightness 10 x step."""
 
     metadata = {"render_modes": ["rgb_array"]}
+    seeds = []
 
     def reset(self, seed=None, options=None):
+        np.random.seed(seed)  # fails for a seed that has more than 32 bits
+        self.seeds.append(seed)
         self.steps = 0
         return super().reset(seed=seed)
 
@@ -67,7 +71,17 @@ def test_invalid_input_gives_one_line(directory, tmp_path, capsys, monkeypatch):
         "holds runs 0 to 0, no 1": [directory, "--run", "1", "--out", out],
         "--frames 0: must be at least 1": [directory, "--frames", "0", "--out", out],
         "--every 0: must be at least 1": [directory, "--every", "0", "--out", out],
-        "--out .*a.xyz: unknown file": [directory, "--out", str(tmp_path / "a.xyz")],
+        "--seed -1: must be at least 0": [directory, "--seed", "-1", "--out", out],
+        "holds runs 0 to 0, no -1": [directory, "--run", "-1", "--out", out],
+        "--out .*a.xyz: not a file name that ends in .gif": (
+            [directory, "--out", str(tmp_path / "a.xyz")]
+        ),
+        "--out .*run: not a file name that ends in": [directory, "--out", directory],
+        "--out none/a.gif: no such directory": [directory, "--out", "none/a.gif"],
+        "--out .*config.yaml/a.gif: no such directory": (
+            [directory, "--out", f"{directory}/config.yaml/a.gif"]
+        ),
+        "File name too long": [directory, "--out", "中" * 90 + ".gif"],
         "required: DIR": [],
         "invalid int value": [directory, "--seed", "x"],
     }
@@ -75,8 +89,63 @@ def test_invalid_input_gives_one_line(directory, tmp_path, capsys, monkeypatch):
         assert watch.main(argv) == 2, words
         error = capsys.readouterr().err
         assert re.fullmatch(f"watch.py: error: .*{words}.*\n", error), error
-    monkeypatch.setattr(Rendered, "render", lambda self: 1 / 0)
-    assert watch.main([directory, "--out", out]) == 2
-    error = capsys.readouterr().err
-    assert error.endswith("(MuJoCo: set MUJOCO_GL=egl): division by zero\n")
     assert not list(tmp_path.glob("a.*"))
+
+
+def test_seeds_of_environments_have_31_bits(directory, tmp_path):
+    argv = [directory, "--out", str(tmp_path / "a.gif"), "--frames", "6", "--every", "5"]
+    Rendered.seeds.clear()
+    assert watch.main([*argv, "--seed", str(2**31 - 1)]) == 0
+    assert watch.main([*argv, "--seed", str(2**40 + 3)]) == 0
+    assert Rendered.seeds == [2**31 - 1, 0, 3, 4]
+
+
+def failed(capsys, directory, out, status):
+    """Return the line that watch.py prints when it fails with this status."""
+    assert watch.main([directory, "--out", str(out), "--frames", "8"]) == status
+    error = capsys.readouterr().err
+    assert error.startswith("watch.py: ") and error.count("\n") == 1
+    assert not Path(out).exists()
+    return error
+
+
+def test_an_environment_that_cannot_be_rendered(
+    directory, tmp_path, capsys, monkeypatch
+):
+    """MUJOCO_GL is named only if MuJoCo renders the environment."""
+    out = tmp_path / "a.gif"
+    monkeypatch.setattr(Rendered, "render", lambda self: 1 / 0)
+    error = failed(capsys, directory, out, 2)
+    assert error.endswith("the environment cannot be rendered: division by zero\n")
+    monkeypatch.setattr(Rendered, "__module__", "gymnasium_robotics.envs.kitchen")
+    error = failed(capsys, directory, out, 2)
+    assert error.endswith("(set MUJOCO_GL=egl or MUJOCO_GL=osmesa): division by zero\n")
+    monkeypatch.undo()
+    monkeypatch.setattr(Rendered, "render", lambda self: None)
+    error = failed(capsys, directory, out, 2)
+    assert error.endswith("render() returned None; expected an array\n")
+
+
+@pytest.mark.parametrize("name", ["Hopper-v5", "PointMaze_UMaze-v3"])
+def test_environments_that_mujoco_renders(name):
+    gym.register_envs(gymnasium_robotics)
+    assert watch.uses_mujoco(gym.make(name))
+    assert not watch.uses_mujoco(gym.make("CartPole-v1"))
+
+
+def test_an_environment_or_a_disk_that_fails(directory, tmp_path, capsys, monkeypatch):
+    error = failed(capsys, directory, "/proc/a.gif", 1)
+    assert error.startswith("watch.py: failed: cannot write /proc/a.gif: ")
+    out = tmp_path / "a.gif"
+    step = Rendered.step
+
+    def jam(self, action):
+        if self.steps == 3:
+            raise RuntimeError("arm jammed")
+        return step(self, action)
+
+    monkeypatch.setattr(Rendered, "step", jam)
+    error = failed(capsys, directory, out, 1)
+    assert (
+        error == f"watch.py: failed: {directory}: the environment failed: arm jammed\n"
+    )
