@@ -658,23 +658,23 @@ def pick_device(config: TrainConfig) -> torch.device:
     return device
 
 
-def worth_compiling(config: TrainConfig, device: torch.device, discrete: bool) -> bool:
-    """Return whether faster updates win back the start of torch.compile.
+def worth_compiling(config: TrainConfig, device: torch.device) -> bool:
+    """Return whether faster updates win back the start of torch.compile, which is taken
+    to be a minute. Measured (benchmarks/README.md):
 
-    On a CPU that takes a minute or so, and stacked runs gain nothing. What is saved are
-    passes over the activations of the critics' hidden layers, about a nanosecond each
-    on two cores, and twice that with the exact gradient. On a GPU it takes some 20
-    seconds and saves half a millisecond an update (benchmarks/README.md)."""
+    On two CPU cores compiling saves some 1.5 ms an update, and with the exact gradient
+    0.6 ns for each activation of the critics' hidden layers. Stacked runs gain
+    nothing. On a GPU it saves half a millisecond."""
     updates = config.max_timesteps + config.online_iterations * config.utd
     if device.type == "cuda":
-        return updates > 100_000
+        return 0.5e-3 * updates > 60
     if len(product_of_runs(config)) > 1:
         return False
     states = config.cql_states or config.batch_size
-    actions = 1 if discrete else 1 + 3 * config.cql_n_actions
+    actions = 1 + 3 * config.cql_n_actions
     width = config.n_critics * config.q_n_hidden_layers * config.hidden_dim
-    passes = 1 if config.cql_backward_actions or discrete else 2
-    return 1e-9 * updates * states * actions * width * passes > 120
+    activations = 0 if config.cql_backward_actions else states * actions * width
+    return (1.5e-3 + 0.6e-9 * activations) * updates > 60
 
 
 @functools.cache
@@ -3993,8 +3993,8 @@ def train(config: TrainConfig) -> int:
     if config.compile is None and resumed:
         config = dataclasses.replace(config, compile=checkpoint["config"]["compile"])
     elif config.compile is None:
-        worth = worth_compiling(config, device, task.discrete)
-        config = dataclasses.replace(config, compile=worth and can_compile(device))
+        worth = worth_compiling(config, device) and can_compile(device)
+        config = dataclasses.replace(config, compile=worth)
     statistics = None
     if data is not None and config.normalize:
         statistics = data.statistics()

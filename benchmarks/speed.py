@@ -383,6 +383,8 @@ def compare(name: str, options):
     case = dataclasses.asdict(CASES[name])
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     env = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+    cache = tempfile.TemporaryDirectory()  # so that compiling starts from nothing
+    env["TORCHINDUCTOR_CACHE_DIR"] = cache.name
     try:
         for peer, python in peers.items():
             spec = [peer, case, options.device, options.threads, str(options.old)]
@@ -411,6 +413,7 @@ def compare(name: str, options):
     finally:
         for worker in workers.values():
             worker.kill()
+        cache.cleanup()
     if ratios:
         spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
         print(f"{name}: median ratio {np.median(ratios):.3f} ({spread})")
