@@ -1271,7 +1271,8 @@ def check_episode(episode: Episode, task: Task) -> None:
                 f"expected numbers of shape {size}"
             )
         # 3e38 is about the largest float32. NaN fails each comparison.
-        if array.size and not (array.min() > -3e38 and array.max() < 3e38):
+        low, high = (float(array.min()), float(array.max())) if array.size else (0, 0)
+        if not (low > -3e38 and high < 3e38):
             raise UserError(
                 f"{where}: {name} contain NaN or infinity; "
                 "remove the episode, or correct it"
@@ -2895,7 +2896,7 @@ class Player:
         self.terminated = ended
         self.over = ended or cut
         reported = info.get("success", info.get("is_success"))
-        if reported is not None:
+        if reported is not None and not np.isnan(reported):
             self.success = bool(reported or self.success)
 
     def result(self, discount: float) -> tuple:

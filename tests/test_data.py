@@ -561,6 +561,24 @@ def test_next_observations_in_another_type(tmp_path, kind, capsys):
     np.testing.assert_array_equal(batch.next_observations[19::20], after[19::20])
 
 
+def test_a_file_in_float16(tmp_path, recwarn):
+    """Sums of its numbers exceed float16; there is no warning and no infinity."""
+    episodes = random_episodes([400, 400], ends="timeout")
+    arrays = {}
+    for name in ("actions", "rewards"):
+        whole = np.concatenate([e[name] for e in episodes])
+        arrays[name] = (500 * whole if name == "rewards" else whole).astype("f2")
+    after = np.concatenate([e["observations"][1:] for e in episodes])
+    arrays["observations"] = (1000 * states(episodes)).astype("f2")
+    arrays["next_observations"] = (1000 * after).astype("f2")
+    dataset = load(d4rl_file(tmp_path / "x.hdf5", episodes, **arrays))
+    assert list(dataset.lengths) == [400, 400] and not list(recwarn)
+    returns = arrays["rewards"].astype(float).reshape(2, 400).sum(axis=1)
+    np.testing.assert_allclose(dataset.returns, returns)
+    mean = arrays["observations"].astype(float).mean(axis=0)
+    np.testing.assert_allclose(dataset.statistics()[0], mean, rtol=1e-6)
+
+
 def test_rounded_next_observations_are_reported(in_tmp):
     """Coarser rounding cuts episodes, which one message counts."""
     episodes = random_episodes([20, 20, 20], ends="timeout")

@@ -1118,6 +1118,7 @@ def test_simulators_are_closed_when_one_fails(few, square, tmp_path, monkeypatch
         ({2: True}, ["0", "0.5"]),  # told only when it comes: absent is not yet
         ({0: True, 2: True, 3: True}, ["0.5", "1"]),
         ({1: False}, ["0", "0"]),  # told, and not reached
+        ({1: math.nan}, ["", ""]),  # not told
     ],
 )
 @pytest.mark.parametrize("key", ["success", "is_success"])
