@@ -110,7 +110,8 @@ def read_flags(argv: Optional[List[str]]) -> Namespace:
     style = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=style, allow_abbrev=False)
     add = parser.add_argument
-    add("table", type=Path, help=".csv, .csv.gz, .parquet or .npz")
+    text = ".csv, .csv.gz, .parquet or .npz, or a directory of Parquet files"
+    add("table", type=Path, help=text)
     add("--out", type=Path, required=True, help="directory of the new dataset")
     add("--overwrite", action="store_true", help="replace an existing dataset")
     episodes = parser.add_mutually_exclusive_group(required=True)
@@ -322,7 +323,7 @@ def read_table(flags: Namespace) -> DataFrame:
     try:
         if name.endswith((".csv", ".csv.gz")):
             table = read_csv(path)
-        elif name.endswith(".parquet"):
+        elif name.endswith(".parquet") or any(path.rglob("*.parquet")):
             table = pd.read_parquet(path)
             if not isinstance(table.index, pd.RangeIndex):
                 unnamed = set(table.index.names) == {None}
@@ -330,7 +331,8 @@ def read_table(flags: Namespace) -> DataFrame:
         elif name.endswith(".npz"):
             table = read_npz(path, flags)
         else:
-            raise UserError(f"{path}: expected a .csv, .csv.gz, .parquet or .npz file")
+            expected = "expected a .csv, .csv.gz, .parquet or .npz file, or a directory"
+            raise UserError(f"{path}: {expected} of Parquet files")
     except UserError:
         raise
     except ImportError:

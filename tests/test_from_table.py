@@ -469,12 +469,13 @@ TIMES = {
 }
 
 
+@pytest.mark.parametrize("name", ["log.parquet", "log"])
 @pytest.mark.parametrize("times", TIMES)
-def test_partitioned_parquet(times, tmp_path):
+def test_partitioned_parquet(times, name, tmp_path):
     """The column of a partition is sorted as numbers or dates, not as text."""
     frame = walk()
     frame["t"] = frame["t"].map(TIMES[times])
-    path = tmp_path / "log.parquet"
+    path = tmp_path / name
     frame.to_parquet(path, partition_cols=["t"])
     assert path.is_dir()
     assert_walk(path, tmp_path)
