@@ -663,8 +663,8 @@ def worth_compiling(config: TrainConfig, device: torch.device) -> bool:
     to be a minute. Measured (benchmarks/README.md):
 
     On two CPU cores compiling saves some 1.5 ms an update, and with the exact gradient
-    0.6 ns for each activation of the critics' hidden layers. Stacked runs gain
-    nothing. On a GPU it saves half a millisecond."""
+    0 to 2.9 ns for each activation of the critics' hidden layers; 0.6 is used. Stacked
+    runs gain nothing. On a GPU it saves half a millisecond."""
     updates = config.max_timesteps + config.online_iterations * config.utd
     if device.type == "cuda":
         return 0.5e-3 * updates > 60
