@@ -868,6 +868,7 @@ def test_eval_env_says_what_the_actions_are(actions, name, described, levers, in
     assert line(out, "actions:") == f"actions: {described}"
     assert "taken as a box" not in out or "discrete" not in described
     assert len(Levers.done) == 6  # one when it was tried before training
+    assert np.all(Levers.done[0] == 0)  # the middle of a box, the first of others
     taken = everything(loaded(file, eval_env=name)[0]).actions
     np.testing.assert_array_equal(taken.ravel(), actions.ravel())
 
