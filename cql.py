@@ -644,10 +644,10 @@ def pick_device(config: TrainConfig) -> torch.device:
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
     with errors_as(UserError, f"--device {name}: not available, pass --device cpu"):
         device = torch.empty(0, device=name).device  # cuda becomes cuda:0
-        if device.type not in ("cpu", "cuda"):
-            raise ValueError("expected auto, cpu, cuda or cuda:N")
     on_gpu = device.type == "cuda"
     if config.precision == "tf32" and not on_gpu:
         raise UserError("--precision tf32: needs a GPU; pass fp32 or bf16")
@@ -658,13 +658,13 @@ def pick_device(config: TrainConfig) -> torch.device:
     return device
 
 
-def worth_compiling(config: TrainConfig, device: torch.device) -> bool:
+def worth_compiling(config: TrainConfig, device: torch.device, discrete: bool) -> bool:
     """Return whether faster updates win back the start of torch.compile, which is taken
     to be a minute. Measured (benchmarks/README.md):
 
     On two CPU cores compiling saves some 1.5 ms an update, and with the exact gradient
-    0 to 2.9 ns for each activation of the critics' hidden layers; 0.6 is used. Stacked
-    runs gain nothing. On a GPU it saves half a millisecond."""
+    of continuous actions 0 to 2.9 ns for each activation of the critics' hidden layers;
+    0.6 is used. Stacked runs gain nothing. On a GPU it saves half a millisecond."""
     updates = config.max_timesteps + config.online_iterations * config.utd
     if device.type == "cuda":
         return 0.5e-3 * updates > 60
@@ -673,7 +673,8 @@ def worth_compiling(config: TrainConfig, device: torch.device) -> bool:
     states = config.cql_states or config.batch_size
     actions = 1 + 3 * config.cql_n_actions
     width = config.n_critics * config.q_n_hidden_layers * config.hidden_dim
-    activations = 0 if config.cql_backward_actions else states * actions * width
+    exact = not discrete and config.cql_backward_actions == 0
+    activations = states * actions * width if exact else 0
     return (1.5e-3 + 0.6e-9 * activations) * updates > 60
 
 
@@ -684,7 +685,8 @@ def can_compile(device: torch.device) -> bool:
     try:
         torch.compile(lambda x: 2 * x)(torch.ones(8, device=device))
     except Exception as error:
-        say(f"torch.compile does not work here, so it is not used: {brief(error)}")
+        reason = brief(str(error).split("\n\n")[0])  # the rest is for debugging torch
+        say(f"torch.compile does not work here, so it is not used: {reason}")
         return False
     return True
 
@@ -2890,13 +2892,15 @@ class Player:
     def step(self, action: np.ndarray) -> None:
         """Take one step with an action of the environment's type."""
         self.observation, reward, ended, cut, info = self.env.step(action)
-        if np.size(reward) != 1:
-            raise ValueError(f"reward of shape {np.shape(reward)}; expected one number")
-        self.rewards.append(float(np.asarray(reward).item()))
+        reward = np.asarray(reward)
+        if reward.size != 1 or reward.dtype.kind not in "biuf":
+            found = f"reward of shape {reward.shape} and type {reward.dtype}"
+            raise ValueError(f"{found}; expected one number")
+        self.rewards.append(float(reward.item()))
         self.terminated = ended
         self.over = ended or cut
         reported = info.get("success", info.get("is_success"))
-        if reported is not None and not np.isnan(reported):
+        if reported is not None and str(reported) != "nan":
             self.success = bool(reported or self.success)
 
     def result(self, discount: float) -> tuple:
@@ -3828,6 +3832,8 @@ class Run:
                 text += f"  diverged by {self.diverged[r]}"
             say(text)
         say(f"files: {self.directory or 'none'}")
+        if self.directory and not self.evaluator:
+            say(f"compare the policies: python scripts/judge.py {self.directory}")
 
     def end(self, stop: list) -> int:
         """Print the last lines. Return the exit status."""
@@ -3892,9 +3898,7 @@ def load(config: TrainConfig, checkpoint: Optional[dict], device):
         try_environment(probe, task, config.eval_env or env_id)
     data = None
     if episodes is not None:
-        where = f"--env {config.env}: changed while it was read"
-        with errors_as(UserError, where, (OSError, ValueError)):
-            data = Dataset(config, episodes, task, device)
+        data = Dataset(config, episodes, task, device)
     return data, task, evaluator
 
 
@@ -3994,8 +3998,8 @@ def train(config: TrainConfig) -> int:
     if config.compile is None and resumed:
         config = dataclasses.replace(config, compile=checkpoint["config"]["compile"])
     elif config.compile is None:
-        worth = worth_compiling(config, device) and can_compile(device)
-        config = dataclasses.replace(config, compile=worth)
+        worth = worth_compiling(config, device, task.discrete)
+        config = dataclasses.replace(config, compile=worth and can_compile(device))
     statistics = None
     if data is not None and config.normalize:
         statistics = data.statistics()

@@ -6,6 +6,11 @@
 The input `observation` holds raw observations, float32 [n, O]. The output
 `action` [n, ...] is the deterministic action for the environment, as
 cql.load_policy returns it. Normalization and action bounds are in the graph.
+For example, with `pip install onnxruntime==1.31.1`:
+
+    session = onnxruntime.InferenceSession("policy.onnx")
+    (actions,) = session.run(None, {"observation": rows})
+
 `--run 1` exports the second policy of a stacked run. The graph is traced from
 the agent's own forward pass, so it includes any layers that cql.py has.
 """

@@ -157,9 +157,10 @@ def unknown_column(name: str, columns: List[str], flag: str) -> UserError:
     elif flag == "categorical":
         expected = "column of --observations or --actions"
     hint = ""
-    near = difflib.get_close_matches(name, columns, 1, 0)
+    lowered = {column.lower(): column for column in columns}
+    near = difflib.get_close_matches(name.lower(), lowered, 1, 0)
     if near:
-        hint = f"; did you mean {near[0]!r}?"
+        hint = f"; did you mean {lowered[near[0]]!r}?"
     return UserError(f"--{flag}: no {expected} matches {name!r}{hint}")
 
 
@@ -299,8 +300,19 @@ def read_csv(path: Path) -> DataFrame:
     """Read a CSV file.
 
     The words "NA", "nan" and similar ones are missing values in a numeric column, but
-    text in a text column. Raise UserError if the header is too short."""
+    text in a text column. Raise UserError for a header that is too short or names a
+    column twice, and for another separator."""
     settings = {"skipinitialspace": True, "low_memory": False}
+    header = pd.read_csv(path, header=None, nrows=1, dtype=str, **settings).iloc[0]
+    if len(header) == 1:
+        for separator in (";", "\t"):
+            if separator in str(header[0]):
+                problem = f"columns are separated by {separator!r}, but a comma is"
+                raise UserError(f"{path}: {problem} expected; convert the file")
+    twice = header[header.duplicated() & header.notna()]
+    if len(twice):
+        problem = f"two columns are named {twice.iloc[0]!r}"
+        raise UserError(f"{path}: {problem}; rename one of them")
     table = pd.read_csv(path, **settings)
     if not isinstance(table.index, pd.RangeIndex):
         problem = "rows have more fields than the header"
@@ -350,8 +362,8 @@ def read_table(flags: Namespace) -> DataFrame:
 def by_value(column: Series) -> Series:
     """Return a column with the type of its values, whatever type stores them.
 
-    Categoricals, decimals and Python objects become numbers or text. Decimals without
-    a fraction become integers. Raise UserError for a column of lists."""
+    Categoricals, decimals and Python objects become numbers or text. Decimals that are
+    stored without a fraction become integers. Raise UserError for a column of lists."""
     if column.dtype.kind != "O":  # a type of numbers or times
         return column
     values = column.astype(object)
@@ -391,11 +403,19 @@ def not_numeric(column: Series) -> np.ndarray:
     return other.to_numpy()
 
 
+def decimal_commas(column: Series) -> np.ndarray:
+    """Return a mask [n] of the entries that are numbers with a decimal comma."""
+    return column.astype(str).str.fullmatch(r"\s*[-+]?\d+,\d+\s*").to_numpy()
+
+
 def is_text(column: Series) -> bool:
     """Return whether a column holds mostly text.
 
-    A few words in a column of numbers are mistakes to report, not text."""
-    return not is_numeric(column) and not_numeric(column).mean() > 0.5
+    A few words in a column of numbers are mistakes to report, not text; so are numbers
+    with a decimal comma."""
+    if is_numeric(column) or decimal_commas(column).mean() > 0.5:
+        return False
+    return not_numeric(column).mean() > 0.5
 
 
 def refuse(column: Series, wrong, problem: str) -> None:
@@ -425,6 +445,8 @@ def check(
         refuse(column, np.isinf(sizes), "is infinite; replace it by a finite number")
         refuse(column, sizes >= LARGEST, "is too large for float32; scale the column")
     elif not categorical:
+        problem = "has a decimal comma; expected a point; convert the column"
+        refuse(column, decimal_commas(column), problem)
         refuse(column, not_numeric(column), if_text)
 
 
@@ -486,7 +508,8 @@ def sort_rows(table: DataFrame, flags: Namespace) -> Series:
     if flags.time:
         keys["time"] = times(table[flags.time])
         repeated = keys.duplicated()
-        problem = "occurs twice in its episode; times must differ"
+        problem = "occurs twice in its episode; times must differ, and two episodes "
+        problem += "need two ids"
         refuse(table[flags.time], repeated, problem)
     return keys.sort_values(list(keys), kind="stable")["episode"]
 
@@ -760,7 +783,7 @@ def print_split(episode: Series) -> None:
         print("if that is wrong, pass --time or make the ids unique")
 
 
-def print_columns(rows: Rows, space: gym.Space, columns: dict, reward: str) -> None:
+def print_columns(rows: Rows, space: gym.Space, columns: dict, flags: Namespace) -> None:
     """Print statistics of each column and the counts of discrete actions.
 
     The user can thus check how the table was read."""
@@ -771,13 +794,17 @@ def print_columns(rows: Rows, space: gym.Space, columns: dict, reward: str) -> N
     table = DataFrame(rows.observations[known], columns=columns["names"])
     if not discrete:
         table[[f"action {name}" for name in names]] = actions
-    table[f"reward {reward}"] = rows.rewards[known]
+    table[f"reward {flags.rewards}"] = rows.rewards[known]
     shown = ["mean", "std", "min", "1%", "99%", "max"]
     summary = table.describe(percentiles=[0.01, 0.99]).T[shown]
     summary["std"] = table.std(ddof=0)  # 0 instead of NaN for a single transition
     print(summary.to_string(max_rows=24, float_format="{:.4g}".format))
     for name, center in columns["centers"].items():
         print(f"{name}: its mean {center!r} is subtracted")
+    whole = not discrete and len(names) == 1 and not (actions % 1).any()
+    if whole and not flags.continuous:
+        print(f"action {names[0]}: a box, though all values are whole numbers;", end=" ")
+        print(f"for discrete actions, pass --categorical {names[0]}")
     if discrete:
         counts = Series(actions).value_counts()
         used = f"{len(counts):,} of them in the data"
@@ -788,7 +815,7 @@ def print_columns(rows: Rows, space: gym.Space, columns: dict, reward: str) -> N
         print(counts.to_string(max_rows=10))
 
 
-def print_episodes(rows: Rows, episodes: List[EpisodeBuffer]) -> None:
+def print_episodes(rows: Rows, episodes: List[EpisodeBuffer], flags: Namespace) -> None:
     """Print the numbers of steps, episodes and ends, and of the rows left out."""
     n = len(episodes)
     n_terminal = int(rows.terminal.sum())
@@ -802,11 +829,16 @@ def print_episodes(rows: Rows, episodes: List[EpisodeBuffer]) -> None:
     left_out = ~rows.known()
     if left_out.any():
         n_rewarded = np.count_nonzero(rows.rewards[left_out])
-        n_dropped = int(rows.ends.sum()) - n
-        print(f"left out: the last rows of {left_out.sum():,} truncated", end=" ")
-        print(f"episodes ({n_dropped:,} episodes had no other row);")
+        n_all = int(rows.ends.sum())
+        if n < n_all:
+            print(f"dropped: {n_all - n:,} of {n_all:,} episodes,", end=" ")
+            print("which are one row that is not terminal")
+        way = "pass --terminal or --all-terminal"
+        if flags.terminal:
+            way = f"correct the column {flags.terminal}"
+        print(f"left out: the last rows of {left_out.sum():,} truncated episodes;")
         print(f"  {n_rewarded:,} of these rows have a nonzero reward; if the task")
-        print("  ended there, pass --terminal or --all-terminal")
+        print(f"  ended there, {way}")
 
 
 def convert(flags: Namespace) -> None:
@@ -835,8 +867,8 @@ def convert(flags: Namespace) -> None:
         hint += f"; otherwise check --{'episode' if flags.episode else 'done'}"
         raise UserError(f"{flags.table}: {problem}; {hint}")
     write(flags.out, episodes, space, columns)
-    print_columns(rows, space, columns, flags.rewards)
-    print_episodes(rows, episodes)
+    print_columns(rows, space, columns, flags)
+    print_episodes(rows, episodes, flags)
     print(f"wrote {flags.out}; its columns.json describes the observations")
     print(f"next: python cql.py --config_path configs/table.yaml --env {flags.out}")
 

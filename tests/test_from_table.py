@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections import namedtuple
@@ -161,8 +162,10 @@ def test_a_clinical_log(tmp_path):
         f"{sum(lengths):,} steps in {len(lengths)} episodes of 1 to 50 steps, median",
         f"mean return {mean_return:.4g}\n",
         f"50 episodes terminate; {len(lengths) - 50} are truncated, so their last",
-        "left out: the last rows of 100 truncated episodes (2 episodes had no other",
-        "  100 of these rows have a nonzero reward;",
+        "dropped: 2 of 150 episodes, which are one row that is not terminal\n",
+        "left out: the last rows of 100 truncated episodes;\n",
+        "  100 of these rows have a nonzero reward; if the task\n",
+        "  ended there, correct the column died\n",
         f"next: python cql.py --config_path configs/table.yaml --env {out}",
     ):
         assert text in printed, text
@@ -599,6 +602,49 @@ def test_npz_reads_only_named_arrays(tmp_path):
     flags = [*WALK, "--episode", "who", "--time", "r"]
     (episode,), _, _ = converted(tmp_path / "log.npz", *flags, out=tmp_path / "one-v0")
     assert episode.rewards.tolist() == sorted(walk()["r"])
+
+
+def test_advice_on_rows_that_are_left_out(tmp_path):
+    _, _, printed = read_small(tmp_path, terminal=None)
+    assert "ended there, pass --terminal or --all-terminal\n" in printed
+    assert "dropped" not in printed
+
+
+@pytest.mark.parametrize("continuous", [None, ""])
+def test_whole_numbers_that_are_a_box(tmp_path, continuous):
+    text = SMALL.replace(",0.1,", ",1.0,").replace(",0.2,", ",0.0,")
+    text = text.replace(",0.4,", ",3.0,").replace(",0.3,", ",0.0,")
+    _, task, printed = read_small(
+        tmp_path, text=text, actions="dose", continuous=continuous
+    )
+    assert not task.discrete
+    assert ("pass --categorical dose" in printed) == (continuous is None)
+
+
+COMMAS = re.sub(r",0\.(\d),", r',"0,\1",', SMALL)
+FOREIGN = {
+    "semicolon": (SMALL.replace(",", ";"), "columns are separated by ';', but a comma"),
+    "tab": (SMALL.replace(",", "\t"), "columns are separated by '\\t', but a comma"),
+    "name": (SMALL.replace(",far,", ",x,"), "two columns are named 'x'; rename one"),
+    "action": (COMMAS, "row 1, column dose: 0,1 has a decimal comma; expected a po"),
+}
+
+
+@pytest.mark.parametrize("fault", FOREIGN)
+def test_foreign_csv(fault, tmp_path, refused_line):
+    text, fragment = FOREIGN[fault]
+    path, flags = small(tmp_path, text=text, actions="dose")
+    refused_line(path, flags, fragment)
+
+
+def test_a_decimal_comma_in_an_observation(tmp_path, refused_line):
+    path, flags = small(tmp_path, text=COMMAS, observations="dose")
+    refused_line(path, flags, "column dose: 0,1 has a decimal comma; expected a point")
+
+
+def test_another_case_is_meant(tmp_path, refused_line):
+    path, flags = small(tmp_path, text=SMALL.replace(",x,", ",X,"), observations="x")
+    refused_line(path, flags, "no column matches 'x'; did you mean 'X'?")
 
 
 NPZ_REFUSALS = {

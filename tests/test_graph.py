@@ -712,6 +712,8 @@ LIGHT = dict(hidden_dim=128, q_n_hidden_layers=2, cql_n_actions=4)
         (LIGHT, 12_000, False),
         ({**LIGHT, "cql_states": 64}, 32_000, False),
         (LIGHT, 32_000, True),
+        ({"discrete": True}, 36_000, False),
+        ({"discrete": True}, 44_000, True),
         ({"device": "cuda"}, 100_000, False),
         ({"device": "cuda", "seed": [0, 1]}, 200_000, True),
     ],
@@ -720,11 +722,12 @@ def test_which_runs_are_worth_compiling(flags, updates, worth):
     """The seconds that compiling saves, offline and online, against a minute."""
     flags = dict(flags)
     device = torch.device(flags.pop("device", "cpu"))
+    discrete = flags.pop("discrete", False)
     offline = cql.TrainConfig(max_timesteps=updates, **flags)
     half = dict(max_timesteps=updates // 2, online_iterations=updates // 4, utd=2)
     online = cql.TrainConfig(**half, **flags)
     for config in (offline, online):
-        assert cql.worth_compiling(config, device) == worth
+        assert cql.worth_compiling(config, device, discrete) == worth
 
 
 @pytest.mark.parametrize("worth", [False, True])
@@ -736,7 +739,7 @@ def test_what_was_decided_is_kept(files, compiling, tmp_path, monkeypatch, worth
     flags = {"env": files[False], "eval_env": "none", "seed": 0, "resume": "run"}
     asked = []
 
-    def decide(config, device):
+    def decide(config, device, discrete):
         asked.append(config.max_timesteps)
         return worth if len(asked) == 1 else not worth
 
@@ -770,6 +773,7 @@ def test_without_a_compiler_one_line_and_eager(
     assert (status, err) == (0, "")
     [line] = [line for line in out.splitlines() if "compil" in line]
     assert line.startswith("torch.compile does not work here")
+    assert "TORCHDYNAMO_VERBOSE" not in line
     assert command(**flags, compile=False, resume="b")[0] == 0
     assert Path("a/metrics.csv").read_bytes() == Path("b/metrics.csv").read_bytes()
     # What the user asked for is kept; what was decided is what happened.

@@ -150,6 +150,10 @@ def test_rewards_of_an_environment():
     player.env.reward = np.zeros(2)
     with pytest.raises(ValueError, match=r"reward of shape \(2,\)"):
         player.step(0)
+    for reward in (None, "1"):
+        player.env.reward = reward
+        with pytest.raises(ValueError, match="reward of .* type .* one number"):
+            player.step(0)
 
 
 # --- the replay -----------------------------------------------------------------------

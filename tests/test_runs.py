@@ -1156,6 +1156,8 @@ class Faulty(Toy):
             raise RuntimeError("no license")
         if Faulty.fault == "reward":
             reward = np.zeros(2)
+        if Faulty.fault == "no reward":
+            reward = None
         if Faulty.fault == "nan reward":
             reward = math.nan
         if Faulty.fault == "observation":
@@ -1175,6 +1177,7 @@ gym.register("CqlFaulty-v0", Faulty, max_episode_steps=20, kwargs=BOUNDS)
         ("seed", "no int32"),
         ("step", "no license"),
         ("reward", "reward of shape (2,)"),
+        ("no reward", "reward of shape () and type object; expected one number"),
         ("nan reward", "reward nan"),
         ("observation", "observation of shape (4,); its space has (3,)"),
         ("first observation", "observation of shape (1,); its space has (3,)"),
