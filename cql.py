@@ -1266,7 +1266,7 @@ def check_episode(episode: Episode, task: Task) -> None:
         "terminations": (n,),
     }
     for name, size in sizes.items():
-        array = getattr(episode, name)
+        array = np.asarray(getattr(episode, name))
         if array.shape != size or array.dtype.kind not in "biuf":
             raise UserError(
                 f"{where}: {name} have shape {array.shape} and type {array.dtype}; "
@@ -1279,12 +1279,16 @@ def check_episode(episode: Episode, task: Task) -> None:
                 f"{where}: {name} contain NaN or infinity; "
                 "remove the episode, or correct it"
             )
-    if task.discrete and (episode.actions % 1).any():
+    if len(episode.recorded_rewards) < n:
+        found = f"{len(episode.recorded_rewards)} recorded_rewards"
+        raise UserError(f"{where}: {found}; expected one for each reward, or more")
+    actions = np.asarray(episode.actions)
+    if task.discrete and (actions % 1).any():
         raise UserError(f"{where}: discrete actions must be whole numbers; round them")
     low, high = np.array([task.action_low, task.action_high])
     middle = (low + high) / 2
     reach = 0.5001 * (high - low)
-    if (np.abs(episode.actions - middle) > reach).any():
+    if (np.abs(actions - middle) > reach).any():
         raise UserError(
             f"{where}: actions exceed {describe_actions(task)}; "
             "rescale them, or name their environment with --eval_env"
@@ -1412,11 +1416,11 @@ class Dataset:
         row = 0  # observation
         for each in episodes:
             check_episode(each, task)
-            returns.append(each.recorded_rewards.sum(dtype=np.float64))
+            returns.append(np.asarray(each.recorded_rewards).sum(dtype=np.float64))
             whole.append(each.whole)
             if len(each.rewards) == 0:
                 continue
-            resolution.add(each.observations)
+            resolution.add(np.asarray(each.observations))
             last = first + len(each.rewards)
             last_row = row + len(each.observations)
             arrays["observations"][row:last_row] = each.observations
@@ -2071,7 +2075,8 @@ class Agent(nn.Module):
         kind = torch.get_default_dtype()
         self.sweep = {}
         # Tensors, because cql_alpha changes when the online phase begins, and a captured
-        # CUDA graph does not see a Python number change.
+        # CUDA graph does not see a Python number change. The losses read these, so that
+        # a schedule of cql_alpha fills them, and a change of the config has no effect.
         for name in SWEPT[1:]:
             values = [run[name] for run in self.runs]
             self.sweep[name] = torch.tensor(values, dtype=kind, device=device)

@@ -625,6 +625,26 @@ def test_a_source_of_your_own_may_be_a_generator(tmp_path, kind):
     same(everything(dataset), everything(cql.Dataset(config, episodes, task)))
 
 
+@pytest.mark.parametrize("kind", [np.ndarray.tolist, torch.as_tensor])
+def test_a_source_of_your_own_may_hold_lists_or_tensors(tmp_path, kind):
+    config = config_of(toy_dataset(tmp_path))
+    episodes, task = cql.read_data(config)
+    own = []
+    for each in episodes:
+        arrays = {k: kind(x) for k, x in each._asdict().items() if np.ndim(x)}
+        own.append(each._replace(**arrays))
+    dataset = cql.Dataset(config, own, task)
+    same(everything(dataset), everything(cql.Dataset(config, episodes, task)))
+
+
+def test_a_source_of_your_own_with_too_few_recorded_rewards(tmp_path):
+    config = config_of(toy_dataset(tmp_path))
+    episodes, task = cql.read_data(config)
+    own = [each._replace(recorded_rewards=each.rewards[:2]) for each in episodes]
+    with pytest.raises(cql.UserError, match="episode 0: 2 recorded_rewards; expected"):
+        cql.Dataset(config, own, task)
+
+
 def test_joined_files_that_float32_cannot_tell_apart(tmp_path):
     files = []
     for day in range(2):
