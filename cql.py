@@ -150,6 +150,8 @@ class TrainConfig:
     # Transitions per update and run
     batch_size: int = 256
     discount: float = 0.99  # Discount factor
+    # Rewards of the data that a target sums before it bootstraps; online steps have 1
+    n_steps: int = 1
     policy_lr: float = 3e-5  # Learning rate of policy and temperature
     qf_lr: float = 3e-4  # Learning rate of critics and Lagrange multiplier
     soft_target_update_rate: float = 5e-3  # Polyak averaging rate of the target critics
@@ -182,6 +184,9 @@ class TrainConfig:
     q_n_hidden_layers: int = 3  # Hidden layers of a critic
     orthogonal_init: bool = True  # Initialize critics orthogonally (policies never are)
     policy_log_std_multiplier: float = 1.0  # Initial factor on the policy's log std
+    # Rate at which an average of the policy's weights follows them, of which the average
+    # then acts: in evaluation, online and in every use of the policy; 0: no average
+    policy_average_rate: float = 0.0
     n_critics: int = 2  # Critics; targets take their minimum
     # Size of the random subset of critics whose minimum is the target (REDQ); null: all
     # of them
@@ -234,7 +239,9 @@ RANGES = {
     "max_episode_steps": FROM_1,
     "batch_size": FROM_1,
     "discount": FRACTION,
+    "n_steps": FROM_1,
     "policy_lr": FROM_0,
+    "policy_average_rate": FRACTION,
     "qf_lr": FROM_0,
     "soft_target_update_rate": FRACTION,
     "target_update_period": FROM_1,
@@ -270,7 +277,7 @@ NOT_INHERITED = (
 CONTINUOUS = (
     "alpha_multiplier use_automatic_entropy_tuning backup_entropy policy_lr bc_steps "
     "cql_n_actions cql_importance_sample cql_max_target_backup cql_backward_actions "
-    "policy_log_std_multiplier"
+    "policy_log_std_multiplier policy_average_rate"
 ).split()
 
 
@@ -828,6 +835,7 @@ COLUMNS = (
     "next_observations",  # [R, B, O] raw
     "terminations",  # [R, B] 1 where the episode terminated, not truncated
     "mc_returns",  # [R, B] discounted return-to-go; with cal_ql alone
+    "discounts",  # [R, B] discount of the next observation's value; with n_steps > 1
 )
 
 
@@ -1397,6 +1405,9 @@ class Dataset:
         rows = np.arange(n)
         rows += np.repeat(np.arange(len(self.lengths)), self.lengths)
         self.rows = torch.as_tensor(rows, device=device)
+        self.steps = None  # [n] to the next observation; None: always 1
+        if config.n_steps > 1:
+            self.sum_rewards(config)
 
     def join(self, episodes: Episodes, task: Task) -> Dict[str, np.ndarray]:
         """Return the columns of a batch in float32, all episodes after each other. Set
@@ -1454,6 +1465,22 @@ class Dataset:
             returns.append(returns_to_go(*columns, config, self.r_min))
         return torch.as_tensor(np.concatenate(returns)).to(self.observations)
 
+    def sum_rewards(self, config: TrainConfig) -> None:
+        """Let a transition span n_steps steps, or what is left of its episode. The
+        actions after the first are the data's and not the policy's, which is not
+        corrected, as in Rainbow (arXiv 1710.02298)."""
+        rewards = self.columns["rewards"].clone()
+        self.steps = torch.ones_like(self.rows)
+        for k in range(1, config.n_steps):
+            same_episode = self.rows[k:] == self.rows[:-k] + k
+            later = config.discount**k * self.columns["rewards"][k:]
+            rewards[:-k] += torch.where(same_episode, later, 0)
+            self.steps[:-k] += same_episode
+        last = torch.arange(len(self), device=rewards.device) + self.steps - 1
+        self.columns["rewards"] = rewards
+        self.columns["terminations"] = self.columns["terminations"][last]
+        self.columns["discounts"] = config.discount ** self.steps.to(rewards)
+
     def statistics(self) -> Tuple[Tensor, Tensor]:
         """Return mean and std + 1e-3 of the observations, [O] each, as in CORL."""
         # In chunks, because float64 observations would take twice the dataset's memory.
@@ -1472,7 +1499,8 @@ class Dataset:
         rows = self.rows[index]
         batch = {name: column[index] for name, column in self.columns.items()}
         batch["observations"] = self.observations[rows]
-        batch["next_observations"] = self.observations[rows + 1]
+        steps = 1 if self.steps is None else self.steps[index]
+        batch["next_observations"] = self.observations[rows + steps]
         return batch
 
     def index(self, fractions: Tensor) -> Tensor:
@@ -1586,6 +1614,7 @@ class Replay:
             **transitions,
             "rewards": transform_rewards(rewards, self.factor, self.config),
             "mc_returns": np.full(len(runs), -np.inf),
+            "discounts": np.full(len(runs), self.config.discount),
         }
         places = self.added[runs] % self.capacity
         for name, column in self.columns.items():
@@ -1844,6 +1873,13 @@ def data_log_prob(mean, log_std, actions) -> Tensor:
     return squashed_log_prob((pre_tanh - mean) / log_std.exp(), log_std, pre_tanh)
 
 
+def td_target(batch: dict, next_q: Tensor, config: TrainConfig) -> Tensor:
+    """Return the target of Q(s, a): the rewards up to the next observation, and its
+    discounted value next_q unless the episode has ended. A time limit is not an end."""
+    discount = batch["discounts"] if config.n_steps > 1 else config.discount
+    return batch["rewards"] + discount * (1 - batch["terminations"]) * next_q
+
+
 def minimum_of_targets(q: Tensor, noise: dict, config: TrainConfig) -> Tensor:
     """Return the minimum over the target critics of Q [N, ...]; with n_target_critics,
     over the random subset of largest keys (REDQ, arXiv 2101.05982, algorithm 1)."""
@@ -2051,6 +2087,8 @@ class Agent(nn.Module):
         self.column_sizes["actions"] = (self.action_dim,)
         if not config.cal_ql:
             del self.column_sizes["mc_returns"]
+        if config.n_steps == 1:
+            del self.column_sizes["discounts"]
         self.runs = product_of_runs(config)
         self.units = Units(task, statistics)
         self.log_alpha_prime = nn.Parameter(torch.ones(len(self.runs)))
@@ -2314,9 +2352,13 @@ class Agent(nn.Module):
         # metric that no loss computes, such as that norm, is one more entry of
         # `metrics`, [R].
         self.optimizer.step()
+        self.move_average()
         if move_targets:
             self.move_targets()
         return {name: value.detach() for name, value in metrics.items()}
+
+    def move_average(self) -> None:
+        """Move the average of the weights that act, if there is one."""
 
     @torch.no_grad()
     def move_targets(self) -> None:
@@ -2382,7 +2424,7 @@ class Agent(nn.Module):
 class ContinuousCQL(Agent):
     """CQL on soft actor-critic, for continuous actions."""
 
-    acts_with = ["policy"]  # the part of `weights` that `action` gets
+    acts_with = ["policy"]  # the network that acts, whose `weights` are all that it gets
 
     def __init__(self, config: TrainConfig, task: Task, device="cpu", statistics=None):
         super().__init__(config, task, statistics)
@@ -2398,10 +2440,28 @@ class ContinuousCQL(Agent):
         self.critic = stack(critics, (n_runs, config.n_critics))
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.zeros(n_runs))
+        if config.policy_average_rate:
+            self.average_policy = copy.deepcopy(self.policy).requires_grad_(False)
+            self.register_buffer("averaged", torch.zeros(n_runs))  # policies so far
+            self.acts_with = ["average_policy"]
         actor = list(self.policy.parameters())
         if config.use_automatic_entropy_tuning:
             actor.append(self.log_alpha)
         self.finish(actor, list(self.critic.parameters()), device)
+
+    @torch.no_grad()
+    def move_average(self) -> None:
+        """Move the average policy towards the policy, at first to the mean of all
+        policies so far; buffers are copied."""
+        if not self.config.policy_average_rate:
+            return
+        self.averaged.add_(1)
+        rate = (1 / self.averaged).clamp(min=self.config.policy_average_rate)  # [R]
+        policies = self.policy.parameters()
+        for average, policy in zip(self.average_policy.parameters(), policies):
+            average.lerp_(policy, rate.view(-1, *[1] * (policy.ndim - 1)))
+        for average, buffer in zip(self.average_policy.buffers(), self.policy.buffers()):
+            average.copy_(buffer)
 
     # ---- Functions of one run: tensors lack R ----
 
@@ -2418,7 +2478,8 @@ class ContinuousCQL(Agent):
         """Return actions [n, A] in [-1, 1]: deterministic, or sampled by normals [n, A].
         Online steps, evaluation, load_policy, export and judge.py all use this
         function."""
-        mean, log_std = call(self.policy, weights["policy"], observations)
+        (acting,) = self.acts_with
+        mean, log_std = call(self.policy, weights[acting], observations)
         if normals is not None:
             mean = mean + log_std.exp() * normals
         return mean.tanh()
@@ -2493,8 +2554,7 @@ class ContinuousCQL(Agent):
             if config.backup_entropy:
                 next_log_pi = samples["next_log_pi"].gather(-1, best.unsqueeze(-1))
                 next_q = next_q - alpha * next_log_pi.squeeze(-1)
-            not_ended = 1 - batch["terminations"]  # a time limit is not an end
-            target = batch["rewards"] + config.discount * not_ended * next_q
+            target = td_target(batch, next_q, config)
 
         # Critics: TD error and penalty.
         log_alpha_prime = weights["log_alpha_prime"]
@@ -2634,9 +2694,7 @@ class DiscreteCQL(Agent):
                 weights["target_critic"], next_observations, best
             )  # [N, B]
             next_q = minimum_of_targets(next_q, noise, config)
-            target = (
-                batch["rewards"] + config.discount * (1 - batch["terminations"]) * next_q
-            )
+            target = td_target(batch, next_q, config)
         log_alpha_prime = weights["log_alpha_prime"]
         shared = batch, target, log_alpha_prime, sweep
         q_losses, metrics = self.layout.critics(

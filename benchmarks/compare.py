@@ -96,17 +96,20 @@ def probe_run(directory: str, observations, actions) -> None:
     print(f"Q {' '.join(f'{x:.1f}' for x in q)}, mean {np.mean(q):.1f}")
 
 
-def make_agent(kind: str, weight: float, observations, space):
+def make_agent(options, observations, space):
+    """d3rlpy's agent; the entropy temperature is fixed at 1 unless it is learned."""
+    kind = options.train
     encoder = d3rlpy.models.VectorEncoderFactory
+    width = options.hidden_dim
     scale = d3rlpy.preprocessing.MinMaxActionScaler(space.low, space.high)
     if kind == "bc":
         config = d3rlpy.algos.BCConfig(
-            encoder_factory=encoder([128] * 3), action_scaler=scale
+            encoder_factory=encoder([width] * 3), action_scaler=scale
         )
         return config.create(device="cpu")
     config = d3rlpy.algos.CQLConfig(
-        actor_encoder_factory=encoder([128] * 3),
-        critic_encoder_factory=encoder([128] * 2),
+        actor_encoder_factory=encoder([width] * 3),
+        critic_encoder_factory=encoder([width] * options.q_n_hidden_layers),
         action_scaler=scale,
     )
     if kind != "defaults":
@@ -114,9 +117,12 @@ def make_agent(kind: str, weight: float, observations, space):
             mean=observations.mean(0), std=observations.std(0)
         )
         settings = dict(
-            batch_size=256, gamma=0.99, tau=0.01, n_critics=2, n_action_samples=4,
-            conservative_weight=weight, alpha_threshold=0.0, initial_alpha=1.0,
-            alpha_learning_rate=0.0, initial_temperature=1.0, temp_learning_rate=0.0,
+            batch_size=256, gamma=0.99, tau=0.01, n_critics=2,
+            n_action_samples=options.cql_n_actions,
+            conservative_weight=options.cql_alpha, alpha_threshold=0.0,
+            initial_alpha=1.0, alpha_learning_rate=0.0,
+            initial_temperature=options.temperature,
+            temp_learning_rate=1e-4 if options.learn_temperature else 0.0,
             actor_learning_rate=1e-4, critic_learning_rate=1e-3, soft_q_backup=False,
         )  # fmt: skip
         config = dataclasses.replace(config, **settings)
@@ -144,7 +150,7 @@ def evaluate(agent, envs, seed: int, step: int):
     observations = []
     for i, env in enumerate(envs):
         sequence = np.random.SeedSequence([4, 0, seed, step, i])
-        number = int(sequence.generate_state(1, np.uint64)[0] >> 1)
+        number = int(sequence.generate_state(1, np.uint64)[0] >> 1) % 2**31
         observations.append(env.reset(seed=number)[0])
     returns, lengths, running = (
         np.zeros(EPISODES),
@@ -186,7 +192,7 @@ def train(options) -> None:
         d3rlpy.seed(seed)
         space = envs[0].action_space
         observations = arrays["observations"]
-        agent = make_agent(options.train, options.cql_alpha, observations, space)
+        agent = make_agent(options, observations, space)
         agent.build_with_dataset(dataset)
         if options.train == "alike":
             start_alike(agent.impl.policy)
@@ -287,6 +293,11 @@ def main() -> None:
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--cql_alpha", type=float, default=20.0)
     add("--max_timesteps", type=int, default=12_000)
+    add("--hidden_dim", type=int, default=128, help="width, of both networks")
+    add("--q_n_hidden_layers", type=int, default=2)
+    add("--cql_n_actions", type=int, default=4)
+    add("--temperature", type=float, default=1.0, help="of the entropy, at first")
+    add("--learn_temperature", action="store_true")
     add("--threads", type=int, default=1, help="torch's, of --train; 1 if left out")
     add("--probe", help="a run of cql.py, whose Q to tell")
     add("--figure", type=Path, help="the figure to draw")

@@ -224,7 +224,10 @@ class Reference:
                 best -= self.alpha * best_log_pi
             kept = 0.0 if self.batch["terminations"][b] else 1.0
             reward = self.batch["rewards"][b]
-            targets.append(reward + self.config.discount * kept * best)
+            discount = self.config.discount
+            if self.config.n_steps > 1:
+                discount = self.batch["discounts"][b]
+            targets.append(reward + discount * kept * best)
             values.append(best)
         return targets, values
 
@@ -441,6 +444,7 @@ def transitions(*shape: int, seed: int = 1, observation_dim=OBS, action_dim=ACT)
         "next_observations": normal(observation_dim),
         "terminations": (torch.rand(shape, generator=generator) < 1 / 3).to(normal()),
         "mc_returns": normal() / 3,
+        "discounts": torch.rand(shape, generator=generator).to(normal()),
     }
 
 

@@ -603,8 +603,9 @@ def no_way_to_the_host(monkeypatch):
         dict(use_automatic_entropy_tuning=False, cql_importance_sample=False),
         dict(cql_backward_actions=2, precision="bf16", cal_ql=True),
         dict(cal_ql=True, n_critics=3, n_target_critics=2),
+        dict(n_steps=3, policy_average_rate=0.1),
     ],
-    ids=["lagrange", "cloning_max_backup", "fixed_alpha", "sampled", "redq"],
+    ids=["lagrange", "cloning_max_backup", "fixed_alpha", "sampled", "redq", "average"],
 )
 @pytest.mark.parametrize("seed", [0, [0, 1]], ids=["single", "stacked"])
 def test_update_never_waits_for_the_device(flags, seed, monkeypatch):
@@ -617,6 +618,35 @@ def test_update_never_waits_for_the_device(flags, seed, monkeypatch):
     assert len(waits.seen) == 1
     with pytest.raises(AssertionError), no_way_to_the_host(monkeypatch):
         agent.log_alpha.tolist()
+
+
+@pytest.mark.parametrize("seed", [0, [0, 1]], ids=["single", "stacked"])
+def test_the_average_policy_acts(seed):
+    """Compared with the average of the policies after each update: at first their mean,
+    later an exponential one. The policy itself trains as without an average."""
+    agent = tiny_agent(seed=seed, policy_average_rate=0.2)
+    plain = tiny_agent(seed=seed)
+    data = transitions(64)
+    average = [torch.zeros_like(x) for x in agent.policy.parameters()]
+    for update in range(8):
+        for each in (agent, plain):
+            noise = each.draw(update, 4)
+            each.update(rows(data, noise["fractions"]), noise)
+        rate = max(1 / (update + 1), 0.2)
+        policy = list(agent.policy.parameters())
+        for x, own, of_plain in zip(average, policy, plain.policy.parameters()):
+            x.copy_((1 - rate) * x + rate * own.detach())
+            assert torch.equal(own, of_plain)
+        for x, found in zip(average, agent.average_policy.parameters(), strict=True):
+            torch.testing.assert_close(found, x, rtol=1e-5, atol=1e-6)
+    observations = torch.randn(len(agent.runs), 5, OBS)
+    for normals in (None, torch.randn(len(agent.runs), 5, ACT)):
+        acts = agent.act(observations, normals)
+        with torch.no_grad():
+            for own, x in zip(plain.policy.parameters(), average):
+                own.copy_(x)
+        expected = plain.act(observations, normals)
+        np.testing.assert_allclose(acts, expected, rtol=1e-4, atol=1e-5)
 
 
 SAMPLED = dict(cql_backward_actions=2)

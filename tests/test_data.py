@@ -617,6 +617,33 @@ def test_other_readers_while_a_minari_dataset_is_read(tmp_path):
     assert cql.hdf5_storage._decode_info is decode
 
 
+@pytest.mark.parametrize("n_steps", [1, 3, 100])
+def test_transitions_of_n_steps(tmp_path, n_steps):
+    """Compared with a loop over the episodes."""
+    file = d4rl_file(tmp_path / "x.hdf5", random_episodes([1, 20, 3], ends="timeout"))
+    plain, found = load(file, cal_ql=True), load(file, cal_ql=True, n_steps=n_steps)
+    every = torch.arange(len(plain)).unsqueeze(0)
+    whole, batch = plain.gather(every), found.gather(every)
+    first = 0
+    for length in plain.lengths:
+        for t in range(first, first + length):
+            steps = min(n_steps, first + length - t)
+            rewards = whole["rewards"][0, t : t + steps].tolist()
+            expected = sum(r * 0.99**k for k, r in enumerate(rewards))
+            assert float(batch["rewards"][0, t]) == pytest.approx(expected, rel=1e-5)
+            if n_steps > 1:
+                discount = float(batch["discounts"][0, t])
+                assert discount == pytest.approx(0.99**steps)
+            for name in ("next_observations", "terminations"):
+                reached = whole[name][0, t + steps - 1]
+                assert torch.equal(batch[name][0, t], reached), name
+        first += length
+    for name in ("observations", "actions", "mc_returns"):
+        assert torch.equal(batch[name], whole[name])
+    assert ("discounts" in batch) == (n_steps > 1)
+    assert (found.r_min, found.fingerprint) == (plain.r_min, plain.fingerprint)
+
+
 @pytest.mark.parametrize("kind", [list, iter])
 def test_a_source_of_your_own_may_be_a_generator(tmp_path, kind):
     config = config_of(toy_dataset(tmp_path))

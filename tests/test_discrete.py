@@ -70,6 +70,7 @@ CASES = {
     "clip": dict(cql_clip_diff_min=1.0, cql_clip_diff_max=3.0),
     "from_one": dict(low=1),
     "discount": dict(discount=0.5, cql_alpha=[0.1, 3.0]),
+    "n_steps": dict(n_steps=3),
 }
 
 
@@ -106,6 +107,8 @@ class Reference:
 
     def target(self, b):
         kept = 0.0 if self.batch["terminations"][b] else self.config.discount
+        if self.config.n_steps > 1 and kept:
+            kept = self.batch["discounts"][b]
         return self.batch["rewards"][b] + kept * self.next_value(b)
 
     def rows(self):

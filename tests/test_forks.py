@@ -30,14 +30,12 @@ SMALL = dict(
     q_n_hidden_layers=2, policy_lr=1e-2, qf_lr=1e-2,
 )  # fmt: skip
 FORKS = {
-    "average_policy": {},
     "clipped_gradients": {},
     "cosine_learning_rate": {},
     "critic_steps": {},
     "diverse_critics": {},
     "layer_norm": {},
     "max_penalty": {"penalty": "max", "cql_backward_actions": 1},
-    "n_step_returns": {},
     "return_weighted": {},
     "running_mean": {},
     "running_scale": {},
@@ -285,31 +283,6 @@ def test_the_last_layer_starts_small(data, tmp_path):
         for layer, of_plain in zip(linear, plain.critic.net[::2], strict=True):
             assert torch.equal(layer.weight, of_plain.weight)
             assert torch.equal(layer.bias, of_plain.bias)
-
-
-@pytest.mark.parametrize("n_steps", [1, 3, 100])
-def test_returns_of_n_steps(n_steps, data, tmp_path):
-    """Compared with a loop over the episodes."""
-    module = fork("n_step_returns", tmp_path)
-    _, dataset = agent_of(module, data, n_steps=n_steps, cal_ql=True)
-    plain = agent_of(cql, data)[1]
-    batch = dataset.gather(torch.arange(len(plain)).unsqueeze(0))
-    whole = plain.gather(torch.arange(len(plain)).unsqueeze(0))
-    first = 0
-    for length in plain.lengths:
-        for t in range(first, first + length):
-            steps = min(n_steps, first + length - t)
-            rewards = whole["rewards"][0, t : t + steps].tolist()
-            expected = sum(r * 0.99**k for k, r in enumerate(rewards))
-            assert float(batch["rewards"][0, t]) == pytest.approx(expected, rel=1e-5)
-            assert float(batch["discounts"][0, t]) == pytest.approx(0.99**steps)
-            for name in ("next_observations", "terminations"):
-                reached = whole[name][0, t + steps - 1]
-                assert torch.equal(batch[name][0, t], reached), name
-        first += length
-    for name in ("observations", "actions"):
-        assert torch.equal(batch[name], whole[name])
-    assert torch.equal(batch["mc_returns"][0], dataset.columns["mc_returns"])
 
 
 def test_the_new_penalty(data, tmp_path):

@@ -70,6 +70,7 @@ CASES = {
     "deep_critics": dict(q_n_hidden_layers=5),
     "no_discount": dict(discount=0.0),
     "discount": dict(discount=0.5),
+    "n_steps": dict(n_steps=3, seed=[0, 1]),
     "one_action": dict(cql_n_actions=1, cql_max_target_backup=True),
     "four_actions": dict(cql_n_actions=4),
     "orthogonal_off": dict(orthogonal_init=False),

@@ -225,6 +225,8 @@ kinds = {
     "utd": st.integers(1, 3),
     "buffer_size": st.integers(1, 30),
     "precision": st.sampled_from(["fp32", "bf16"]),
+    "n_steps": st.integers(1, 40),
+    "policy_average_rate": st.sampled_from([0.0, 0.1, 1.0]),
     "max_timesteps": st.integers(0, 4),
     "max_episode_steps": st.integers(1, 30),
     "eval_freq": st.integers(1, 4),
