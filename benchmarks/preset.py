@@ -1,15 +1,17 @@
 """Tries of settings for configs/fast.yaml on several datasets, by successive halving.
 
-    python benchmarks/preset.py --sets datasets/sets/* --settings large-10 large-10-clone
+    python benchmarks/preset.py --sets datasets/sets/* \
+        --settings '{}' '{"n_steps": 5, "cql_alpha": 20}'
     python benchmarks/preset.py --table tries.csv
 
-Each try is one training: a setting (below), a dataset and a seed, by the functions of
-cql.py that `train` uses. Beside the policy itself, averages of its weights over the last
-updates are evaluated: exponential ones of the rates in AVERAGES. A row of the table is a
-try and an average; it has the score of every evaluation (ten deterministic episodes),
-the mean of the last three, the best, the mean score of the dataset, and the CPU seconds
-of training. Tries whose rows exist are not repeated, so the command can be stopped and
-run again. --table prints the mean of the last three evaluations of each setting on each
+Each try is one training: a setting, which is a JSON object of flags beside those of
+COMMON, a dataset and a seed, by the functions of cql.py that `train` uses. Beside the
+policy itself, averages of its weights over the last updates are evaluated: exponential
+ones of the rates in AVERAGES. A row of the table is a try and an average; it has the
+score of every evaluation (ten deterministic episodes), the mean of the last three, the
+best, the mean score of the dataset, and the CPU seconds of training. Tries whose rows
+exist are not repeated, so the command can be stopped and run again.
+--table prints the mean of the last three evaluations of each setting on each
 dataset, over the seeds.
 """
 
@@ -35,30 +37,18 @@ COLUMNS = (
     "commit"
 ).split()
 AVERAGES = (0.0, 1e-3, 2.5e-4)  # rates; 0 is the policy itself
-# Flags of all settings, unless they name others.
+# Flags of all settings, unless they name others: CORL's sizes (3 x 256, K 10), with the
+# fast gradient and the rates of a short run.
 COMMON = {
     "max_timesteps": 12000,
     "eval_freq": 2000,
     "cql_backward_actions": 1,
+    "cql_states": 128,
     "precision": "bf16",
     "soft_target_update_rate": 0.01,
     "qf_lr": 1e-3,
     "policy_lr": 1e-4,
     "compile": False,
-}
-SMALL = {"hidden_dim": 128, "q_n_hidden_layers": 2, "cql_n_actions": 4}
-LARGE = {"cql_states": 128}  # and CORL's sizes: 3 x 256, K 10
-SETTINGS = {
-    # The policy starts as a clone of the data.
-    "large-10-clone": {**LARGE, "cql_alpha": 10.0, "bc_steps": 3000},
-    "large-10": {**LARGE, "cql_alpha": 10.0},
-    "large-5-clone": {**LARGE, "cql_alpha": 5.0, "bc_steps": 3000},
-    "large-20-clone": {**LARGE, "cql_alpha": 20.0, "bc_steps": 3000},
-    "small-10-clone": {**SMALL, "cql_alpha": 10.0, "bc_steps": 3000},
-    # CORL's rates
-    "large-10-slow": {**LARGE, "cql_alpha": 10.0, "qf_lr": 3e-4, "policy_lr": 3e-5},
-    # Behavior cloning alone, for comparison
-    "clone": {**LARGE, "cql_alpha": 0.0, "bc_steps": 12000},
 }
 
 
@@ -79,7 +69,7 @@ def evaluate(agent, evaluator, step: int, policy: dict) -> float:
 
 def attempt(setting: str, dataset: str, seed: int) -> list:
     """Train once. Return a row of the table for each average."""
-    flags = {**COMMON, **SETTINGS[setting]}
+    flags = {**COMMON, **json.loads(setting)}
     config = cql.TrainConfig(env=dataset, seed=seed, **flags)
     device = cql.pick_device(config)
     data, task, evaluator = cql.load(config, None, device)
@@ -141,7 +131,7 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--sets", nargs="+", default=[], help="directories of datasets")
-    add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    add("--settings", nargs="+", default=["{}"], help="flags, as JSON objects")
     add("--seeds", nargs="+", type=int, default=[0])
     add("--threads", type=int, default=1, help="of each try")
     add("--out", default="tries.csv", help="the table to write or continue")
