@@ -2944,17 +2944,32 @@ class Player:
     def __init__(self, env: gym.Env):
         self.env = env
         self.over = True
+        self.generator = np.random.MT19937()
+
+    @contextmanager
+    def own_randomness(self):
+        """Let NumPy's global generator be the player's inside the block. Some
+        environments draw from it, and their episodes take turns."""
+        before = np.random.get_bit_generator()
+        np.random.set_bit_generator(self.generator)
+        try:
+            yield
+        finally:
+            np.random.set_bit_generator(before)
 
     def reset(self, seed: int) -> None:
         """Start an episode."""
-        self.observation, _ = self.env.reset(seed=seed)
+        with self.own_randomness():
+            np.random.seed(seed)
+            self.observation, _ = self.env.reset(seed=seed)
         self.rewards = []
         self.over = False
         self.success = None  # unknown until the environment reports it
 
     def step(self, action: np.ndarray) -> None:
         """Take one step with an action of the environment's type."""
-        self.observation, reward, ended, cut, info = self.env.step(action)
+        with self.own_randomness():
+            self.observation, reward, ended, cut, info = self.env.step(action)
         reward = np.asarray(reward)
         if reward.size != 1 or reward.dtype.kind not in "biuf":
             found = f"reward of shape {reward.shape} and type {reward.dtype}"

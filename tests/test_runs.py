@@ -1229,6 +1229,42 @@ def test_an_environment_that_seeds_numpy(train, hooked):
         np.random.RandomState(np.int32(seed))
 
 
+class Global(Hooked):
+    """The toy environment, which draws from NumPy's global generator."""
+
+    def reset(self, seed=None, options=None):
+        observation, info = super().reset(seed=seed, options=options)
+        self.point = np.random.uniform(-0.5, 0.5, 2)
+        observation[:2] = self.point
+        return observation, info
+
+    def step(self, action):
+        self.point = self.point + np.random.uniform(-0.1, 0.1, 2)
+        return super().step(action)
+
+
+gym.register("CqlGlobal-v0", f"{__name__}:Global", max_episode_steps=20, kwargs=BOUNDS)
+
+
+def test_an_environment_that_draws_from_numpy(train):
+    """Its episodes are functions of their seeds, in evaluations and online, whatever is
+    played beside them. The draws of the process itself stay as they are."""
+    flags = {"eval_env": "CqlGlobal-v0", "n_episodes": 3, "online_iterations": 30}
+    np.random.seed(7)
+    stacked = train("stacked", seed=[0, 1], **flags)[1]
+    drawn = np.random.uniform()
+    np.random.seed(7)
+    assert np.random.uniform() == drawn
+    again = train("again", seed=[0, 1], **flags)[1]
+    assert differences(stacked, again) == []
+    for name in TABLES:
+        solo = train(f"solo_{name}", seed=1, **flags)[1]
+        mine = numbers(rows(stacked, name, run=1))
+        np.testing.assert_allclose(mine, numbers(rows(solo, name)), rtol=1e-4, atol=1e-5)
+    evaluations = rows(stacked, "evaluations.csv")
+    assert len({row["return_mean"] for row in evaluations}) == len(evaluations) > 3
+
+
 def test_data_without_an_environment(tmp_path, capsys):
     data, directory = plain_dataset(tmp_path / "data"), tmp_path / "run"
     assert cql.main(command(data, directory, seed=[0, 1])) == 0
