@@ -798,6 +798,9 @@ class Episode(NamedTuple):
     where: str  # file and number, for messages
     whole: bool  # it ended by termination or time limit
     recorded_rewards: np.ndarray  # rewards, with those of steps that are left out
+    # False: it continues a trajectory that a termination has split, so that its first
+    # state is no initial state of the task (scripts/from_ogbench.py)
+    initial: bool = True
 
 
 @dataclass
@@ -985,7 +988,8 @@ def minari_episodes(directory: Path, task: Task) -> Iterator[Episode]:
         # Most of the bytes are infos, which are not used here.
         with mock.patch.object(hdf5_storage, "_decode_info"):
             recorded = list(dataset.iterate_episodes(ids[first : first + 10]))
-        for each in recorded:
+        metadata = list(dataset.storage.get_episode_metadata(ids[first : first + 10]))
+        for each, about in zip(recorded, metadata):
             n = len(each.rewards)
             yield Episode(
                 observations=flatten(space, each.observations),
@@ -995,6 +999,7 @@ def minari_episodes(directory: Path, task: Task) -> Iterator[Episode]:
                 where=f"{directory}, episode {each.id}",
                 whole=bool(each.terminations[-1] or each.truncations[-1]),
                 recorded_rewards=each.rewards,
+                initial=not about.get("continued", False),
             )
 
 
@@ -1421,6 +1426,7 @@ class Dataset:
         }
         returns = []
         whole = []
+        initial = []
         lengths = []
         resolution = Resolution()
         first = 0  # transition
@@ -1428,7 +1434,7 @@ class Dataset:
         for each in episodes:
             check_episode(each, task)
             returns.append(np.asarray(each.recorded_rewards).sum(dtype=np.float64))
-            whole.append(each.whole)
+            whole.append(each.whole and each.initial)
             if len(each.rewards) == 0:
                 continue
             resolution.add(np.asarray(each.observations))
@@ -1439,6 +1445,7 @@ class Dataset:
             arrays["rewards"][first:last] = each.rewards
             arrays["terminations"][first:last] = np.asarray(each.terminations) != 0
             lengths.append(len(each.rewards))
+            initial.append(each.initial)
             first = last
             row = last_row
         if lengths:
@@ -1447,6 +1454,7 @@ class Dataset:
         self.all_returns = np.array(returns)
         self.whole = np.array(whole, bool)
         self.lengths = np.array(lengths, int)
+        self.initial = np.array(initial, bool)  # as `lengths`
         arrays["observations"] = arrays["observations"][:row]
         for name in ("actions", "rewards", "terminations"):
             arrays[name] = arrays[name][:first]

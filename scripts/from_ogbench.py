@@ -24,8 +24,7 @@ An episode that does not begin its trajectory has `continued` = True in Minari's
 episode metadata. The states in which these begin are not initial states of the
 task, and their returns are not those of the task. The printed mean return is
 that of the other episodes: of a trajectory until it first reaches the goal.
-cql.py and judge.py do not read this mark: their mean return and their initial
-states are those of all episodes.
+So are cql.py's mean return, and judge.py's initial states and returns.
 """
 
 import argparse

@@ -134,7 +134,7 @@ class Data:
         self.units = cql.Units(task, (mean, std)).to(device)
         self.observations = self.units.standardize(self.dataset.observations)
         self.actions = self.units.unit_actions(self.dataset.columns["actions"])  # [n, A]
-        starts = np.cumsum(lengths) - lengths
+        starts = (np.cumsum(lengths) - lengths)[self.dataset.initial]
         self.first_rows = self.rows[torch.as_tensor(starts, device=device)]
 
         # No return lies outside these bounds.
@@ -146,8 +146,10 @@ class Data:
             self.bounds = np.clip(ends, -largest, largest).tolist()
 
         returns = []
-        for part in np.split(rewards.double().numpy(), np.cumsum(lengths)[:-1]):
-            returns.append(cql.discounted_sum(part, config.discount))
+        parts = np.split(rewards.double().numpy(), np.cumsum(lengths)[:-1])
+        for part, initial in zip(parts, self.dataset.initial):
+            if initial:
+                returns.append(cql.discounted_sum(part, config.discount))
         self.value = float(np.mean(returns))
         self.value_error = standard_error(np.array(returns))
 

@@ -22,6 +22,7 @@ import cql
 SCRIPT = Path(cql.__file__).parent / "scripts" / "from_ogbench.py"
 sys.path.insert(0, str(SCRIPT.parent))
 import from_ogbench  # noqa: E402
+import judge  # noqa: E402
 
 with cql.quiet():
     import ogbench
@@ -182,6 +183,18 @@ def test_the_package_s_transitions(kind, tmp_path):
     marks = [each.get("continued", False) for each in metadata_of(tmp_path / "data-v0")]
     assert marks == [first not in starts for first in firsts]
     returns = [each.rewards.sum() for each, mark in zip(episodes, marks) if not mark]
+    assert [not each.initial for each in episodes] == marks
+    config = cql.TrainConfig(env=str(tmp_path / "data-v0"), batch_size=4)
+    data = judge.Data(config, cql.read_data(config)[0], task)
+    np.testing.assert_allclose(data.dataset.returns, returns)
+    recorded = [each.observations[0] for each in episodes if each.initial]
+    np.testing.assert_array_equal(data.dataset.observations[data.first_rows], recorded)
+    assert len(recorded) == len(LENGTHS)
+    values = []
+    for each in episodes:
+        if each.initial:
+            values.append(cql.discounted_sum(each.rewards, config.discount))
+    assert data.value == pytest.approx(np.mean(values), rel=1e-5)
     for text in (
         f"{path}: 27 transitions in 5 trajectories\n",
         "10 episodes of 1 to 6 steps; 5 of them have one step\n",
