@@ -2432,7 +2432,7 @@ class Agent(nn.Module):
 class ContinuousCQL(Agent):
     """CQL on soft actor-critic, for continuous actions."""
 
-    acts_with = ["policy"]  # the network that acts, whose `weights` are all that it gets
+    acts_with = ["policy"]  # the part of `weights` that `action` gets
 
     def __init__(self, config: TrainConfig, task: Task, device="cpu", statistics=None):
         super().__init__(config, task, statistics)

@@ -8,8 +8,8 @@ OTHER_ENV holds d3rlpy 2.8.1, mujoco 3.11.0 and imageio; DATASET is a Minari dat
 directory, or several. --train writes the columns of cql.py's tables that both have, by
 the same protocol: ten deterministic episodes every 2,000 updates, from cql.py's own
 evaluation seeds. Q of the data is the critics' mean over 10,000 transitions, the same
-each time and those of --probe. Networks are of the quickstart's sizes; actions are
-scaled from the environment's bounds.
+each time and those of --probe. Networks are of the quickstart's sizes unless flags say
+otherwise; actions are scaled from the environment's bounds.
 
     ours      CQL at the quickstart's settings, as far as d3rlpy has them: batch size,
               Adam and its rates, discount, target rate, K, penalty weight, importance
@@ -97,7 +97,7 @@ def probe_run(directory: str, observations, actions) -> None:
 
 
 def make_agent(options, observations, space):
-    """d3rlpy's agent; the entropy temperature is fixed at 1 unless it is learned."""
+    """d3rlpy's agent. The entropy temperature is fixed, or learned from its start."""
     kind = options.train
     encoder = d3rlpy.models.VectorEncoderFactory
     width = options.hidden_dim

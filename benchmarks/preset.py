@@ -10,9 +10,8 @@ policy itself, averages of its weights over the last updates are evaluated: expo
 ones of the rates in AVERAGES. A row of the table is a try and an average; it has the
 score of every evaluation (ten deterministic episodes), the mean of the last three, the
 best, the mean score of the dataset, and the CPU seconds of training. Tries whose rows
-exist are not repeated, so the command can be stopped and run again.
---table prints the mean of the last three evaluations of each setting on each
-dataset, over the seeds.
+exist are not repeated, so the command can be stopped and run again. --table prints the
+mean of the last three evaluations of each setting on each dataset, over the seeds.
 """
 
 import argparse
