@@ -152,6 +152,10 @@ class TrainConfig:
     discount: float = 0.99  # Discount factor
     # Rewards of the data that a target sums before it bootstraps; online steps have 1
     n_steps: int = 1
+    # Sample a transition in proportion to exp(trajectory_weighting * A). A is the return
+    # of its episode less what the first observation predicts, divided by the range of
+    # returns (advantage weighting, arXiv 2306.13085); 0: all equally likely
+    trajectory_weighting: float = 0.0
     policy_lr: float = 3e-5  # Learning rate of policy and temperature
     qf_lr: float = 3e-4  # Learning rate of critics and Lagrange multiplier
     soft_target_update_rate: float = 5e-3  # Polyak averaging rate of the target critics
@@ -161,6 +165,9 @@ class TrainConfig:
     backup_entropy: bool = False  # Subtract alpha * log pi from the bootstrapped target
     # Number of initial updates that train the policy by behavior cloning
     bc_steps: int = 0
+    # Weight of the squared distance to the data's actions in the policy's loss, in units
+    # of the mean |Q|: TD3+BC's 1 / alpha, whose value is 0.4 (arXiv 2106.06860)
+    bc_weight: float = 0.0
     # Weight of the penalty, twice the paper's alpha [list]
     cql_alpha: Union[float, List[float]] = 10.0
     # Actions sampled from each of the three proposal distributions
@@ -240,6 +247,7 @@ RANGES = {
     "batch_size": FROM_1,
     "discount": FRACTION,
     "n_steps": FROM_1,
+    "trajectory_weighting": FROM_0,
     "policy_lr": FROM_0,
     "policy_average_rate": FRACTION,
     "qf_lr": FROM_0,
@@ -247,6 +255,7 @@ RANGES = {
     "target_update_period": FROM_1,
     "alpha_multiplier": FROM_0,
     "bc_steps": FROM_0,
+    "bc_weight": FROM_0,
     "cql_alpha": FROM_0,
     "cql_n_actions": FROM_1,
     "hidden_dim": FROM_1,
@@ -277,7 +286,7 @@ NOT_INHERITED = (
 CONTINUOUS = (
     "alpha_multiplier use_automatic_entropy_tuning backup_entropy policy_lr bc_steps "
     "cql_n_actions cql_importance_sample cql_max_target_backup cql_backward_actions "
-    "policy_log_std_multiplier policy_average_rate"
+    "policy_log_std_multiplier policy_average_rate bc_weight"
 ).split()
 
 
@@ -1390,6 +1399,10 @@ class Dataset:
             what = f"--batch_size {config.batch_size}: the dataset has {n} transitions"
             raise UserError(f"{what}; {hint}")
         check_bounds(arrays["actions"], task)
+        self.cumulative = None  # [n] probabilities up to each transition; None: uniform
+        if config.trajectory_weighting:
+            probabilities = self.weigh_trajectories(config, arrays)
+            self.cumulative = torch.as_tensor(np.cumsum(probabilities), device=device)
         self.columns = {}  # of a batch, [n, ...], except observations
         for name, array in arrays.items():
             self.columns[name] = torch.as_tensor(array, device=device)
@@ -1489,6 +1502,27 @@ class Dataset:
         self.columns["terminations"] = self.columns["terminations"][last]
         self.columns["discounts"] = config.discount ** self.steps.to(rewards)
 
+    def weigh_trajectories(self, config: TrainConfig, arrays: dict) -> np.ndarray:
+        """Return the probability of every transition, [n], by trajectory_weighting. An
+        episode that continues another one belongs to the same trajectory."""
+        starts = np.cumsum(self.lengths) - self.lengths
+        rows = starts + np.arange(len(starts))  # of the first observations
+        starts = starts[self.initial]
+        rows = rows[self.initial]
+        returns = np.add.reduceat(arrays["rewards"], starts, dtype=np.float64)
+        observations = arrays["observations"][rows].astype(np.float64)
+        observations -= observations.mean(0)
+        observations /= observations.std(0) + 1e-8
+        # Ridge regression, so that many observations do not explain few returns.
+        n_dims = observations.shape[1]
+        square = observations.T @ observations + n_dims * np.eye(n_dims)
+        weights = np.linalg.solve(square, observations.T @ (returns - returns.mean()))
+        advantages = returns - observations @ weights
+        scaled = (advantages - advantages.max()) / max(np.ptp(returns), 1e-8)
+        lengths = np.diff(starts, append=self.lengths.sum())
+        likely = np.repeat(np.exp(config.trajectory_weighting * scaled), lengths)
+        return likely / likely.sum()
+
     def statistics(self) -> Tuple[Tensor, Tensor]:
         """Return mean and std + 1e-3 of the observations, [O] each, as in CORL."""
         # In chunks, because float64 observations would take twice the dataset's memory.
@@ -1512,9 +1546,13 @@ class Dataset:
         return batch
 
     def index(self, fractions: Tensor) -> Tensor:
-        """Map uniform numbers [R, B] in [0, 1) to transitions [R, B], each equally
-        likely. All batches draw their offline rows by this function."""
-        return (fractions * len(self)).long().clamp(max=len(self) - 1)
+        """Map uniform numbers [R, B] in [0, 1) to transitions [R, B], equally likely or
+        by trajectory_weighting. All batches draw their offline rows by this function."""
+        if self.cumulative is None:
+            index = (fractions * len(self)).long()
+        else:
+            index = torch.searchsorted(self.cumulative, fractions.contiguous(), right=True)
+        return index.clamp(max=len(self) - 1)
 
 
 def transform_rewards(rewards: Tensor, factor: float, config: TrainConfig) -> Tensor:
@@ -2553,6 +2591,10 @@ class ContinuousCQL(Agent):
             # The mean in REDQ (arXiv 2101.05982, algorithm 1).
             q = q.amin(0) if config.n_target_critics is None else q.mean(0)
             policy_loss = (alpha * log_pi - q).mean()
+            if config.bc_weight:
+                distance = (samples["mean"].tanh() - batch["actions"]).square().mean()
+                scale = q.detach().abs().mean()
+                policy_loss = policy_loss + config.bc_weight * scale * distance
 
         # TD target: SAC eq. 2-3; with cql_max_target_backup the best of K actions.
         with torch.no_grad():

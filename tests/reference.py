@@ -196,7 +196,7 @@ class Reference:
         return -mean(log_alpha * (log_pi - A) for log_pi in self.log_pi())
 
     def actor(self):
-        losses = []
+        losses, sizes, distances = [], [], []
         for b, state in enumerate(self.batch["observations"]):
             action, log_pi = self.act(state, self.noise["normals"][b][0])
             if self.cloning:
@@ -205,7 +205,12 @@ class Reference:
                 least_or_mean = least if self.config.n_target_critics is None else mean
                 worth = least_or_mean(self.critics("critic", state, action))
             losses.append(self.alpha * log_pi - worth)
-        return mean(losses)
+            sizes.append(abs(complex(worth).real))  # a constant of the loss
+            means, _ = self.gaussian(state)
+            for u, recorded in zip(means, self.batch["actions"][b]):
+                distances.append((cmath.tanh(u) - recorded) ** 2)
+        weight = 0.0 if self.cloning else self.config.bc_weight
+        return mean(losses) + weight * mean(sizes) * mean(distances)
 
     def targets(self):
         """TD targets, and the values of next states that they hold."""

@@ -603,7 +603,7 @@ def no_way_to_the_host(monkeypatch):
         dict(use_automatic_entropy_tuning=False, cql_importance_sample=False),
         dict(cql_backward_actions=2, precision="bf16", cal_ql=True),
         dict(cal_ql=True, n_critics=3, n_target_critics=2),
-        dict(n_steps=3, policy_average_rate=0.1),
+        dict(n_steps=3, policy_average_rate=0.1, bc_weight=0.4),
     ],
     ids=["lagrange", "cloning_max_backup", "fixed_alpha", "sampled", "redq", "average"],
 )

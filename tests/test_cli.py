@@ -1297,7 +1297,7 @@ def notes(out):
         {"cql_lagrange": True, "cql_target_action_gap": [0.8, 2]},
         {"cql_target_action_gap": -1.0},
         {"cql_n_actions": 3, "cql_max_target_backup": True},
-        {"n_steps": 3, "policy_average_rate": 0.1},
+        {"n_steps": 3, "policy_average_rate": 0.1, "trajectory_weighting": 5.0},
         {"bc_steps": 2, "n_target_critics": 2, "penalty": "mean"},
         {"cql_clip_diff_min": -200, "reward_scale": 10.0, "reward_bias": -5.0},
         {"cal_ql": True, "is_sparse_reward": True, "mixing_ratio": 0.5},

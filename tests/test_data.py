@@ -644,6 +644,77 @@ def test_transitions_of_n_steps(tmp_path, n_steps):
     assert (found.r_min, found.fingerprint) == (plain.r_min, plain.fingerprint)
 
 
+def probabilities(dataset, n=200_000):
+    """Return how often evenly spread numbers select each transition, [n]."""
+    index = dataset.index(torch.arange(n, dtype=torch.float64).unsqueeze(0) / n)
+    return np.bincount(index.squeeze(0), minlength=len(dataset)) / n
+
+
+def expected_probabilities(first, returns, lengths, weight):
+    """Probabilities of trajectory_weighting, by an augmented least-squares problem."""
+    x = (first - first.mean(0)) / first.std(0)
+    d = x.shape[1]
+    rows = np.concatenate([x, np.sqrt(d) * np.eye(d)])
+    centered = np.concatenate([returns - returns.mean(), np.zeros(d)])
+    advantages = returns - x @ np.linalg.lstsq(rows, centered)[0]
+    scaled = (advantages - advantages.min()) / np.ptp(returns)
+    each = np.repeat(np.exp(weight * scaled), lengths)
+    return each / each.sum()
+
+
+@pytest.mark.parametrize("weight", [1.0, 10.0])
+def test_trajectory_weighting(tmp_path, weight):
+    lengths = [1, 20, 3, 7, 12]
+    episodes = random_episodes(lengths, ends="timeout")
+    file = d4rl_file(tmp_path / "x.hdf5", episodes)
+    # Transformed rewards and sums of several steps do not change it.
+    more = dict(n_steps=3, reward_scale=-2.0, reward_bias=1.0)
+    found = probabilities(load(file, trajectory_weighting=weight, **more))
+    first = np.array([e["observations"][0] for e in episodes], float)
+    returns = np.array([e["rewards"].sum() for e in episodes])
+    expected = expected_probabilities(first, returns, lengths, weight)
+    np.testing.assert_allclose(found, expected, atol=1.1 / 200_000)
+
+
+def test_trajectory_weighting_of_what_the_first_observation_decides(tmp_path):
+    """The return is a function of where an episode starts, so none is better."""
+    episodes = random_episodes([5] * 400, ends="timeout")
+    for each in episodes:
+        each["rewards"][:] = 7 + each["observations"][0] @ [1.0, -2.0, 3.0]
+        each["rewards"][0] += 1e-3 * each["observations"][1, 0]
+    config = config_of("", trajectory_weighting=10.0)
+    source, task = cql.read_data(config_of(d4rl_file(tmp_path / "x.hdf5", episodes)))
+    dataset = cql.Dataset(config, source, task)
+    returns = np.repeat(dataset.returns, dataset.lengths)
+    likely = probabilities(dataset)
+    assert abs((likely * returns).sum() - returns.mean()) < 0.1 * returns.std()
+
+
+def test_trajectory_weighting_of_equal_returns_is_uniform(tmp_path):
+    episodes = random_episodes([4, 4], ends="timeout")
+    for each in episodes:
+        each["rewards"][:] = 1.0
+        each["observations"][0] = 0.0
+    file = d4rl_file(tmp_path / "x.hdf5", episodes)
+    found = probabilities(load(file, trajectory_weighting=10.0))
+    np.testing.assert_allclose(found, 1 / 8, atol=1.1 / 200_000)
+
+
+def test_trajectory_weighting_of_continued_episodes(tmp_path):
+    """An episode that continues another one has the weight of both."""
+    path = minari_dataset(tmp_path, "toy/x-v0", random_episodes([5, 4, 6, 3]))
+    config = config_of(path, trajectory_weighting=2.0)
+    source, task = cql.read_data(config)
+    episodes = list(source)
+    first = np.array([episodes[i].observations[0] for i in (0, 2)], float)
+    returns = [sum(episodes[i].rewards.sum() for i in pair) for pair in ((0, 1), (2, 3))]
+    for i in (1, 3):
+        episodes[i] = episodes[i]._replace(initial=False)
+    found = probabilities(cql.Dataset(config, episodes, task))
+    expected = expected_probabilities(first, np.array(returns), [9, 9], 2.0)
+    np.testing.assert_allclose(found, expected, atol=1.1 / 200_000)
+
+
 @pytest.mark.parametrize("kind", [list, iter])
 def test_a_source_of_your_own_may_be_a_generator(tmp_path, kind):
     config = config_of(toy_dataset(tmp_path))

@@ -350,7 +350,7 @@ def test_returns_weight_the_sampling(data, tmp_path):
     module = fork("return_weighted", tmp_path)
     flags = {"online_iterations": 100, "eval_env": "CqlToy-v0"}
     agent, dataset = agent_of(module, data, **flags)
-    shares = torch.diff(dataset.cdf, prepend=torch.zeros(1))  # by transition
+    shares = torch.diff(dataset.cumulative, prepend=torch.zeros(1))  # by transition
     n = 2000
     fractions = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     index = dataset.index(fractions.expand(2, n))

@@ -45,9 +45,10 @@ MODES = [
     dict(cql_max_target_backup=True, backup_entropy=True, penalty="policy_kl"),
     dict(use_automatic_entropy_tuning=False, penalty="mean"),
     REDQ,
-    dict(n_steps=3, policy_average_rate=0.2),
+    dict(n_steps=3, policy_average_rate=0.2, trajectory_weighting=5.0, bc_weight=0.4),
     ONLINE,
     {**ONLINE, "n_steps": 2, "policy_average_rate": 0.1},
+    {**ONLINE, "mixing_ratio": 0.5, "trajectory_weighting": 5.0},
     {**ONLINE, "mixing_ratio": 0.5, "cql_backward_actions": 1},
     {**REDQ, "discrete": True, "cql_lagrange": True},
 ]

@@ -59,6 +59,9 @@ CASES = {
     "backup_entropy": dict(backup_entropy=True, alpha_multiplier=0.3),
     "cloning": dict(bc_steps=1),
     "cloning_over": dict(bc_steps=1, update=1),
+    "bc_weight": dict(bc_weight=0.4, seed=[0, 1]),
+    "bc_weight_cloning": dict(bc_weight=0.4, bc_steps=1),
+    "bc_weight_redq": dict(bc_weight=2.0, n_critics=3, n_target_critics=2),
     "alpha_multiplier": dict(alpha_multiplier=0.3),
     "fixed_alpha": dict(use_automatic_entropy_tuning=False, alpha_multiplier=0.3),
     "fixed_alpha_cloning": dict(

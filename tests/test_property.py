@@ -226,6 +226,8 @@ kinds = {
     "buffer_size": st.integers(1, 30),
     "precision": st.sampled_from(["fp32", "bf16"]),
     "n_steps": st.integers(1, 40),
+    "bc_weight": st.sampled_from([0.0, 0.4, 1e6]),
+    "trajectory_weighting": st.sampled_from([0.0, 5.0, 1e6]),
     "policy_average_rate": st.sampled_from([0.0, 0.1, 1.0]),
     "max_timesteps": st.integers(0, 4),
     "max_episode_steps": st.integers(1, 30),
@@ -250,7 +252,7 @@ def test_settings(toy):
         for name, most in (
             ("n_target_critics", flags.get("n_critics", 2)),
             ("cql_backward_actions", 3 * flags.get("cql_n_actions", 2)),
-            ("cql_states", flags.get("batch_size", 8)),
+            ("cql_states", flags.get("batch_size", 4)),
         ):
             if name in flags:  # or half of the examples would be refused for it
                 flags[name] = min(flags[name], most)
