@@ -1551,7 +1551,8 @@ class Dataset:
         if self.cumulative is None:
             index = (fractions * len(self)).long()
         else:
-            index = torch.searchsorted(self.cumulative, fractions.contiguous(), right=True)
+            fractions = fractions.contiguous()
+            index = torch.searchsorted(self.cumulative, fractions, right=True)
         return index.clamp(max=len(self) - 1)
 
 
