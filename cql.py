@@ -4063,7 +4063,7 @@ def describe(config: TrainConfig, task: Task, data, evaluator) -> None:
     and the flags that have no effect here."""
     reference = evaluator.reference if evaluator else task.reference
     if data is not None:
-        text = f"data: {len(data):,} transitions, {len(data.lengths):,} episodes"
+        text = f"data: {len(data.lengths):,} episodes, {len(data):,} transitions"
         if data.left_out:
             text += f" ({data.left_out:,} more lack a next observation and are left out)"
         text += f", mean return {data.returns.mean():.1f}"

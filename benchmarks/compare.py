@@ -8,7 +8,7 @@ OTHER_ENV holds d3rlpy 2.8.1, mujoco 3.11.0 and imageio; DATASET is a Minari dat
 directory, or several. --train writes the columns of cql.py's tables that both have, by
 the same protocol: ten deterministic episodes every 2,000 updates, from cql.py's own
 evaluation seeds. Q of the data is the critics' mean over 10,000 transitions, the same
-each time and those of --probe. Networks are of the quickstart's sizes unless flags say
+each time and those of --probe. Networks are of 2 x 128 (policy 3 x 128) unless flags say
 otherwise; actions are scaled from the environment's bounds.
 
     ours      CQL at the quickstart's settings, as far as d3rlpy has them: batch size,
@@ -19,7 +19,8 @@ otherwise; actions are scaled from the environment's bounds.
               policy's mode, where cql.py samples an action as the paper does; and its
               policy's last layer begins larger, with log_std at 0 and not at -1
     defaults  CQL as d3rlpy has it
-    bc        behaviour cloning as d3rlpy has it
+    bc        behaviour cloning as d3rlpy has it; with --best 0.1, of the best episodes
+              alone, as many as hold a tenth of the steps
 
 What still differs with `alike`: its actor steps after its critics; its critics start as
 torch's default; its policy lacks the two scalars on log_std; an episode's last step
@@ -84,6 +85,23 @@ def read_data(directories: list):
     return arrays, ends, task, [about[0][f"ref_{end}_score"] for end in ("min", "max")]
 
 
+def best_episodes(arrays: dict, ends: dict, share: float):
+    """The episodes of highest return that hold this share of all steps."""
+    episode = np.cumsum(np.maximum(*ends.values())) - np.maximum(*ends.values())
+    episode = episode.astype(int)  # of each step
+    returns = np.bincount(episode, arrays["rewards"])
+    lengths = np.bincount(episode)
+    order = np.argsort(-returns)
+    n_kept = np.searchsorted(np.cumsum(lengths[order]), share * len(episode)) + 1
+    kept = np.isin(episode, order[:n_kept])
+    steps = int(kept.sum())
+    print(
+        f"{n_kept} episodes of {len(returns)}, {steps} steps, return at least "
+        f"{returns[order[n_kept - 1]]:.1f}, mean {returns[order[:n_kept]].mean():.1f}"
+    )
+    return tuple({k: v[kept] for k, v in each.items()} for each in (arrays, ends))
+
+
 def probe_run(directory: str, observations, actions) -> None:
     """Print the mean Q of the data for each run in a directory of cql.py."""
     sys.path.insert(0, str(ROOT))
@@ -122,8 +140,9 @@ def make_agent(options, observations, space):
             conservative_weight=options.cql_alpha, alpha_threshold=0.0,
             initial_alpha=1.0, alpha_learning_rate=0.0,
             initial_temperature=options.temperature,
-            temp_learning_rate=1e-4 if options.learn_temperature else 0.0,
-            actor_learning_rate=1e-4, critic_learning_rate=1e-3, soft_q_backup=False,
+            temp_learning_rate=options.policy_lr if options.learn_temperature else 0.0,
+            actor_learning_rate=options.policy_lr, critic_learning_rate=1e-3,
+            soft_q_backup=False,
         )  # fmt: skip
         config = dataclasses.replace(config, **settings)
     return config.create(device="cpu")
@@ -181,7 +200,11 @@ def train(options) -> None:
     """Train and evaluate a peer; the tables are written after each seed."""
     arrays, ends, task, (low, high) = read_data(options.data)
     probe = probe_rows(arrays)
-    dataset = d3rlpy.dataset.MDPDataset(**arrays, **ends)
+    if options.best < 1:
+        arrays, ends = best_episodes(arrays, ends, options.best)
+    picker = d3rlpy.dataset.MultiStepTransitionPicker(options.n_steps, 0.99)
+    picker = {} if options.n_steps == 1 else {"transition_picker": picker}
+    dataset = d3rlpy.dataset.MDPDataset(**arrays, **ends, **picker)
     if options.train == "alike":
         CQLImpl._compute_deterministic_target = sampled_target
     torch.set_num_threads(options.threads)
@@ -296,6 +319,9 @@ def main() -> None:
     add("--hidden_dim", type=int, default=128, help="width, of both networks")
     add("--q_n_hidden_layers", type=int, default=2)
     add("--cql_n_actions", type=int, default=4)
+    add("--n_steps", type=int, default=1, help="of the TD target")
+    add("--policy_lr", type=float, default=1e-4)
+    add("--best", type=float, default=1.0, help="share of the data, by return")
     add("--temperature", type=float, default=1.0, help="of the entropy, at first")
     add("--learn_temperature", action="store_true")
     add("--threads", type=int, default=1, help="torch's, of --train; 1 if left out")

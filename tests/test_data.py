@@ -547,7 +547,7 @@ def test_the_run_says_what_is_left_out(in_tmp):
     status, out, _ = run(env=path, resume="out")
     assert status == 0
     told = line(out, "data:")
-    assert "15 transitions, 3 episodes (3 more" in told and "left out" in told
+    assert "3 episodes, 15 transitions (3 more" in told and "left out" in told
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])

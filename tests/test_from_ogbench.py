@@ -252,7 +252,7 @@ def test_training_and_evaluation(tmp_path):
     flags["resume"] = tmp_path / "run"
     status, printed, err = run(**flags)
     assert status == 0, err
-    assert "data: 27 transitions, 10 episodes, mean return" in printed
+    assert "data: 10 episodes, 27 transitions, mean return" in printed
     assert "evaluation: pointmaze-medium-singletask-task3-v0 with " in printed
     assert ", at most 9 steps, not scored" in printed
     last = (tmp_path / "run" / "evaluations.csv").read_text().splitlines()

@@ -1,0 +1,149 @@
+"""The table of scores on ten datasets, and its figure.
+
+    python benchmarks/table.py --measure datasets/sets/* datasets/hopper-medium-small-v0
+    python benchmarks/table.py benchmarks/results/table --figure table.png
+
+The directory holds data.csv, the mean score of each dataset's episodes, which --measure
+prints, and for each dataset a directory of methods, each with the evaluations.csv and
+timing.csv of its run by cql.py or benchmarks/compare.py. A cell is the mean of the last
+three evaluations, averaged over the seeds; --best has the best evaluation of each seed
+in its place, --seeds the numbers of the seeds. Evaluations after --updates are left out,
+so that all methods made as many.
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = {
+    "bc": "cloning",
+    "bc10": "cloning, best tenth",
+    "d3rlpy": "d3rlpy CQL",
+    "fast": "cql.py",
+    "exact": "cql.py, exact gradient",
+    "zero": "cql.py without the penalty",
+}
+COLORS = {"bc": "0.6", "bc10": "0.35", "d3rlpy": "C1", "fast": "C0"}
+
+
+def measure(datasets: list) -> None:
+    """Print the mean score of each dataset's episodes, as CSV."""
+    sys.path.insert(0, str(ROOT))
+    import cql
+
+    print("set,score")
+    for directory in datasets:
+        episodes, task = cql.read_data(cql.TrainConfig(env=directory))
+        returns = [np.sum(each.recorded_rewards) for each in episodes]
+        score = cql.normalized_score(np.mean(returns), task.reference)
+        print(f"{Path(directory).name},{score:.2f}")
+
+
+def scores_of(directory: Path, updates: int) -> np.ndarray:
+    """Return the scores of a method's evaluations, [seeds, evaluations]."""
+    table = pd.read_csv(directory / "evaluations.csv")
+    table = table[table["step"] <= updates]
+    if table["step"].max() != updates:
+        raise SystemExit(f"{directory}: no evaluation at update {updates}")
+    return table.pivot(
+        index="run", columns="step", values="d4rl_normalized_score"
+    ).values
+
+
+def seconds_of(directory: Path, updates: int) -> float:
+    """Return the wall seconds of all runs in the directory together."""
+    table = pd.read_csv(directory / "timing.csv")
+    return table[table["step"] <= updates].groupby("run")["seconds"].max().max()
+
+
+def read(root: Path, updates: int) -> dict:
+    """Return the scores by dataset and method."""
+    found = {}
+    with open(root / "data.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            methods = {"data": np.array([[float(row["score"])]])}
+            for method in METHODS:
+                if (root / row["set"] / method).is_dir():
+                    methods[method] = scores_of(root / row["set"] / method, updates)
+            found[row["set"]] = methods
+    return found
+
+
+def cells(found: dict, best: bool, seeds: bool) -> pd.DataFrame:
+    """Return the table's numbers as text, and their mean over the datasets."""
+    table = {}
+    for name, methods in found.items():
+        for method, scores in methods.items():
+            of_seeds = scores.max(1) if best else scores[:, -3:].mean(1)
+            table.setdefault(method, {})[name] = of_seeds
+    text = pd.DataFrame(index=[*found, "mean"])
+    for method, column in table.items():
+        for name, of_seeds in column.items():
+            cell = f"{of_seeds.mean():.1f}"
+            if seeds and len(of_seeds) > 1:
+                cell += f" ({', '.join(f'{x:.1f}' for x in of_seeds)})"
+            text.loc[name, METHODS.get(method, method)] = cell
+        if len(column) == len(found):
+            mean = np.mean([of_seeds.mean() for of_seeds in column.values()])
+            text.loc["mean", METHODS.get(method, method)] = f"{mean:.1f}"
+    return text.fillna("")
+
+
+def draw(found: dict, path: Path) -> None:
+    """Draw each dataset's methods: seeds as points, their mean as a line."""
+    import matplotlib.pyplot as plt
+
+    fig, panel = plt.subplots(figsize=(7, 4.2))
+    shift = 0.8 / len(COLORS)
+    for y, methods in enumerate(found.values()):
+        level = methods["data"][0, 0]
+        style = dict(color="k", linewidth=1, label="data" if y == 0 else None)
+        panel.plot([level, level], [y - 0.45, y + 0.45], **style)
+        for i, (method, color) in enumerate(COLORS.items()):
+            if method not in methods:
+                continue
+            of_seeds = methods[method][:, -3:].mean(1)
+            place = y - 0.4 + (i + 0.5) * shift
+            label = METHODS[method] if y == 0 else None
+            panel.barh(place, of_seeds.mean(), 0.85 * shift, color=color, label=label)
+            points = [place] * len(of_seeds)
+            panel.plot(of_seeds, points, "o", color="k", markersize=2, alpha=0.6)
+    panel.set_yticks(range(len(found)), found)
+    panel.invert_yaxis()
+    panel.set_xlabel("normalized score, mean of the last three evaluations")
+    panel.legend(loc="lower right", fontsize=8)
+    panel.spines[["top", "right"]].set_visible(False)
+    fig.tight_layout()
+    fig.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("results", type=Path, nargs="?", help="the directory of the runs' tables")
+    add("--measure", nargs="+", help="print the scores of these datasets")
+    add("--updates", type=int, default=10000)
+    add("--best", action="store_true", help="the best evaluations, not the last three")
+    add("--seeds", action="store_true", help="the score of every seed")
+    add("--figure", type=Path, help="the figure to draw")
+    options = parser.parse_args()
+    if options.measure:
+        return measure(options.measure)
+    found = read(options.results, options.updates)
+    text = cells(found, options.best, options.seeds)
+    print("| | " + " | ".join(text) + " |\n" + "|---" * (len(text.columns) + 1) + "|")
+    for name, row in text.iterrows():
+        print(f"| {name} | {' | '.join(row)} |")
+    if options.figure:
+        draw(found, options.figure)
+
+
+if __name__ == "__main__":
+    main()
