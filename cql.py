@@ -109,7 +109,9 @@ class TrainConfig:
     # Multiply rewards by 1000 / (largest - smallest return of an episode); only hopper,
     # halfcheetah and walker2d
     normalize_reward: bool = False
-    reward_scale: float = 1.0  # Rewards become r * reward_scale + reward_bias (CORL: 5)
+    # Rewards become r * reward_scale + reward_bias (CORL: 5); null: 1 / the mean |r| of
+    # the data
+    reward_scale: Optional[float] = 1.0
     reward_bias: float = 0.0  # See reward_scale; always applied (CORL: -1)
 
     # ---- Run ----
@@ -608,6 +610,9 @@ def phase_mistakes(config: TrainConfig) -> Dict[str, bool]:
         ),
         "--env null: without data, pass --max_timesteps 0, --normalize false and "
         "--normalize_reward false": no_data and offline,
+        "--env null: without data, pass a number as --reward_scale": (
+            no_data and config.reward_scale is None
+        ),
     }
 
 
@@ -1409,8 +1414,8 @@ class Dataset:
         self.observations = self.columns.pop("observations")
         whole = self.all_returns[self.whole]
         self.returns = whole if len(whole) else self.all_returns  # not as `lengths`
-        self.reward_factor = factor or reward_factor(whole, task, config)
         rewards = self.columns["rewards"]
+        self.reward_factor = factor or reward_factor(whole, rewards, task, config)
         rewards = transform_rewards(rewards, self.reward_factor, config)
         self.columns["rewards"] = rewards
         self.r_min = float(rewards.min())
@@ -1558,13 +1563,14 @@ class Dataset:
 
 def transform_rewards(rewards: Tensor, factor: float, config: TrainConfig) -> Tensor:
     """Return the rewards that the agent learns from; `original_returns` inverts this."""
-    return rewards * factor * config.reward_scale + config.reward_bias
+    scale = 1.0 if config.reward_scale is None else config.reward_scale
+    return rewards * factor * scale + config.reward_bias
 
 
 def original_returns(returns, factor: float, config: TrainConfig):
     """Return returns of transformed rewards in units of the data's own rewards; NaN with
     a reward_bias, whose part in a return depends on the episode's length."""
-    scale = factor * config.reward_scale
+    scale = factor if config.reward_scale is None else factor * config.reward_scale
     if config.reward_bias != 0 or scale == 0:
         return returns * math.nan
     return returns / scale
@@ -1593,9 +1599,16 @@ def returns_to_go(rewards, terminations, config: TrainConfig, r_min) -> np.ndarr
     return returns
 
 
-def reward_factor(returns: np.ndarray, task: Task, config: TrainConfig) -> float:
-    """Return the factor of normalize_reward, from the returns of whole episodes. Raise
-    UserError if they do not determine one."""
+def reward_factor(returns: np.ndarray, rewards: Tensor, task: Task, config) -> float:
+    """Return the factor of normalize_reward, from the returns of whole episodes, or of
+    reward_scale null, from all rewards. Raise UserError if they do not determine it."""
+    if config.reward_scale is None:
+        size = float(rewards.abs().double().mean())
+        if size == 0:
+            raise UserError(
+                "--reward_scale null: all rewards of the dataset are 0; pass a number"
+            )
+        return 1 / size
     if not config.normalize_reward:
         return 1.0
     names = f"{task.env_id} {config.env} {config.eval_env}".lower()

@@ -644,6 +644,34 @@ def test_transitions_of_n_steps(tmp_path, n_steps):
     assert (found.r_min, found.fingerprint) == (plain.r_min, plain.fingerprint)
 
 
+def test_a_reward_scale_of_null(tmp_path):
+    """The mean absolute reward becomes 1, in whatever unit the data have them."""
+    learned = []
+    for unit in (1.0, 1e-6, 1e4):
+        episodes = random_episodes([5, 40])
+        for each in episodes:
+            each["rewards"] *= unit
+        file = d4rl_file(tmp_path / f"{unit}.hdf5", episodes)
+        config = config_of(file, reward_scale=None)
+        dataset = cql.Dataset(config, *cql.read_data(config))
+        rewards = dataset.columns["rewards"]
+        assert float(rewards.abs().mean()) == pytest.approx(1)
+        learned.append(rewards)
+        raw = cql.original_returns(rewards, dataset.reward_factor, config)
+        np.testing.assert_allclose(raw, everything(load(file)).rewards, rtol=1e-5)
+        assert (dataset.returns == load(file).returns).all()
+    torch.testing.assert_close(learned[1], learned[0])
+    torch.testing.assert_close(learned[2], learned[0])
+
+
+def test_a_reward_scale_of_null_where_all_rewards_are_0(tmp_path):
+    episodes = random_episodes([5])
+    episodes[0]["rewards"][:] = 0
+    file = d4rl_file(tmp_path / "x.hdf5", episodes)
+    with pytest.raises(cql.UserError, match="all rewards of the dataset are 0; pass a"):
+        load(file, reward_scale=None)
+
+
 def probabilities(dataset, n=200_000):
     """Return how often evenly spread numbers select each transition, [n]."""
     index = dataset.index(torch.arange(n, dtype=torch.float64).unsqueeze(0) / n)

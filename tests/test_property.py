@@ -215,7 +215,7 @@ kinds = {
     "n_critics": st.integers(1, 3),
     "n_target_critics": st.integers(1, 3),
     "penalty": st.sampled_from(cql.PENALTIES),
-    "reward_scale": st.sampled_from([0.0, -1.0, 1.0, 1e20, 1e38]),
+    "reward_scale": st.sampled_from([0.0, -1.0, 1.0, 1e20, 1e38, "null"]),
     "reward_bias": st.sampled_from([0.0, -5.0, 1e38]),
     "policy_log_std_multiplier": st.sampled_from([0.0, 1.0, -3.0, 1e6]),
     "bc_steps": st.integers(0, 3),
