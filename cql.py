@@ -1386,8 +1386,8 @@ class Dataset:
         """Join the episodes (Episodes or a list). Raise UserError for too few
         transitions and for numbers out of bounds.
 
-        factor: the factor of normalize_reward; None computes it from these episodes. A
-        second dataset, for validation, takes the reward_factor of the first."""
+        factor: of normalize_reward or reward_scale null; None computes it from these
+        episodes. A second dataset, for validation, takes the first's reward_factor."""
         if not isinstance(episodes, Episodes):
             episodes = list(episodes)
             lengths = [len(each.recorded_rewards) for each in episodes]
@@ -1931,6 +1931,15 @@ def data_log_prob(mean, log_std, actions) -> Tensor:
     # atanh(+-1) is infinite.
     pre_tanh = actions.clamp(-1 + 1e-5, 1 - 1e-5).atanh()
     return squashed_log_prob((pre_tanh - mean) / log_std.exp(), log_std, pre_tanh)
+
+
+def add_cloning(policy_loss: Tensor, samples, batch, q: Tensor, config) -> Tensor:
+    """Add behavior cloning to the policy's loss (TD3+BC, arXiv 2106.06860, eq. 3 and 5,
+    times the mean |Q| and bc_weight). q: [B], of the policy's actions."""
+    if config.bc_weight == 0:
+        return policy_loss
+    distance = (samples["mean"].tanh() - batch["actions"]).square().mean()
+    return policy_loss + config.bc_weight * q.detach().abs().mean() * distance
 
 
 def td_target(batch: dict, next_q: Tensor, config: TrainConfig) -> Tensor:
@@ -2605,10 +2614,7 @@ class ContinuousCQL(Agent):
             # The mean in REDQ (arXiv 2101.05982, algorithm 1).
             q = q.amin(0) if config.n_target_critics is None else q.mean(0)
             policy_loss = (alpha * log_pi - q).mean()
-            if config.bc_weight:
-                distance = (samples["mean"].tanh() - batch["actions"]).square().mean()
-                scale = q.detach().abs().mean()
-                policy_loss = policy_loss + config.bc_weight * scale * distance
+            policy_loss = add_cloning(policy_loss, samples, batch, q, config)
 
         # TD target: SAC eq. 2-3; with cql_max_target_backup the best of K actions.
         with torch.no_grad():
