@@ -216,8 +216,8 @@ class TrainConfig:
     # Sampled actions to backpropagate the penalty through; 0: all
     cql_backward_actions: int = 0
     cql_states: int = 0  # States of the batch that are penalized; 0: all
-    # Precision of matrix products: fp32, tf32 (GPU only) or bf16 (critics only, fast on
-    # CPUs with avx512_bf16)
+    # Precision of matrix products: fp32, tf32 (GPU only) or bf16 (critics only; fp32 on
+    # processors without avx512_bf16, where bf16 is slow)
     precision: str = "fp32"
     # Use torch.compile; null: only for runs long enough to amortize the compile time of
     # about a minute
@@ -677,6 +677,16 @@ def pick_device(config: TrainConfig) -> torch.device:
     products = "high" if config.precision == "tf32" else "highest"
     torch.set_float32_matmul_precision(products)
     return device
+
+
+@functools.cache
+def fast_bf16(device: torch.device) -> bool:
+    """Return whether the device multiplies in bfloat16; if not, print that fp32 is used.
+    Without instructions for it bfloat16 is slower than float32."""
+    if device.type == "cuda" or torch.cpu._is_avx512_bf16_supported():
+        return True
+    say("precision: this processor has no instructions for bf16, so fp32 is used")
+    return False
 
 
 def worth_compiling(config: TrainConfig, device: torch.device, discrete: bool) -> bool:
@@ -2497,6 +2507,7 @@ class ContinuousCQL(Agent):
 
     def __init__(self, config: TrainConfig, task: Task, device="cpu", statistics=None):
         super().__init__(config, task, statistics)
+        self.bf16 = config.precision == "bf16" and fast_bf16(torch.device(device))
         policies = []
         critics = []
         for run in self.runs:
@@ -2657,7 +2668,7 @@ class ContinuousCQL(Agent):
         k = config.cql_backward_actions
         proposals = samples["proposals"]
         n = len(proposals)
-        bf16 = config.precision == "bf16"
+        bf16 = self.bf16
         weights = own["weights"]
         if bf16:
             weights = self.critic.round_hidden_layers(weights)

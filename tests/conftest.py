@@ -23,6 +23,14 @@ def pytest_configure(config):
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def bf16_everywhere(monkeypatch):
+    """bf16 is tested on processors that are slow at it, too."""
+    import cql
+
+    monkeypatch.setattr(cql, "fast_bf16", lambda device: True)
+
+
 def files_below(path):
     return {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in path.rglob("*")}
 

@@ -36,6 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cql
 
 double = pytest.fixture(in_float64)
+FAST_BF16 = cql.fast_bf16
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 LAGRANGE = dict(cql_lagrange=True, cql_target_action_gap=3.0, cql_alpha=0.7)
 
@@ -1040,6 +1041,23 @@ class Rebinding(cql.ContinuousCQL):
 def test_losses_that_rebind_a_weight_are_refused():
     with pytest.raises(cql.UserError, match="in place"):
         Rebinding(tiny(), box_task())
+
+
+def test_bf16_on_a_processor_without_it(monkeypatch, capsys):
+    """One line, however many agents, and the numbers of fp32."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(cql, "fast_bf16", FAST_BF16)
+    FAST_BF16.cache_clear()
+    batch = transitions(64)
+    trained = []
+    for precision in ("fp32", "bf16", "bf16"):
+        agent = tiny_agent(precision=precision)
+        agent.update(batch, agent.draw(0, 64))
+        trained.append(agent.state_dict())
+    FAST_BF16.cache_clear()
+    told = capsys.readouterr().out
+    assert told.count("no instructions for bf16, so fp32 is used") == 1
+    torch.testing.assert_close(trained[1], trained[0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("seed", [0, [0, 1]], ids=["single", "stacked"])
