@@ -284,11 +284,11 @@ NOT_INHERITED = (
     "max_timesteps offline_iterations online_iterations device compile project "
     "group name checkpoints_path resume load_model"
 ).split()
-# Flags that have no effect on discrete actions. DiscreteCQL refuses three more.
+# Flags that have no effect on discrete actions. DiscreteCQL refuses two more.
 CONTINUOUS = (
     "alpha_multiplier use_automatic_entropy_tuning backup_entropy policy_lr bc_steps "
     "cql_n_actions cql_importance_sample cql_max_target_backup cql_backward_actions "
-    "policy_log_std_multiplier policy_average_rate bc_weight"
+    "cql_states policy_log_std_multiplier policy_average_rate bc_weight"
 ).split()
 
 
@@ -2728,7 +2728,7 @@ class DiscreteCQL(Agent):
     def __init__(self, config: TrainConfig, task: Task, device="cpu", statistics=None):
         """Make the critics. Raise UserError for flags that need continuous actions."""
         super().__init__(config, task, statistics)
-        for name in ("penalty", "cal_ql", "cql_states"):
+        for name in ("penalty", "cal_ql"):
             if getattr(config, name) != FIELDS[name].default:
                 raise UserError(
                     f"--{name}: actions are discrete; this flag needs continuous ones"
