@@ -4,11 +4,11 @@
     python benchmarks/table.py benchmarks/results/table --figure table.png
 
 The directory holds data.csv, the mean score of each dataset's episodes, which --measure
-prints, and for each dataset a directory of methods, each with the evaluations.csv and
-timing.csv of its run by cql.py or benchmarks/compare.py. A cell is the mean of the last
-three evaluations, averaged over the seeds; --best has the best evaluation of each seed
-in its place, --seeds the numbers of the seeds. Evaluations after --updates are left out,
-so that all methods made as many.
+prints, and for each dataset a directory of methods. A method's directory holds the
+tables of benchmarks/compare.py or, in a directory of each seed, those of cql.py. A cell
+is the mean of the last three evaluations, averaged over the seeds; --best has the best
+evaluation of each seed in its place, --seeds the numbers of the seeds. Evaluations after
+--updates are left out, so that all methods made as many.
 """
 
 import argparse
@@ -46,19 +46,12 @@ def measure(datasets: list) -> None:
 
 def scores_of(directory: Path, updates: int) -> np.ndarray:
     """Return the scores of a method's evaluations, [seeds, evaluations]."""
-    table = pd.read_csv(directory / "evaluations.csv")
+    table = pd.concat(map(pd.read_csv, sorted(directory.rglob("evaluations.csv"))))
     table = table[table["step"] <= updates]
-    if table["step"].max() != updates:
-        raise SystemExit(f"{directory}: no evaluation at update {updates}")
-    return table.pivot(
-        index="run", columns="step", values="d4rl_normalized_score"
-    ).values
-
-
-def seconds_of(directory: Path, updates: int) -> float:
-    """Return the wall seconds of all runs in the directory together."""
-    table = pd.read_csv(directory / "timing.csv")
-    return table[table["step"] <= updates].groupby("run")["seconds"].max().max()
+    scores = table.pivot(index="seed", columns="step", values="d4rl_normalized_score")
+    if updates not in scores or scores.isna().any(axis=None):
+        raise SystemExit(f"{directory}: a seed has no evaluation at update {updates}")
+    return scores.values
 
 
 def read(root: Path, updates: int) -> dict:
