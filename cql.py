@@ -109,8 +109,8 @@ class TrainConfig:
     # Multiply rewards by 1000 / (largest - smallest return of an episode); only hopper,
     # halfcheetah and walker2d
     normalize_reward: bool = False
-    # Rewards become r * reward_scale + reward_bias (CORL: 5); null: 1 / the mean |r| of
-    # the data
+    # Rewards become r * reward_scale + reward_bias (CORL: 5); null: scale them so that
+    # the largest discounted return-to-go of the data is 100
     reward_scale: Optional[float] = 1.0
     reward_bias: float = 0.0  # See reward_scale; always applied (CORL: -1)
 
@@ -154,9 +154,9 @@ class TrainConfig:
     discount: float = 0.99  # Discount factor
     # Rewards of the data that a target sums before it bootstraps; online steps have 1
     n_steps: int = 1
-    # Sample a transition in proportion to exp(trajectory_weighting * A). A is the return
-    # of its episode less what the first observation predicts, divided by the range of
-    # returns (advantage weighting, arXiv 2306.13085); 0: all equally likely
+    # Sample a transition of the data in proportion to exp(trajectory_weighting * A). A
+    # is the return of its episode minus what the first observation predicts, divided by
+    # the range of returns (advantage weighting, arXiv 2306.13085); 0: all equally likely
     trajectory_weighting: float = 0.0
     policy_lr: float = 3e-5  # Learning rate of policy and temperature
     qf_lr: float = 3e-4  # Learning rate of critics and Lagrange multiplier
@@ -167,8 +167,9 @@ class TrainConfig:
     backup_entropy: bool = False  # Subtract alpha * log pi from the bootstrapped target
     # Number of initial updates that train the policy by behavior cloning
     bc_steps: int = 0
-    # Weight of the squared distance to the data's actions in the policy's loss, in units
-    # of the mean |Q|: TD3+BC's 1 / alpha, whose value is 0.4 (arXiv 2106.06860)
+    # Weight, in the policy's loss, of the mean squared difference between the policy's
+    # mean action and the batch's, times the mean |Q|: TD3+BC's 1 / alpha, there 0.4
+    # (arXiv 2106.06860)
     bc_weight: float = 0.0
     # Weight of the penalty, twice the paper's alpha [list]
     cql_alpha: Union[float, List[float]] = 10.0
@@ -611,7 +612,10 @@ def phase_mistakes(config: TrainConfig) -> Dict[str, bool]:
         "--env null: without data, pass --max_timesteps 0, --normalize false and "
         "--normalize_reward false": no_data and offline,
         "--env null: without data, pass a number as --reward_scale": (
-            no_data and config.reward_scale is None
+            no_data and online and config.reward_scale is None
+        ),
+        "--normalize_reward true: no effect with --reward_scale null; pass one": (
+            config.normalize_reward and config.reward_scale is None
         ),
     }
 
@@ -672,6 +676,8 @@ def pick_device(config: TrainConfig) -> torch.device:
     on_gpu = device.type == "cuda"
     if config.precision == "tf32" and not on_gpu:
         raise UserError("--precision tf32: needs a GPU; pass fp32 or bf16")
+    if config.precision == "bf16" and not fast_bf16(device):
+        say("precision: this processor lacks avx512_bf16, so fp32 is used")
     if on_gpu:
         torch.cuda.set_device(device)
     products = "high" if config.precision == "tf32" else "highest"
@@ -679,14 +685,9 @@ def pick_device(config: TrainConfig) -> torch.device:
     return device
 
 
-@functools.cache
 def fast_bf16(device: torch.device) -> bool:
-    """Return whether the device multiplies in bfloat16; if not, print that fp32 is used.
-    Without instructions for it bfloat16 is slower than float32."""
-    if device.type == "cuda" or torch.cpu._is_avx512_bf16_supported():
-        return True
-    say("precision: this processor has no instructions for bf16, so fp32 is used")
-    return False
+    """Return whether bfloat16 is faster than float32 on the device."""
+    return device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
 
 
 def worth_compiling(config: TrainConfig, device: torch.device, discrete: bool) -> bool:
@@ -1396,8 +1397,9 @@ class Dataset:
         """Join the episodes (Episodes or a list). Raise UserError for too few
         transitions and for numbers out of bounds.
 
-        factor: of normalize_reward or reward_scale null; None computes it from these
-        episodes. A second dataset, for validation, takes the first's reward_factor."""
+        factor: of the rewards, for normalize_reward or reward_scale null; None computes
+        it from these episodes. A second dataset, for validation, takes the reward_factor
+        of the first."""
         if not isinstance(episodes, Episodes):
             episodes = list(episodes)
             lengths = [len(each.recorded_rewards) for each in episodes]
@@ -1416,7 +1418,7 @@ class Dataset:
         check_bounds(arrays["actions"], task)
         self.cumulative = None  # [n] probabilities up to each transition; None: uniform
         if config.trajectory_weighting:
-            probabilities = self.weigh_trajectories(config, arrays)
+            probabilities = self.weigh_trajectories(config, arrays["observations"])
             self.cumulative = torch.as_tensor(np.cumsum(probabilities), device=device)
         self.columns = {}  # of a batch, [n, ...], except observations
         for name, array in arrays.items():
@@ -1425,7 +1427,8 @@ class Dataset:
         whole = self.all_returns[self.whole]
         self.returns = whole if len(whole) else self.all_returns  # not as `lengths`
         rewards = self.columns["rewards"]
-        self.reward_factor = factor or reward_factor(whole, rewards, task, config)
+        self.r_min = float(rewards.min())
+        self.reward_factor = factor or reward_factor(self, whole, task, config)
         rewards = transform_rewards(rewards, self.reward_factor, config)
         self.columns["rewards"] = rewards
         self.r_min = float(rewards.min())
@@ -1444,7 +1447,8 @@ class Dataset:
 
     def join(self, episodes: Episodes, task: Task) -> Dict[str, np.ndarray]:
         """Return the columns of a batch in float32, all episodes after each other. Set
-        lengths, all_returns, whole and size. Raise UserError."""
+        all_returns and whole, of every episode, and lengths, kept_returns, initial and
+        ended, of those that have transitions, and size. Raise UserError."""
         n = sum(episodes.lengths)
         arrays = {
             "observations": np.empty((n + len(episodes), task.observation_dim), "f4"),
@@ -1454,7 +1458,9 @@ class Dataset:
         }
         returns = []
         whole = []
+        kept_returns = []
         initial = []
+        ended = []
         lengths = []
         resolution = Resolution()
         first = 0  # transition
@@ -1473,7 +1479,9 @@ class Dataset:
             arrays["rewards"][first:last] = each.rewards
             arrays["terminations"][first:last] = np.asarray(each.terminations) != 0
             lengths.append(len(each.rewards))
+            kept_returns.append(returns[-1])
             initial.append(each.initial)
+            ended.append(each.whole)
             first = last
             row = last_row
         if lengths:
@@ -1482,7 +1490,9 @@ class Dataset:
         self.all_returns = np.array(returns)
         self.whole = np.array(whole, bool)
         self.lengths = np.array(lengths, int)
-        self.initial = np.array(initial, bool)  # as `lengths`
+        self.kept_returns = np.array(kept_returns)
+        self.initial = np.array(initial, bool)
+        self.ended = np.array(ended, bool)
         arrays["observations"] = arrays["observations"][:row]
         for name in ("actions", "rewards", "terminations"):
             arrays[name] = arrays[name][:first]
@@ -1517,25 +1527,32 @@ class Dataset:
         self.columns["terminations"] = self.columns["terminations"][last]
         self.columns["discounts"] = config.discount ** self.steps.to(rewards)
 
-    def weigh_trajectories(self, config: TrainConfig, arrays: dict) -> np.ndarray:
+    def weigh_trajectories(self, config: TrainConfig, observations) -> np.ndarray:
         """Return the probability of every transition, [n], by trajectory_weighting. An
-        episode that continues another one belongs to the same trajectory."""
-        starts = np.cumsum(self.lengths) - self.lengths
-        rows = starts + np.arange(len(starts))  # of the first observations
-        starts = starts[self.initial]
-        rows = rows[self.initial]
-        returns = np.add.reduceat(arrays["rewards"], starts, dtype=np.float64)
-        observations = arrays["observations"][rows].astype(np.float64)
-        observations -= observations.mean(0)
-        observations /= observations.std(0) + 1e-8
+        episode that continues another one belongs to the same trajectory. A trajectory
+        whose end is unknown counts as an average one."""
+        initial = self.initial.copy()
+        initial[0] = True
+        firsts = np.flatnonzero(initial)
+        lengths = np.add.reduceat(self.lengths, firsts)
+        returns = np.add.reduceat(self.kept_returns, firsts)
+        whole = self.ended[np.append(firsts[1:], len(initial)) - 1]
+        if not whole.any():
+            whole[:] = True
+        rows = (np.cumsum(self.lengths) - self.lengths + np.arange(len(initial)))[firsts]
+        states = observations[rows[whole]].astype(np.float64)
+        states -= states.mean(0)
+        states /= states.std(0) + 1e-8
         # Ridge regression, so that many observations do not explain few returns.
-        n_dims = observations.shape[1]
-        square = observations.T @ observations + n_dims * np.eye(n_dims)
-        weights = np.linalg.solve(square, observations.T @ (returns - returns.mean()))
-        advantages = returns - observations @ weights
-        scaled = (advantages - advantages.max()) / max(np.ptp(returns), 1e-8)
-        lengths = np.diff(starts, append=self.lengths.sum())
-        likely = np.repeat(np.exp(config.trajectory_weighting * scaled), lengths)
+        square = states.T @ states + states.shape[1] * np.eye(states.shape[1])
+        centered = returns[whole] - returns[whole].mean()
+        advantages = np.zeros(len(returns))
+        weights = np.linalg.solve(square, states.T @ centered)
+        advantages[whole] = centered - states @ weights
+        # Not the range alone: rounding errors are not differences of returns.
+        size = max(np.ptp(returns[whole]), 1e-5 * np.abs(returns[whole]).max()) or 1.0
+        scaled = config.trajectory_weighting * (advantages - advantages.max()) / size
+        likely = np.repeat(np.exp(scaled), lengths)
         return likely / likely.sum()
 
     def statistics(self) -> Tuple[Tensor, Tensor]:
@@ -1609,16 +1626,16 @@ def returns_to_go(rewards, terminations, config: TrainConfig, r_min) -> np.ndarr
     return returns
 
 
-def reward_factor(returns: np.ndarray, rewards: Tensor, task: Task, config) -> float:
-    """Return the factor of normalize_reward, from the returns of whole episodes, or of
-    reward_scale null, from all rewards. Raise UserError if they do not determine it."""
+def reward_factor(data: Dataset, returns: np.ndarray, task: Task, config) -> float:
+    """Return the factor of reward_scale null, or that of normalize_reward, from the
+    returns of whole episodes. Raise UserError if the data do not determine it."""
     if config.reward_scale is None:
-        size = float(rewards.abs().double().mean())
-        if size == 0:
+        largest = float(data.all_returns_to_go(config).abs().max())
+        if largest == 0:
             raise UserError(
                 "--reward_scale null: all rewards of the dataset are 0; pass a number"
             )
-        return 1 / size
+        return 100 / largest
     if not config.normalize_reward:
         return 1.0
     names = f"{task.env_id} {config.env} {config.eval_env}".lower()
@@ -4100,6 +4117,12 @@ def describe(config: TrainConfig, task: Task, data, evaluator) -> None:
         if reference is not None:
             text += f" (score {normalized_score(data.returns.mean(), reference):.1f})"
         say(text)
+        if data.reward_factor != 1:
+            say(f"rewards: multiplied by {data.reward_factor:.4g}")
+        if data.cumulative is not None:
+            likely = data.cumulative.diff(prepend=data.cumulative.new_zeros(1))
+            text = f"trajectory_weighting: as many as {1 / likely.square().sum():,.0f}"
+            say(f"{text} equally likely transitions")
     say(f"actions: {describe_actions(task)}")
     if data is not None:
         describe_seen_actions(task, data.columns["actions"])
