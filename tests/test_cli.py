@@ -402,6 +402,12 @@ def test_the_product_of_lists():
         ("--cql_backward_actions -1", "--cql_backward_actions -1"),
         ("--reward_scale .nan", "--reward_scale nan: must be a finite number"),
         ("--reward_scale .inf", "--reward_scale inf: must be a finite number"),
+        ("--reward_scale null --normalize_reward true", "--normalize_reward true null"),
+        (
+            "--reward_scale null --env null --normalize false --eval_env CartPole-v1 "
+            "--online_iterations 300 --max_timesteps 0",
+            "--env null --reward_scale",
+        ),
         ("--reward_bias .nan", "--reward_bias nan"),
         ("--policy_log_std_multiplier .nan", "--policy_log_std_multiplier nan"),
         ("--cql_clip_diff_min .nan", "--cql_clip_diff_min nan"),
@@ -1297,7 +1303,7 @@ def notes(out):
         {"cql_lagrange": True, "cql_target_action_gap": [0.8, 2]},
         {"cql_target_action_gap": -1.0},
         {"cql_n_actions": 3, "cql_max_target_backup": True},
-        {"n_steps": 3, "policy_average_rate": 0.1, "trajectory_weighting": 5.0},
+        {"n_steps": 3, "policy_average_rate": 0.1},
         {"bc_steps": 2, "n_target_critics": 2, "penalty": "mean"},
         {"cql_clip_diff_min": -200, "reward_scale": 10.0, "reward_bias": -5.0},
         {"cal_ql": True, "is_sparse_reward": True, "mixing_ratio": 0.5},

@@ -719,18 +719,68 @@ def test_trajectory_weighting_of_what_the_first_observation_decides(tmp_path):
     assert abs((likely * returns).sum() - returns.mean()) < 0.1 * returns.std()
 
 
-def test_trajectory_weighting_of_equal_returns_is_uniform(tmp_path):
-    episodes = random_episodes([4, 4], ends="timeout")
-    for each in episodes:
-        each["rewards"][:] = 1.0
+@pytest.mark.parametrize("unit", [1.0, 1e-11])
+def test_trajectory_weighting_of_equal_returns_is_uniform(tmp_path, unit):
+    """Sums of the same numbers in another order differ by rounding errors alone."""
+    rewards = np.array([[0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1], [0.25] * 4])
+    episodes = random_episodes([4] * 3, ends="timeout")
+    for each, own in zip(episodes, rewards):
+        each["rewards"][:] = unit * own
         each["observations"][0] = 0.0
     file = d4rl_file(tmp_path / "x.hdf5", episodes)
     found = probabilities(load(file, trajectory_weighting=10.0))
-    np.testing.assert_allclose(found, 1 / 8, atol=1.1 / 200_000)
+    np.testing.assert_allclose(found, 1 / 12, rtol=0.05)
+
+
+def test_trajectory_weighting_in_another_unit(tmp_path):
+    found = []
+    for unit in (1.0, 1e-11, 1e6):
+        episodes = random_episodes([4, 9, 3, 5], ends="timeout")
+        for each in episodes:
+            each["rewards"] *= unit
+        file = d4rl_file(tmp_path / f"{unit}.hdf5", episodes)
+        found.append(probabilities(load(file, trajectory_weighting=5.0)))
+    np.testing.assert_allclose(found[1:], found[:1] * 2, atol=2e-5)
+
+
+def test_trajectory_weighting_of_unfinished_episodes(tmp_path):
+    """A short rest of an episode, with few negative rewards, is not a good one."""
+    lengths = [9, 8, 7, 9, 2]
+    episodes = random_episodes(lengths, ends="timeout")
+    for i, each in enumerate(episodes):
+        each["rewards"][:] = -1.0 - 0.01 * i
+    episodes[-1]["truncations"][:] = False
+    config = config_of(minari_dataset(tmp_path, "toy/x-v0", episodes))
+    source, task = cql.read_data(config)
+    config = dataclasses.replace(config, trajectory_weighting=5.0)
+    found = probabilities(cql.Dataset(config, source, task))
+    whole = probabilities(cql.Dataset(config, list(source)[:-1], task))
+    np.testing.assert_allclose(found[:-2] / found[0], whole / whole[0], rtol=0.01)
+    assert whole.min() / whole[0] < found[-1] / found[0] < whole.max() / whole[0]
+
+
+def test_trajectory_weighting_counts_rewards_of_steps_that_are_left_out(tmp_path):
+    """Without next_observations an episode lacks its last step, but not its reward."""
+    episodes = random_episodes([5] * 4, ends="timeout")
+    for i, each in enumerate(episodes):
+        each["observations"][0] = 0.0
+        each["rewards"][:] = [0, 0, 0, 0, i % 2]
+    file = d4rl_file(tmp_path / "x.hdf5", episodes, next_observations=None)
+    found = probabilities(load(file, trajectory_weighting=2.0)).reshape(4, 4)
+    np.testing.assert_allclose(found[1] / found[0], np.e**2, rtol=1e-3)
+
+
+def test_trajectory_weighting_stays_within_the_data(tmp_path):
+    file = d4rl_file(tmp_path / "x.hdf5", random_episodes([3] * 50))
+    dataset = load(file, trajectory_weighting=5.0)
+    assert dataset.cumulative.dtype == torch.float64
+    largest = torch.full((1, 1), 1 - 2**-53, dtype=torch.float64)
+    assert int(dataset.index(largest)) < len(dataset)
 
 
 def test_trajectory_weighting_of_continued_episodes(tmp_path):
-    """An episode that continues another one has the weight of both."""
+    """An episode that continues another one has the weight of both. What the first
+    episode of the data continues is unknown."""
     path = minari_dataset(tmp_path, "toy/x-v0", random_episodes([5, 4, 6, 3]))
     config = config_of(path, trajectory_weighting=2.0)
     source, task = cql.read_data(config)
@@ -739,9 +789,11 @@ def test_trajectory_weighting_of_continued_episodes(tmp_path):
     returns = [sum(episodes[i].rewards.sum() for i in pair) for pair in ((0, 1), (2, 3))]
     for i in (1, 3):
         episodes[i] = episodes[i]._replace(initial=False)
-    found = probabilities(cql.Dataset(config, episodes, task))
     expected = expected_probabilities(first, np.array(returns), [9, 9], 2.0)
-    np.testing.assert_allclose(found, expected, atol=1.1 / 200_000)
+    for begins in (True, False):
+        episodes[0] = episodes[0]._replace(initial=begins)
+        found = probabilities(cql.Dataset(config, episodes, task))
+        np.testing.assert_allclose(found, expected, atol=1.1 / 200_000)
 
 
 @pytest.mark.parametrize("kind", [list, iter])
