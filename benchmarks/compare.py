@@ -11,10 +11,11 @@ evaluation seeds. Q of the data is the critics' mean over 10,000 transitions, th
 each time and those of --probe. Networks are of 2 x 128 (policy 3 x 128) unless flags say
 otherwise; actions are scaled from the environment's bounds.
 
-    ours      CQL at the quickstart's settings, as far as d3rlpy has them: batch size,
-              Adam and its rates, discount, target rate, K, penalty weight, importance
-              sampling, fixed entropy temperature 1, fixed Lagrange multiplier 1, no
-              entropy in the target, standardized observations, the exact gradient
+    ours      CQL at the settings of benchmarks/small.yaml, unless flags say otherwise,
+              as far as d3rlpy has them: batch size, Adam and its rates, discount, target
+              rate, K, penalty weight, importance sampling, entropy temperature, fixed
+              Lagrange multiplier 1, no entropy in the target, standardized observations,
+              the exact gradient
     alike     likewise, and what Q depends on besides: d3rlpy's TD target takes the
               policy's mode, where cql.py samples an action as the paper does; and its
               policy's last layer begins larger, with log_std at 0 and not at -1
@@ -320,7 +321,7 @@ def main() -> None:
     add("--q_n_hidden_layers", type=int, default=2)
     add("--cql_n_actions", type=int, default=4)
     add("--n_steps", type=int, default=1, help="of the TD target")
-    add("--policy_lr", type=float, default=1e-4)
+    add("--policy_lr", type=float, default=1e-4, help="of ours and alike")
     add("--best", type=float, default=1.0, help="share of the data, by return")
     add("--temperature", type=float, default=1.0, help="of the entropy, at first")
     add("--learn_temperature", action="store_true")

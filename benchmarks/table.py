@@ -38,9 +38,10 @@ def measure(datasets: list) -> None:
 
     print("set,score")
     for directory in datasets:
-        episodes, task = cql.read_data(cql.TrainConfig(env=directory))
-        returns = [np.sum(each.recorded_rewards) for each in episodes]
-        score = cql.normalized_score(np.mean(returns), task.reference)
+        config = cql.TrainConfig(env=directory)
+        episodes, task = cql.read_data(config)
+        data = cql.Dataset(config, episodes, task)
+        score = cql.normalized_score(data.returns.mean(), task.reference)
         print(f"{Path(directory).name},{score:.2f}")
 
 
@@ -90,26 +91,28 @@ def cells(found: dict, best: bool, seeds: bool) -> pd.DataFrame:
 def draw(found: dict, path: Path) -> None:
     """Draw each dataset's methods: seeds as points, their mean as a line."""
     import matplotlib.pyplot as plt
+    from matplotlib.patches import Patch
 
     fig, panel = plt.subplots(figsize=(7, 4.2))
     shift = 0.8 / len(COLORS)
     for y, methods in enumerate(found.values()):
         level = methods["data"][0, 0]
-        style = dict(color="k", linewidth=1, label="data" if y == 0 else None)
-        panel.plot([level, level], [y - 0.45, y + 0.45], **style)
+        panel.plot([level, level], [y - 0.45, y + 0.45], color="k", linewidth=1.5)
         for i, (method, color) in enumerate(COLORS.items()):
             if method not in methods:
                 continue
             of_seeds = methods[method][:, -3:].mean(1)
             place = y - 0.4 + (i + 0.5) * shift
-            label = METHODS[method] if y == 0 else None
-            panel.barh(place, of_seeds.mean(), 0.85 * shift, color=color, label=label)
+            panel.barh(place, of_seeds.mean(), 0.85 * shift, color=color)
             points = [place] * len(of_seeds)
             panel.plot(of_seeds, points, "o", color="k", markersize=2, alpha=0.6)
+    drawn = [name for name in COLORS if any(name in each for each in found.values())]
+    handles = [panel.plot([], [], color="k", linewidth=1.5, label="data")[0]]
+    handles += [Patch(color=COLORS[name], label=METHODS[name]) for name in drawn]
+    panel.legend(handles=handles, loc="lower right", fontsize=8)
     panel.set_yticks(range(len(found)), found)
     panel.invert_yaxis()
     panel.set_xlabel("normalized score, mean of the last three evaluations")
-    panel.legend(loc="lower right", fontsize=8)
     panel.spines[["top", "right"]].set_visible(False)
     fig.tight_layout()
     fig.savefig(path, dpi=150)
@@ -129,6 +132,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.measure:
         return measure(options.measure)
+    if not options.results:
+        parser.error("name the directory of the runs' tables, or pass --measure")
     found = read(options.results, options.updates)
     text = cells(found, options.best, options.seeds)
     print("| | " + " | ".join(text) + " |\n" + "|---" * (len(text.columns) + 1) + "|")
