@@ -93,20 +93,20 @@ def draw(found: dict, path: Path) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
 
+    drawn = [name for name in COLORS if any(name in each for each in found.values())]
     fig, panel = plt.subplots(figsize=(7, 4.2))
-    shift = 0.8 / len(COLORS)
+    shift = 0.8 / len(drawn)
     for y, methods in enumerate(found.values()):
         level = methods["data"][0, 0]
         panel.plot([level, level], [y - 0.45, y + 0.45], color="k", linewidth=1.5)
-        for i, (method, color) in enumerate(COLORS.items()):
+        for i, method in enumerate(drawn):
             if method not in methods:
                 continue
             of_seeds = methods[method][:, -3:].mean(1)
             place = y - 0.4 + (i + 0.5) * shift
-            panel.barh(place, of_seeds.mean(), 0.85 * shift, color=color)
+            panel.barh(place, of_seeds.mean(), 0.85 * shift, color=COLORS[method])
             points = [place] * len(of_seeds)
             panel.plot(of_seeds, points, "o", color="k", markersize=2, alpha=0.6)
-    drawn = [name for name in COLORS if any(name in each for each in found.values())]
     handles = [panel.plot([], [], color="k", linewidth=1.5, label="data")[0]]
     handles += [Patch(color=COLORS[name], label=METHODS[name]) for name in drawn]
     panel.legend(handles=handles, loc="lower right", fontsize=8)
