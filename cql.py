@@ -1407,14 +1407,7 @@ class Dataset:
         arrays = self.join(episodes, task)
         n = int(self.lengths.sum())
         self.left_out = sum(episodes.lengths) - n
-        if n < config.batch_size:
-            hint = "pass a smaller --batch_size"
-            if self.left_out and n == 0:
-                hint = "each episode is one row without a next observation; if the task "
-                hint += "ends there, mark the rows as terminals (scripts/from_table.py: "
-                hint += "--all-terminal)"
-            what = f"--batch_size {config.batch_size}: the dataset has {n} transitions"
-            raise UserError(f"{what}; {hint}")
+        self.check_size(config)
         check_bounds(arrays["actions"], task)
         self.cumulative = None  # [n] probabilities up to each transition; None: uniform
         if config.trajectory_weighting:
@@ -1438,12 +1431,24 @@ class Dataset:
         if config.cal_ql:
             self.columns["mc_returns"] = self.all_returns_to_go(config)
         # An episode has one more observation than transitions.
-        rows = np.arange(n)
-        rows += np.repeat(np.arange(len(self.lengths)), self.lengths)
+        rows = np.arange(n) + np.repeat(np.arange(len(self.lengths)), self.lengths)
         self.rows = torch.as_tensor(rows, device=device)
         self.steps = None  # [n] to the next observation; None: always 1
         if config.n_steps > 1:
             self.sum_rewards(config)
+
+    def check_size(self, config: TrainConfig) -> None:
+        """Raise UserError if the data have fewer transitions than a batch."""
+        n = int(self.lengths.sum())
+        if n >= config.batch_size:
+            return
+        hint = "pass a smaller --batch_size"
+        if self.left_out and n == 0:
+            hint = "each episode is one row without a next observation; if the task "
+            hint += "ends there, mark the rows as terminals (scripts/from_table.py: "
+            hint += "--all-terminal)"
+        what = f"--batch_size {config.batch_size}: the dataset has {n} transitions"
+        raise UserError(f"{what}; {hint}")
 
     def join(self, episodes: Episodes, task: Task) -> Dict[str, np.ndarray]:
         """Return the columns of a batch in float32, all episodes after each other. Set
@@ -1456,19 +1461,14 @@ class Dataset:
             "rewards": np.empty(n, "f4"),
             "terminations": np.empty(n, "f4"),
         }
-        returns = []
-        whole = []
-        kept_returns = []
-        initial = []
-        ended = []
-        lengths = []
+        about = []  # of every episode
         resolution = Resolution()
         first = 0  # transition
         row = 0  # observation
         for each in episodes:
             check_episode(each, task)
-            returns.append(np.asarray(each.recorded_rewards).sum(dtype=np.float64))
-            whole.append(each.whole and each.initial)
+            total = np.asarray(each.recorded_rewards).sum(dtype=np.float64)
+            about.append((len(each.rewards), total, each.initial, each.whole))
             if len(each.rewards) == 0:
                 continue
             resolution.add(np.asarray(each.observations))
@@ -1478,21 +1478,18 @@ class Dataset:
             arrays["actions"][first:last] = each.actions
             arrays["rewards"][first:last] = each.rewards
             arrays["terminations"][first:last] = np.asarray(each.terminations) != 0
-            lengths.append(len(each.rewards))
-            kept_returns.append(returns[-1])
-            initial.append(each.initial)
-            ended.append(each.whole)
             first = last
             row = last_row
-        if lengths:
+        if first > 0:
             resolution.check()
         self.size = float(np.sum(resolution.size))  # of all observations
-        self.all_returns = np.array(returns)
-        self.whole = np.array(whole, bool)
-        self.lengths = np.array(lengths, int)
-        self.kept_returns = np.array(kept_returns)
-        self.initial = np.array(initial, bool)
-        self.ended = np.array(ended, bool)
+        about = np.array(about, float).reshape(-1, 4)
+        kept = about[about[:, 0] > 0]
+        self.all_returns = about[:, 1]
+        self.whole = about[:, 2:].all(1)
+        self.lengths = kept[:, 0].astype(int)
+        self.kept_returns = kept[:, 1]
+        self.initial, self.ended = kept[:, 2:].T > 0
         arrays["observations"] = arrays["observations"][:row]
         for name in ("actions", "rewards", "terminations"):
             arrays[name] = arrays[name][:first]
