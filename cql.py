@@ -1046,17 +1046,18 @@ def read_arrays(file: h5py.File) -> Dict[str, np.ndarray]:
     if missing:
         raise UserError(f"lacks D4RL's {missing}; it has {brief(list(file))}")
     arrays = {}
-    lengths = set()
+    lengths = {}
     for key in (*needed, "timeouts", "next_observations"):
         if key in file:
             kind = getattr(file[key], "dtype", np.dtype(object))
             if kind.kind not in "biuf" or file[key].ndim == 0:
                 raise UserError(f"damaged or foreign: {key} are {brief(file[key])}")
-            lengths.add(len(file[key]))
+            lengths[key] = len(file[key])
             if not key.endswith("observations"):
                 arrays[key] = file[key][()]
-    if len(lengths) > 1 or 0 in lengths:
-        raise UserError(f"arrays have {lengths} rows; expected one row per step")
+    if len(set(lengths.values())) > 1 or 0 in lengths.values():
+        found = ", ".join(f"{key} {n:,}" for key, n in lengths.items())
+        raise UserError(f"rows differ: {found}; expected one row per step in each")
     for key in ("rewards", "terminals", "timeouts"):
         if key in arrays:
             if arrays[key].size != len(arrays[key]):
@@ -1129,7 +1130,9 @@ def read_d4rl(path: Path) -> Tuple[Source, Task]:
         say(f"{path.name}: {n_found:,} episodes end without terminals or timeouts:")
         say("  their last next observation is not the observation of the next row")
     elif following is None and "timeouts" not in arrays:
-        say(f"{path.name}: has no timeouts, so only terminals end an episode")
+        say(f"{path.name}: has no timeouts, so only terminals end an episode;")
+        say("  if time limits ended episodes, add timeouts: without these, the next")
+        say("  episode counts as a continuation")
     last = np.flatnonzero(ends)
     read = functools.partial(d4rl_episodes, path, arrays, done, last, following)
     return Source(read), task
@@ -1203,7 +1206,7 @@ def minari_directory(name: str) -> Path:
         )
     with errors_as(
         UserError,
-        f"not in {root}; pass a directory or .hdf5 file, as the download failed",
+        f"no such directory or file, not in {root}, and the download failed",
     ):
         if "MINARI_REMOTE" not in os.environ:
             # Without a network, Minari would retry for minutes.
@@ -1234,6 +1237,9 @@ def read_episodes(name: str) -> Tuple[Episodes, Task]:
                 way = "for a table, make a dataset with scripts/from_table.py"
                 raise UserError(f"not an HDF5 file; {way}")
             source, task = read_d4rl(path)
+        elif path.is_dir():
+            what = "a directory without a Minari dataset (data/metadata.json)"
+            raise UserError(f"{what}; pass a dataset, or a list of datasets")
         else:
             source, task = read_minari(minari_directory(name))
         if isinstance(source, Iterator):
@@ -1313,8 +1319,9 @@ def check_episode(episode: Episode, task: Task) -> None:
         # 3e38 is about the largest float32. NaN fails each comparison.
         low, high = (float(array.min()), float(array.max())) if array.size else (0, 0)
         if not (low > -3e38 and high < 3e38):
+            row = np.argwhere(~((array > -3e38) & (array < 3e38)))[0, 0]
             raise UserError(
-                f"{where}: {name} contain NaN or infinity; "
+                f"{where}: {name} contain NaN or infinity, first in step {row}; "
                 "remove the episode, or correct it"
             )
     if len(episode.recorded_rewards) < n:
@@ -1328,7 +1335,7 @@ def check_episode(episode: Episode, task: Task) -> None:
     reach = 0.5001 * (high - low)
     if (np.abs(actions - middle) > reach).any():
         raise UserError(
-            f"{where}: actions exceed {describe_actions(task)}; "
+            f"{where}: actions are not {describe_actions(task)}; "
             "rescale them, or name their environment with --eval_env"
         )
 
@@ -2991,14 +2998,16 @@ def check_match(task: Task, env: gym.Env, name: str) -> None:
 
 
 def describe_actions(task: Task) -> str:
-    """Describe the action space, for example "3 in [-1, 1]" or "2 discrete, 0 and 1"."""
+    """Describe the action space, for example "3 numbers in [-1, 1]" or "2 discrete,
+    0 and 1"."""
     low = min(task.action_low)
     high = max(task.action_high)
     if task.discrete:
         n = int(high - low) + 1
         between = "and" if n == 2 else "to"
         return f"{n} discrete, {low:g} {between} {high:g}"
-    return f"{len(task.action_low)} in [{low:g}, {high:g}]"
+    n = len(task.action_low)
+    return f"{n} number{'s' * (n > 1)} in [{low:g}, {high:g}]"
 
 
 def reference_returns(
@@ -3647,15 +3656,21 @@ class TrainedPolicy:
 
 
 def load_policy(
-    path: Union[str, Path], run: int = 0, device: str = "cpu"
+    path: Union[str, Path], run: Optional[int] = None, device: str = "cpu"
 ) -> TrainedPolicy:
-    """Return the policy of one run of a checkpoint or run directory. Raise UserError if
-    it cannot be read, holds no such run, or the run diverged."""
+    """Return the policy of one run of a checkpoint or run directory: without `run`, the
+    first, and a line names it if there are more. Raise UserError if the checkpoint
+    cannot be read, holds no such run, or the run diverged."""
     checkpoint = read_checkpoint(path)
     config = TrainConfig(**{**checkpoint["config"], "compile": False})
     agent = make_agent(config, checkpoint["task"], device)
     load_agent(agent, checkpoint)
     n_runs = len(agent.runs)
+    if run is None:
+        run = 0
+        if n_runs > 1:
+            about = ", ".join(describe_run(config, agent.runs[0]))
+            say(f"{path}: run 0 of {n_runs} ({about}), as no other is named")
     if run not in range(n_runs):
         raise UserError(f"checkpoint {path}: holds runs 0 to {n_runs - 1}, no {run}")
     if checkpoint["diverged"][run] >= 0:
@@ -3664,6 +3679,13 @@ def load_policy(
             what += f"; {kept.name} was saved before that"
         raise UserError(f"checkpoint {path}: {what}")
     return TrainedPolicy(agent, run)
+
+
+def describe_run(config: TrainConfig, run: dict) -> List[str]:
+    """Return the seed, cql_alpha and other swept flags of a run: ["seed 0", ...]."""
+    names = ["seed", "cql_alpha"]
+    names += [name for name in SWEPT[2:] if isinstance(getattr(config, name), list)]
+    return [f"{name} {run[name]}" for name in names]
 
 
 def run_directory(config: TrainConfig) -> Optional[Path]:
@@ -3783,7 +3805,7 @@ class Run:
         runs = f"{len(self.agent.runs)} run(s) on {self.agent.device}"
         steps = f"updates {self.step:,} to {self.total:,}"
         if self.step == self.total:
-            steps = f"no updates left after {self.step:,}"
+            steps = f"no updates left ({self.step:,} of {self.total:,})"
         elif self.online:
             steps += f", online after {self.offline:,}"
         say(f"training {runs}, {steps}, in {directory or 'no directory'}")
@@ -3839,11 +3861,14 @@ class Run:
         for r, row in rows.items():
             if self.online:
                 row.update(self.online.metrics(r, reset=regular))
-            table.append({"step": self.step, "run": r, **row})
+            table.append({"step": self.step, **self.agent.runs[r], **row})
             if self.step <= self.offline:  # online rewards may exceed those of the data
                 self.warn_of_drift(r, row)
         self.metrics_table.append(table)
         self.wandb.log(self.step, rows)
+        if not self.evaluator:
+            names = {"Q of data": "average_qf1", "of policy": "cql_q1_current_actions"}
+            self.say_means(table, names)
         now = time.monotonic()
         updates = self.updates
         rate = (updates - self.logged_updates) / max(now - self.logged_at, 1e-9)
@@ -3868,9 +3893,11 @@ class Run:
         runs_away = max(policy, data) > high or abs(policy - data) > high - low
         if runs_away and not self.warned[r]:
             self.warned[r] = True
+            about = ", ".join(describe_run(config, self.agent.runs[r]))
             say(
-                f"run {r}: Q diverges: {policy:.4g} for policy actions, {data:.4g} for "
-                f"dataset actions, but returns lie in {low:.4g} to {high:.4g}"
+                f"run {r} ({about}): Q diverges: {policy:.4g} for policy actions, "
+                f"{data:.4g} for dataset actions, but returns lie in {low:.4g} to "
+                f"{high:.4g}"
             )
             say("  Low scores follow; a larger cql_alpha keeps Q down")
 
@@ -3912,7 +3939,28 @@ class Run:
             self.say_evaluation(table)
         self.checkpoint()
 
+    def say_means(self, table: List[dict], names: Dict[str, str]) -> None:
+        """Print means over the runs that differ in the seed alone, by setting. names:
+        columns of the table by what is printed."""
+        settings = {}
+        for row in table:
+            about = "  ".join(describe_run(self.config, row)[1:])
+            settings.setdefault(about, []).append(row)
+        lines = []
+        for about, rows in settings.items():
+            for text, name in names.items():
+                values = [row.get(name, math.nan) for row in rows]
+                about += f"  {text} {np.mean(values):.4g}"
+            lines.append(about + f"  (mean of {len(rows)} runs)" * (len(rows) > 1))
+        say(f"update {self.step:>9,}  " + "\n  ".join([""] * (len(lines) > 1) + lines))
+
     def say_evaluation(self, table: List[dict]) -> None:
+        """Print returns and scores of each run, or of many runs, means by setting."""
+        if len(table) > 4:
+            names = {"return": "return_mean"}
+            if self.evaluator.reference is not None:
+                names["score"] = "d4rl_normalized_score"
+            return self.say_means(table, names)
         returns = []
         scores = []
         for row in table:
@@ -3984,14 +4032,8 @@ class Run:
         column = "return_mean"
         if self.evaluator and self.evaluator.reference is not None:
             column = "d4rl_normalized_score"
-        names = ["seed", "cql_alpha"]
-        for name in SWEPT[2:]:
-            if isinstance(getattr(self.config, name), list):
-                names.append(name)
         for r, run in enumerate(self.agent.runs):
-            text = f"run {r:<3}"
-            for name in names:
-                text += f"  {name} {run[name]}"
+            text = "  ".join([f"run {r:<3}", *describe_run(self.config, run)])
             rows = [row for row in self.evaluations if int(row["run"]) == r]
             rows = [row for row in rows if row[column] != ""]
             values = [float(row[column]) for row in rows]
@@ -4115,11 +4157,14 @@ def describe(config: TrainConfig, task: Task, data, evaluator) -> None:
             text += f" (score {normalized_score(data.returns.mean(), reference):.1f})"
         say(text)
         if data.reward_factor != 1:
-            say(f"rewards: multiplied by {data.reward_factor:.4g}")
+            cause = "reward_scale null"
+            if config.normalize_reward:
+                cause = "normalize_reward"
+            say(f"rewards: multiplied by {data.reward_factor:.4g} ({cause})")
         if data.cumulative is not None:
             likely = data.cumulative.diff(prepend=data.cumulative.new_zeros(1))
-            text = f"trajectory_weighting: as many as {1 / likely.square().sum():,.0f}"
-            say(f"{text} equally likely transitions")
+            size = f"{1 / likely.square().sum():,.0f} of {len(data):,} transitions"
+            say(f"trajectory_weighting: effective sample size {size}")
     say(f"actions: {describe_actions(task)}")
     if data is not None:
         describe_seen_actions(task, data.columns["actions"])

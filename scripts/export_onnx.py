@@ -52,8 +52,8 @@ class RunPolicy(nn.Module):
         return actions.reshape(-1, *self.shape).to(getattr(torch, self.kind.name))
 
 
-def export(checkpoint: str, path: str, run: int = 0) -> None:
-    """Write the policy of a checkpoint to an ONNX file.
+def export(checkpoint: str, path: str, run: Optional[int] = None) -> None:
+    """Write the policy of a checkpoint to an ONNX file. run: as load_policy takes it.
 
     Raise UserError if the checkpoint, the run or the directory of the file does not
     exist, and cql.MachineError if the file cannot be written."""
@@ -71,7 +71,7 @@ def export(checkpoint: str, path: str, run: int = 0) -> None:
         cql.errors_as(cql.MachineError, f"cannot write {path}", OSError),
     ):
         torch.onnx.export(
-            RunPolicy(policy.agent, run).eval(),
+            RunPolicy(policy.agent, policy.run).eval(),
             (example,),
             path,
             input_names=["observation"],
@@ -100,7 +100,7 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     add = parser.add_argument
     add("checkpoint", help="directory of a run, or a checkpoint")
     add("path", help=".onnx file to write")
-    add("--run", type=int, default=0, help="index of the policy in a stacked run")
+    add("--run", type=int, help="index of the policy in a stacked run (0)")
     return parser.parse_args(argv)
 
 

@@ -828,17 +828,21 @@ def print_episodes(rows: Rows, episodes: List[EpisodeBuffer], flags: Namespace) 
     print("truncated, so their last targets are bootstrapped")
     left_out = ~rows.known()
     if left_out.any():
-        n_rewarded = np.count_nonzero(rows.rewards[left_out])
         n_all = int(rows.ends.sum())
         if n < n_all:
             print(f"dropped: {n_all - n:,} of {n_all:,} episodes,", end=" ")
             print("which are one row that is not terminal")
-        way = "pass --terminal or --all-terminal"
-        if flags.terminal:
-            way = f"correct the column {flags.terminal}"
-        print(f"left out: the last rows of {left_out.sum():,} truncated episodes;")
-        print(f"  {n_rewarded:,} of these rows have a nonzero reward; if the task")
-        print(f"  ended there, {way}")
+        print(f"left out: the last rows of {left_out.sum():,} truncated", end=" ")
+        print("episodes, because their next observation is not in the table")
+        n_rewarded = np.count_nonzero(rows.rewards[left_out])
+        # Rewards that are mostly at the ends may be those of tasks that ended there.
+        rare = n_rewarded > 2 * left_out.sum() * np.mean(rows.rewards != 0)
+        if rare or not flags.terminal:
+            way = "pass --terminal or --all-terminal"
+            if flags.terminal:
+                way = f"correct the column {flags.terminal}"
+            print(f"  {n_rewarded:,} of these rows have a nonzero reward; if the task")
+            print(f"  ended there, {way}")
 
 
 def convert(flags: Namespace) -> None:

@@ -244,7 +244,7 @@ def read_runs(paths: List[Path]) -> Tuple[pd.DataFrame, pd.DataFrame, pd.DataFra
         more["evaluated"] = len(evaluated) > 0
         runs.append(found.assign(**flags, **more))
         evaluations.append(evaluated.drop(columns=["seed", *KEYS], errors="ignore"))
-        metrics.append(trained)
+        metrics.append(trained.drop(columns=["seed", *KEYS], errors="ignore"))
     if not runs:
         problem = f"no rows in {TABLES[0]} or {TABLES[1]} yet"
         raise UserError(f"{paths[0]}: {problem}; wait for the first ones")

@@ -366,7 +366,10 @@ def record_dataset(options) -> None:
         write_dataset(options.out.absolute(), episodes, env, **metadata)
     env.close()
     print_summary(options, episodes, env, reference, source)
-    command = f"python cql.py --env {options.out}"
+    command = "python cql.py"
+    if not task.discrete:
+        command += " --config_path configs/fast.yaml"
+    command += f" --env {options.out}"
     if ":" in name:
         command += f" --eval_env {name}"
     print(f"train on it: {command}")

@@ -391,7 +391,7 @@ def test_two_kinds_of_actions_do_not_join(form, tmp_path, refused):
     else:
         paths.append(d4rl_file(tmp_path / "chosen.hdf5", chosen))
     for order in (paths, paths[::-1]):
-        refused(None, "2 discrete", "1 in [-1, 1]", env=order)
+        refused(None, "2 discrete", "1 number in [-1, 1]", env=order)
 
 
 def test_ids_that_one_of_the_files_lacks(tmp_path):
@@ -1023,9 +1023,13 @@ ACTIONS = {
     "truth values": (WHOLE == 0, "2 discrete, 0 and 1", ""),
     "ids from -1": (WHOLE, "3 discrete, -1 to 1", ""),
     "ids with a gap": (abs(WHOLE) * 2 + 1, "3 discrete, 1 to 3", "do not occur"),
-    "two integer columns": (np.stack([WHOLE] * 2, 1), "2 in [-1, 1]", "whole numbers"),
-    "whole floats": (WHOLE.astype(float), "1 in [-1, 1]", "whole numbers"),
-    "three numbers": (np.stack([WHOLE / 2] * 3, 1), "3 in [-1, 1]", ""),
+    "two integer columns": (
+        np.stack([WHOLE] * 2, 1),
+        "2 numbers in [-1, 1]",
+        "whole numbers",
+    ),
+    "whole floats": (WHOLE.astype(float), "1 number in [-1, 1]", "whole numbers"),
+    "three numbers": (np.stack([WHOLE / 2] * 3, 1), "3 numbers in [-1, 1]", ""),
 }
 
 
@@ -1052,10 +1056,10 @@ def test_what_the_actions_are_taken_to_be(kind, in_tmp):
     [
         (abs(WHOLE), "CqlThree-v0", "3 discrete, 0 to 2"),  # one action never occurs
         (abs(WHOLE).astype(np.float32), "CqlThree-v0", "3 discrete, 0 to 2"),
-        (WHOLE, "CqlUnit-v0", "1 in [-1, 1]"),
-        (np.stack([WHOLE * 3] * 2, 1), "CqlWide-v0", "2 in [-3, 3]"),
-        (np.stack([WHOLE * 2] * 2, 1), "CqlWhole-v0", "2 in [-2, 2]"),
-        (np.stack([WHOLE * 2.0] * 2, 1), "CqlWhole-v0", "2 in [-2, 2]"),
+        (WHOLE, "CqlUnit-v0", "1 number in [-1, 1]"),
+        (np.stack([WHOLE * 3] * 2, 1), "CqlWide-v0", "2 numbers in [-3, 3]"),
+        (np.stack([WHOLE * 2] * 2, 1), "CqlWhole-v0", "2 numbers in [-2, 2]"),
+        (np.stack([WHOLE * 2.0] * 2, 1), "CqlWhole-v0", "2 numbers in [-2, 2]"),
     ],
 )
 def test_eval_env_says_what_the_actions_are(actions, name, described, levers, in_tmp):

@@ -163,12 +163,11 @@ def test_a_clinical_log(tmp_path):
         f"mean return {mean_return:.4g}\n",
         f"50 episodes terminate; {len(lengths) - 50} are truncated, so their last",
         "dropped: 2 of 150 episodes, which are one row that is not terminal\n",
-        "left out: the last rows of 100 truncated episodes;\n",
-        "  100 of these rows have a nonzero reward; if the task\n",
-        "  ended there, correct the column died\n",
+        "left out: the last rows of 100 truncated episodes, because their next obs",
         f"next: python cql.py --config_path configs/table.yaml --env {out}",
     ):
         assert text in printed, text
+    assert "nonzero reward" not in printed  # most rows have one
     columns = json.loads((out / "columns.json").read_text())
     assert columns["names"] == "vital_hr vital_bp age sex=F sex=M sex=other".split()
     assert [line.split(" ")[0] for line in printed.splitlines()[2:8]] == columns["names"]
@@ -608,6 +607,17 @@ def test_advice_on_rows_that_are_left_out(tmp_path):
     _, _, printed = read_small(tmp_path, terminal=None)
     assert "ended there, pass --terminal or --all-terminal\n" in printed
     assert "dropped" not in printed
+
+
+def test_advice_on_rewards_at_ends_that_are_not_terminal(tmp_path):
+    """Of six rows two have a reward: the last ones of two truncated episodes."""
+    text = "id,t,a,r,end\n"
+    for episode in range(2):
+        for t in range(3):
+            text += f"{episode},{t},{t / 2},{int(t == 2)},0\n"
+    _, _, printed = read_small(tmp_path, text=text, actions="a")
+    assert "  2 of these rows have a nonzero reward; if the task\n" in printed
+    assert "  ended there, correct the column end\n" in printed
 
 
 @pytest.mark.parametrize("continuous", [None, ""])

@@ -121,9 +121,9 @@ def test_random_episodes(tmp_path, capsys):
         episodes, plain_loop(env, lambda _: env.action_space.sample(), 45, seed=0)
     )
     assert task.reference is None
-    assert f"python cql.py --env {tmp_path}/r-v0 --eval_env {TOY}\n" in (
-        capsys.readouterr().out
-    )
+    printed = capsys.readouterr().out
+    flags = f"--config_path configs/fast.yaml --env {tmp_path}/r-v0 --eval_env {TOY}"
+    assert f"train on it: python cql.py {flags}\n" in printed
 
 
 def test_the_last_episode_is_truncated(tmp_path):
