@@ -21,10 +21,11 @@ paper: `.mean()` is the mean over the batch. torch.func.vmap applies them to all
 entry of the dictionary that a loss returns.
 
 Letters in shapes: R runs, N critics, B batch, O observation dimensions, A action
-dimensions (discrete: number of actions), K = cql_n_actions, M actions of a state, T
-target actions of a state (1 or K) or steps of an episode, n states that are penalized,
-the first of the batch (cql_states, or all), or any number of rows. Inside the algorithm,
-actions are in [-1, 1]; `Units` converts them from and to the environment's bounds.
+dimensions (discrete: number of actions), K = cql_n_actions, M actions of a state, n any
+number of rows, in the penalty the states that it uses, which are the first ones of the
+batch. In the losses T is the number of target actions of a state (1 or K), in the data
+the number of steps of an episode. Inside the algorithm, actions are in [-1, 1]; `Units`
+converts them from and to the environment's bounds.
 """
 
 import copy
@@ -154,9 +155,10 @@ class TrainConfig:
     discount: float = 0.99  # Discount factor
     # Rewards of the data that a target sums before it bootstraps; online steps have 1
     n_steps: int = 1
-    # Sample a transition of the data in proportion to exp(trajectory_weighting * A). A
-    # is the return of its episode minus what the first observation predicts, divided by
-    # the range of returns (advantage weighting, arXiv 2306.13085); 0: all equally likely
+    # Sample a transition of the data in proportion to exp(trajectory_weighting * A),
+    # where A is its episode's return minus a prediction of that return from the first
+    # observation, divided by the range of returns (advantage weighting, arXiv
+    # 2306.13085); 0: all equally likely
     trajectory_weighting: float = 0.0
     policy_lr: float = 3e-5  # Learning rate of policy and temperature
     qf_lr: float = 3e-4  # Learning rate of critics and Lagrange multiplier
@@ -1583,7 +1585,9 @@ class Dataset:
 
     def index(self, fractions: Tensor) -> Tensor:
         """Map uniform numbers [R, B] in [0, 1) to transitions [R, B], equally likely or
-        by trajectory_weighting. All batches draw their offline rows by this function."""
+        by trajectory_weighting. Both phases select offline rows by this function. The
+        dataset is shared by all runs and not saved: priorities that change in training
+        belong to `Replay`."""
         if self.cumulative is None:
             index = (fractions * len(self)).long()
         else:
@@ -1759,8 +1763,8 @@ class Replay:
         return batch
 
     def state(self) -> dict:
-        """Return what a checkpoint keeps: the online transitions, offline nothing. A
-        fork with prioritized replay adds its priorities here."""
+        """Return what a checkpoint keeps: the online transitions, offline nothing.
+        tests/forks/prioritized.diff adds priorities."""
         size = int(self.filled.max())
         columns = {name: x[:, :size].clone() for name, x in self.columns.items()}
         return {"columns": columns, "added": self.added.tolist()}
@@ -1974,8 +1978,9 @@ def add_cloning(policy_loss: Tensor, samples, batch, q: Tensor, config) -> Tenso
 
 
 def td_target(batch: dict, next_q: Tensor, config: TrainConfig) -> Tensor:
-    """Return the target of Q(s, a): the rewards up to the next observation, and its
-    discounted value next_q unless the episode has ended. A time limit is not an end."""
+    """Return the target of Q(s, a): the reward and the discounted value next_q of the
+    next observation, unless the episode has ended; a time limit is not an end. With
+    n_steps, the discounted sum of n rewards and the observation n steps later."""
     discount = batch["discounts"] if config.n_steps > 1 else config.discount
     return batch["rewards"] + discount * (1 - batch["terminations"]) * next_q
 
@@ -2073,6 +2078,9 @@ def penalized_td_loss(q_data, target, gap, log_alpha_prime, sweep, config):
     """Loss of one critic: TD error and weighted gap, CQL eq. 4 times 2, so that
     cql_alpha is twice its alpha; with cql_lagrange as in appendix F. q_data, target [B];
     gap [n] of the penalized states. Its mean is an unbiased estimate of the batch's."""
+    if q_data.shape != target.shape:  # they would broadcast
+        shapes = f"{tuple(target.shape)} for Q {tuple(q_data.shape)}"
+        raise UserError(f"losses: the TD target has shape {shapes}; return one a row")
     td = (q_data - target).square().mean()
     gap = gap.mean()
     penalty = sweep["cql_alpha"] * gap
@@ -2122,6 +2130,16 @@ def seeded(numbers: List[int]):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_from(numbers))
         yield
+
+
+@contextmanager
+def no_global_randomness(what: str, hint: str):
+    """Raise UserError if the block draws from torch's global generator, whose numbers
+    depend on the other runs and are not those of a resumed run."""
+    before = torch.random.get_rng_state()
+    yield
+    if not torch.equal(before, torch.random.get_rng_state()):
+        raise UserError(f"{what}: draws from torch's global generator; {hint}")
 
 
 class Units(nn.Module):
@@ -2191,7 +2209,8 @@ class Agent(nn.Module):
             del self.column_sizes["discounts"]
         self.runs = product_of_runs(config)
         self.units = Units(task, statistics)
-        self.log_alpha_prime = nn.Parameter(torch.ones(len(self.runs)))
+        ones = torch.ones(len(self.runs))
+        self.log_alpha_prime = nn.Parameter(ones, requires_grad=config.cql_lagrange)
         self.block = None
         self.block_noise = None  # see draw
 
@@ -2213,12 +2232,18 @@ class Agent(nn.Module):
         kind = torch.get_default_dtype()
         self.sweep = {}
         # Tensors, because cql_alpha changes when the online phase begins, and a captured
-        # CUDA graph does not see a Python number change. The losses read these, so that
-        # a schedule of cql_alpha fills them, and a change of the config has no effect.
+        # CUDA graph does not see a Python number change. The losses read these, and a
+        # change of config.cql_alpha has no effect. No checkpoint holds them: a schedule
+        # computes them anew from the count of updates.
         for name in SWEPT[1:]:
             values = [run[name] for run in self.runs]
             self.sweep[name] = torch.tensor(values, dtype=kind, device=device)
         self.optimizer = self.make_optimizer(actor, critic)
+        passed = {id(parameter) for parameter in [*actor, *critic]}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad and id(parameter) not in passed:
+                hint = "pass it to `finish`, or call requires_grad_(False) on it"
+                raise UserError(f"{name}: no optimizer trains it; {hint}")
         if self.config.compile and self.layout.batched and not on_gpu:
             say("--compile: not used, because it slows down stacked runs on a CPU")
         elif self.config.compile and can_compile(self.device):
@@ -2283,11 +2308,16 @@ class Agent(nn.Module):
             observations = batch["observations"]
             torch.func.vmap(self.action, randomness="error")(acting, observations)
         except RuntimeError as error:
+            if "functorch" in str(error) or "does not require grad" in str(error):
+                hint = "use torch.func.grad, as in tests/forks/edac.diff"
+                raise UserError(
+                    f"losses: torch.autograd.grad fails in vmap; {hint}"
+                ) from None
             if "randomness" not in str(error):
                 raise
             raise UserError(
-                "the networks or losses draw random numbers (dropout?), which would "
-                "disturb evaluation too; draw them in draw_run and pass them as noise"
+                "the networks or losses draw random numbers; draw noise in draw_run, "
+                "which passes it to losses; dropout is not supported"
             ) from None
         finally:
             self.layout.batched = batched
@@ -2322,8 +2352,13 @@ class Agent(nn.Module):
         for name, number in numbers.items():
             if vars(self)[name] != number:
                 raise UserError(f"losses: change self.{name}; change a buffer in place")
+        if loss.shape != ():
+            shape = tuple(loss.shape)
+            raise UserError(f"losses: the loss has shape {shape}; return a mean or sum")
         for name, value in metrics.items():
             expected = (self.config.n_critics,) if "{j}" in name else ()
+            if not isinstance(value, Tensor):
+                raise UserError(f"metric {name}: {value!r}; expected a tensor")
             if value.shape != expected:
                 shapes = f"shape {tuple(value.shape)}, expected {expected}"
                 raise UserError(f"metric {name}: {shapes}; return its mean")
@@ -2440,9 +2475,10 @@ class Agent(nn.Module):
         device.
 
         All losses use the weights from before the step. cloning: train the policy by
-        behavior cloning. What changes from update to update, such as a schedule, must be
-        a tensor changed in place between updates: a captured CUDA graph keeps Python
-        numbers, and a resumed run would restart a count."""
+        behavior cloning. What changes from update to update must be a tensor changed in
+        place between updates, because a captured CUDA graph keeps Python numbers. A
+        count or an average must be a buffer, which checkpoints hold; a schedule must be
+        a function of the count of updates."""
         losses = functools.partial(self.losses, cloning=cloning)
         inputs = self.weights, self.prepare(batch), noise, self.sweep
         loss, metrics = self.layout(losses, *inputs)  # [R]
@@ -2540,7 +2576,8 @@ class ContinuousCQL(Agent):
         self.policy = stack(policies, (n_runs,))
         self.critic = stack(critics, (n_runs, config.n_critics))
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        self.log_alpha = nn.Parameter(torch.zeros(n_runs))
+        tuned = config.use_automatic_entropy_tuning
+        self.log_alpha = nn.Parameter(torch.zeros(n_runs), requires_grad=tuned)
         if config.policy_average_rate:
             self.average_policy = copy.deepcopy(self.policy).requires_grad_(False)
             self.register_buffer("averaged", torch.zeros(n_runs))  # policies so far
@@ -2660,7 +2697,7 @@ class ContinuousCQL(Agent):
 
         # Critics: TD error and penalty.
         log_alpha_prime = weights["log_alpha_prime"]
-        own = {"weights": weights["critic"]}
+        own = {"critic": weights["critic"]}
         if config.cql_backward_actions:
             own["offset"] = noise["resampling_offset"]
         shared = batch, samples, target, log_alpha_prime, sweep
@@ -2681,8 +2718,8 @@ class ContinuousCQL(Agent):
         return alpha_loss + policy_loss + q_losses.sum() + prime_loss, metrics
 
     def critic_loss(self, own, batch, samples, target, log_alpha_prime, sweep):
-        """Critic loss for continuous actions, of one critic. own: its "weights" and,
-        with cql_backward_actions, its "offset" [n] for sampled_backward; the other
+        """Critic loss for continuous actions, of one critic. own: its weights, "critic",
+        and with cql_backward_actions its "offset" [n] for sampled_backward; the other
         inputs are the same for all critics. The logged Q values are those of the
         penalty; with cal_ql, after its lower bound, as in CORL."""
         config = self.config
@@ -2690,7 +2727,7 @@ class ContinuousCQL(Agent):
         proposals = samples["proposals"]
         n = len(proposals)
         bf16 = self.bf16
-        weights = own["weights"]
+        weights = own["critic"]
         if bf16:
             weights = self.critic.round_hidden_layers(weights)
         critic = functools.partial(call, self.critic, weights)
@@ -2732,6 +2769,12 @@ class ContinuousCQL(Agent):
             below = q[:, free:] < mc_returns.unsqueeze(-1)
             metrics["bound_rate"] = below.to(q.dtype).mean()
             q = bounded_q(q, mc_returns, config)
+        if q.shape[1] != 1 + 3 * config.cql_n_actions:
+            found = f"{q.shape[1] - 1} proposals"
+            hint = (
+                "keep 3 x cql_n_actions, which metrics are of, and select in the penalty"
+            )
+            raise UserError(f"losses: {found}; {hint}")
         uniform, current, following = q[:, 1:].chunk(3, dim=-1)  # [n, K] each
         metrics["cql_q{j}_rand"] = uniform.mean()
         metrics["cql_q{j}_current_actions"] = current.mean()
@@ -2828,7 +2871,8 @@ def make_agent(config: TrainConfig, task: Task, device="cpu", statistics=None) -
     other kind or out of range, and for networks that cannot be stacked."""
     validate_algorithm(config)
     kind = DiscreteCQL if task.discrete else ContinuousCQL
-    return kind(config, task, device, statistics)
+    with no_global_randomness("a network", "make networks inside `seeded`"):
+        return kind(config, task, device, statistics)
 
 
 def stage_of(config: TrainConfig, update: int) -> Tuple[bool, bool]:
@@ -4266,7 +4310,8 @@ def train(config: TrainConfig) -> int:
             # Update. All randomness is drawn here, none inside the losses.
             for _ in range(updates):
                 noise = agent.draw(run.updates, config.batch_size)
-                one_update(noise, stage_of(config, run.updates))
+                with no_global_randomness("an update", "draw noise in draw_run"):
+                    one_update(noise, stage_of(config, run.updates))
                 run.updates += 1
             run.step += 1
             bar.update()
