@@ -396,3 +396,121 @@ def test_dropout_is_refused(data, tmp_path):
             assert err.getvalue().startswith("cql.py: error: ")
             assert "dropout" in err.getvalue() and err.getvalue().count("\n") == 1
             assert not (tmp_path / "run").exists()
+
+
+def test_edac_is_the_paper_s(data, tmp_path):
+    """The mean cosine of every two critics' gradients, by loops (arXiv 2110.01548)."""
+    module = fork("edac", tmp_path)
+    agent, dataset = agent_of(module, data)
+    noise = agent.draw(0, 8)
+    batch = dataset.gather(dataset.index(noise["fractions"]))
+    prepared = agent.prepare(batch)
+    expected = []
+    for run in (0, 1):
+        gradients = []
+        for j in range(2):
+            critic = {k: x[run, j] for k, x in agent.weights["critic"].items()}
+            actions = prepared["actions"][run].clone().requires_grad_()
+            inputs = prepared["observations"][run], actions.unsqueeze(1)
+            q = module.call(agent.critic, critic, *inputs)
+            gradients.append(torch.autograd.grad(q.sum(), actions)[0])
+        cosine = torch.cosine_similarity(*gradients, dim=-1).mean()
+        expected.append(2 * cosine)  # of the first with the second, and back
+    metrics = agent.update(batch, noise)
+    torch.testing.assert_close(metrics["diversity_loss"], torch.stack(expected))
+
+
+def test_priorities_belong_to_their_run(data, tmp_path):
+    """Each run draws by its own priorities, which become its TD errors."""
+    module = fork("prioritized", tmp_path)
+    agent, dataset = agent_of(module, data)
+    replay = module.Replay(agent.config, dataset, agent)
+    replay.priorities.fill_(1e-9)
+    replay.priorities[0, 5] = replay.priorities[1, 7] = 1e9
+    noise = agent.draw(0, 8)
+    replay.sample(noise["fractions"])
+    assert replay.index.tolist() == [[5] * 8, [7] * 8]
+    state, _ = train_copy(module, tmp_path / "run", **SMALL, **data[False])
+    payload = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    first, second = payload["replay"]["priorities"]
+    assert (first != 1).any() and not torch.equal(first, second)
+
+
+# --- what would go wrong without a message is refused --------------------------------
+
+TARGET = "            target = td_target(batch, next_q, config)\n\n"
+FINISH = "        self.finish(actor, list(self.critic.parameters()), device)\n"
+VALUE = "[nn.Linear(task.observation_dim, 1) for _ in self.runs], (n_runs,))\n"
+METRIC = '            "alpha": alpha,\n'
+GRADIENT = """        actions = batch["actions"].clone().requires_grad_()
+        q = self.q_of(weights["critic"], batch["observations"], actions)
+        slope = torch.autograd.grad(q.sum(), actions, create_graph=True)[0]
+        policy_loss = policy_loss + slope.square().mean()
+"""
+SAMPLED = "            return self.data.gather(self.data.index(fractions))\n"
+TRAPS = {
+    "a network without a seed": (
+        FINISH,
+        f"        self.value = stack({VALUE}        actor += self.value.parameters()\n"
+        + FINISH,
+        "a network: draws from torch's global generator; make networks inside `seeded`",
+    ),
+    "a network that nothing trains": (
+        FINISH,
+        f"        with seeded([INIT, 0]):\n            self.value = stack({VALUE}"
+        + FINISH,
+        "value.weight: no optimizer trains it; pass it to `finish`",
+    ),
+    "noise in the batch": (
+        SAMPLED,
+        SAMPLED.replace("return", "batch =")
+        + '            batch["rewards"] += torch.randn_like(batch["rewards"])\n'
+        + "            return batch\n",
+        "an update: draws from torch's global generator; draw noise in draw_run",
+    ),
+    "a target of two dimensions": (
+        TARGET,
+        TARGET.replace("config)\n", "config).unsqueeze(-1)\n"),
+        "losses: the TD target has shape (2, 1) for Q (2,)",
+    ),
+    "a target for each critic": (
+        TARGET,
+        TARGET.replace("\n\n", "\n            target = target.expand(2, 2)\n\n"),
+        "losses: the TD target has shape (2, 2) for Q (2,)",
+    ),
+    "a loss of each row": (
+        "            policy_loss = (alpha * log_pi - q).mean()\n",
+        "            policy_loss = alpha * log_pi - q\n",
+        "losses: the loss has shape (2,); return a mean or sum",
+    ),
+    "a number as metric": (
+        METRIC,
+        f'{METRIC}            "one": 1.0,\n',
+        "metric one: 1.0",
+    ),
+    "a gradient by autograd": (
+        "        # TD target: SAC eq. 2-3",
+        GRADIENT + "        # TD target: SAC eq. 2-3",
+        "torch.autograd.grad fails in vmap; use torch.func.grad",
+    ),
+    "other proposals": (
+        'torch.cat([noise["uniforms"], current, following], dim=1)',
+        'noise["uniforms"]',
+        "losses: 4 proposals; keep 3 x cql_n_actions",
+    ),
+}
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+@pytest.mark.parametrize("seed", [0, [0, 1]])
+def test_a_silent_fault_is_refused(trap, seed, data, tmp_path):
+    before, after, message = TRAPS[trap]
+    text = Path(cql.__file__).read_text()
+    assert text.count(before) == 1
+    (tmp_path / "copy").mkdir()
+    module = load_copy(tmp_path / "copy/cql.py", text.replace(before, after))
+    flags = {**SMALL, **data[False], "seed": seed, "cql_n_actions": 4}
+    flags |= {"cql_importance_sample": False, "checkpoints_path": None}
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as err:
+        assert module.main(arguments(**flags)) == 2
+    assert message in err.getvalue() and err.getvalue().count("\n") == 1

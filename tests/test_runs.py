@@ -1948,3 +1948,55 @@ def test_rows_are_interval_means(toy, train):
             keys = [name.format(j=j) for j in range(1, mean.size + 1)]
             shown = [float(row[key]) for key in keys]
             np.testing.assert_allclose(shown, np.atleast_1d(mean), rtol=1e-6, atol=1e-9)
+
+
+def test_many_runs_print_means_by_setting(train, capsys):
+    """Six runs: two lines an evaluation, each the mean over three seeds."""
+    changes = {"seed": [0, 1, 2], "cql_alpha": [1, 5], "max_timesteps": 2}
+    directory = train("run", **changes)[1]
+    out = capsys.readouterr().out
+    table = rows(directory, "evaluations.csv")
+    last = [row for row in table if row["step"] == "2"]
+    for alpha in ("1.0", "5.0"):
+        means = []
+        for name in ("return_mean", "d4rl_normalized_score"):
+            values = [
+                float(row[name])
+                for row in last
+                if float(row["cql_alpha"]) == float(alpha)
+            ]
+            assert len(values) == 3
+            means.append(np.mean(values))
+        line = f"  cql_alpha {alpha}  return {means[0]:.4g}  score {means[1]:.4g}  "
+        assert line + "(mean of 3 runs)\n" in out
+
+
+def test_a_run_without_evaluation_prints_q(train, capsys):
+    changes = {"eval_env": "none", "max_timesteps": 4, "log_freq": 2}
+    directory = train("run", **changes)[1]
+    out = capsys.readouterr().out
+    for row in rows(directory, "metrics.csv"):
+        q = float(row["average_qf1"]), float(row["cql_q1_current_actions"])
+        line = f"Q of data {q[0]:.4g}  of policy {q[1]:.4g}\n"
+        step = f"update {int(row['step']):>9,}  "
+        assert step in out and line in out
+
+
+def test_metrics_name_seed_and_weight(train):
+    directory = train("run", seed=[3, 4], cql_alpha=[1, 5], max_timesteps=2)[1]
+    found = []
+    for row in rows(directory, "metrics.csv"):
+        found.append((row["run"], row["seed"], row["cql_alpha"]))
+    assert found[-4:] == [
+        ("0", "3", "1"), ("1", "3", "5"), ("2", "4", "1"), ("3", "4", "5")
+    ]  # fmt: skip
+
+
+def test_load_policy_names_the_run_that_it_takes(train, capsys):
+    """If there are several and none is named."""
+    directory = train("run", seed=[3, 4], max_timesteps=1)[1]
+    capsys.readouterr()
+    assert cql.load_policy(directory).run == 0
+    assert f"{directory}: run 0 of 2 (seed 3, cql_alpha " in capsys.readouterr().out
+    assert cql.load_policy(directory, run=1).run == 1
+    assert capsys.readouterr().out == ""
