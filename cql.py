@@ -1208,7 +1208,7 @@ def minari_directory(name: str) -> Path:
         )
     with errors_as(
         UserError,
-        f"no such directory or file, not in {root}, and the download failed",
+        f"no such directory or .hdf5 file, not in {root}, and the download failed",
     ):
         if "MINARI_REMOTE" not in os.environ:
             # Without a network, Minari would retry for minutes.

@@ -1245,7 +1245,7 @@ class GradientPenalty(cql.ContinuousCQL):
 
     def critic_loss(self, own, batch, *others):
         loss, metrics = super().critic_loss(own, batch, *others)
-        critic = partial(cql.call, self.critic, own["weights"])
+        critic = partial(cql.call, self.critic, own["critic"])
         observations = batch["observations"]
         actions = batch["actions"].unsqueeze(1)
         slope = torch.func.grad(lambda a: critic(observations, a).sum())(actions)

@@ -125,7 +125,10 @@ def check_against_loops(agent, batch, noise, cloning=False):
         compared = 0
         for name, parameter in agent.named_parameters():
             if not parameter.requires_grad:
-                assert name.startswith("target_critic.") and parameter.grad is None
+                fixed = ["log_alpha_prime"] * (not config.cql_lagrange)
+                fixed += ["log_alpha"] * (not config.use_automatic_entropy_tuning)
+                assert name.startswith("target_critic.") or name in fixed
+                assert parameter.grad is None
                 continue
             direction = generator.standard_normal(parameter[r].shape)
             actual = 0.0
