@@ -2136,9 +2136,9 @@ def seeded(numbers: List[int]):
 def no_global_randomness(what: str, hint: str):
     """Raise UserError if the block draws from torch's global generator, whose numbers
     depend on the other runs and are not those of a resumed run."""
-    before = torch.random.get_rng_state()
+    before = torch.random.get_rng_state().numpy().tobytes()
     yield
-    if not torch.equal(before, torch.random.get_rng_state()):
+    if before != torch.random.get_rng_state().numpy().tobytes():
         raise UserError(f"{what}: draws from torch's global generator; {hint}")
 
 
@@ -4287,8 +4287,9 @@ def train(config: TrainConfig) -> int:
 
     def one_update(noise: dict, stage: Tuple[bool, bool]) -> None:
         """Update all runs on a batch: what a CUDA graph captures."""
-        batch = replay.sample(noise["fractions"])
-        run.metrics.add(agent.update(batch, noise, *stage))
+        with no_global_randomness("an update", "draw noise in draw_run"):
+            batch = replay.sample(noise["fractions"])
+            run.metrics.add(agent.update(batch, noise, *stage))
 
     if device.type == "cuda":
         one_update = GraphedStep(one_update, agent, run.metrics, replay)
@@ -4310,8 +4311,7 @@ def train(config: TrainConfig) -> int:
             # Update. All randomness is drawn here, none inside the losses.
             for _ in range(updates):
                 noise = agent.draw(run.updates, config.batch_size)
-                with no_global_randomness("an update", "draw noise in draw_run"):
-                    one_update(noise, stage_of(config, run.updates))
+                one_update(noise, stage_of(config, run.updates))
                 run.updates += 1
             run.step += 1
             bar.update()

@@ -261,7 +261,7 @@ def start(directory, flags, *options):
     return subprocess.Popen(argv, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
 
 
-def wait_for(condition, seconds=120):
+def wait_for(condition, seconds=300):
     """Wait until condition() is true."""
     end = time.monotonic() + seconds
     while not condition():
@@ -329,7 +329,7 @@ def test_a_killed_trial_and_a_lost_machine(toy, tmp_path):
             os.kill(before[0], signal.SIGKILL)
         else:
             os.kill(before[1], signal.SIGKILL)
-        assert process.wait(180) == 0, Path(f"{directory}.out").read_text()
+        assert process.wait(400) == 0, Path(f"{directory}.out").read_text()
     finally:
         process.kill()
         cluster.shutdown()
