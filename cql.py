@@ -2074,6 +2074,21 @@ def multiplier_loss(log_alpha_prime, gap, sweep: dict, config: TrainConfig):
     return loss, {"alpha_prime": alpha_prime, "alpha_prime_loss": loss}
 
 
+def proposal_metrics(q: Tensor, config: TrainConfig) -> Dict[str, Tensor]:
+    """Return the metrics of Q [n, 1 + 3K]: of the dataset action, then of uniform
+    actions, of the policy's at s and of the policy's at s'."""
+    if q.shape[1] != 1 + 3 * config.cql_n_actions:
+        hint = "keep 3 x cql_n_actions, and select those that you need in the penalty"
+        raise UserError(f"losses: {q.shape[1] - 1} proposals; {hint}")
+    uniform, current, following = q[:, 1:].chunk(3, dim=-1)  # [n, K] each
+    return {
+        "cql_q{j}_rand": uniform.mean(),
+        "cql_q{j}_current_actions": current.mean(),
+        "cql_q{j}_next_actions": following.mean(),
+        "cql_std_q{j}": q.std(-1).mean(),
+    }
+
+
 def penalized_td_loss(q_data, target, gap, log_alpha_prime, sweep, config):
     """Loss of one critic: TD error and weighted gap, CQL eq. 4 times 2, so that
     cql_alpha is twice its alpha; with cql_lagrange as in appendix F. q_data, target [B];
@@ -2769,18 +2784,7 @@ class ContinuousCQL(Agent):
             below = q[:, free:] < mc_returns.unsqueeze(-1)
             metrics["bound_rate"] = below.to(q.dtype).mean()
             q = bounded_q(q, mc_returns, config)
-        if q.shape[1] != 1 + 3 * config.cql_n_actions:
-            found = f"{q.shape[1] - 1} proposals"
-            hint = (
-                "keep 3 x cql_n_actions, which metrics are of, and select in the penalty"
-            )
-            raise UserError(f"losses: {found}; {hint}")
-        uniform, current, following = q[:, 1:].chunk(3, dim=-1)  # [n, K] each
-        metrics["cql_q{j}_rand"] = uniform.mean()
-        metrics["cql_q{j}_current_actions"] = current.mean()
-        metrics["cql_q{j}_next_actions"] = following.mean()
-        metrics["cql_std_q{j}"] = q.std(-1).mean()
-        return loss, metrics
+        return loss, {**metrics, **proposal_metrics(q, config)}
 
 
 class DiscreteCQL(Agent):
