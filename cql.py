@@ -2324,16 +2324,18 @@ class Agent(nn.Module):
             torch.func.vmap(self.action, randomness="error")(acting, observations)
         except RuntimeError as error:
             if "functorch" in str(error) or "does not require grad" in str(error):
-                hint = "use torch.func.grad, as in tests/forks/edac.diff"
-                raise UserError(
-                    f"losses: torch.autograd.grad fails in vmap; {hint}"
-                ) from None
-            if "randomness" not in str(error):
+                problem = (
+                    "losses: torch.autograd.grad fails in vmap; use torch.func.grad"
+                )
+                problem += ", as in tests/forks/edac.diff"
+            elif "randomness" in str(error):
+                problem = "the networks or losses draw random numbers; draw noise in "
+                problem += (
+                    "draw_run, which passes it to losses; dropout is not supported"
+                )
+            else:
                 raise
-            raise UserError(
-                "the networks or losses draw random numbers; draw noise in draw_run, "
-                "which passes it to losses; dropout is not supported"
-            ) from None
+            raise UserError(problem) from None
         finally:
             self.layout.batched = batched
         if before != [x._version for x in tree_flatten(acting)[0]]:
