@@ -2196,6 +2196,20 @@ class Units(nn.Module):
         )  # rounding may exceed them
 
 
+def refuse_statistics(agent: nn.Module) -> None:
+    """Raise UserError for layers that change their statistics in every call."""
+    refused = (
+        nn.modules.batchnorm._BatchNorm,
+        nn.utils.parametrizations._SpectralNorm,
+    )
+    for module in agent.modules():
+        if isinstance(module, refused):
+            raise UserError(
+                f"{type(module).__name__.strip('_')}: cannot be stacked, because it "
+                "updates its statistics in every call; use LayerNorm or weight_norm"
+            )
+
+
 class Agent(nn.Module):
     """Base class of both agents, for R runs: `update` learns from a batch of raw
     observations and environment actions, `act` returns environment actions.
@@ -2297,16 +2311,7 @@ class Agent(nn.Module):
     def check_networks(self) -> None:
         """Run the functions of one run on dummy data. Raise UserError for networks and
         losses that cannot be stacked or that draw random numbers without a seed."""
-        refused = (
-            nn.modules.batchnorm._BatchNorm,
-            nn.utils.parametrizations._SpectralNorm,
-        )
-        for module in self.modules():
-            if isinstance(module, refused):
-                raise UserError(
-                    f"{type(module).__name__.strip('_')}: cannot be stacked, because it "
-                    "updates its statistics in every call; use LayerNorm or weight_norm"
-                )
+        refuse_statistics(self)
         for name, tensor in self.run_tensors().items():
             if tensor.shape[:1] != (len(self.runs),):
                 shape = f"shape {tuple(tensor.shape)}, expected ({len(self.runs)}, ...)"
