@@ -87,13 +87,13 @@ def judge(path: Path, out: str) -> None:
         policy = cql.load_policy(checkpoint, int(run))
         truth, error, dead = play(policy, policy.agent.config.discount)
         value = float(row["discounted_return"])
-        text = f"seed {row['seed']}  cql_alpha {row['cql_alpha']:5}  fqe {value:6.2f}"
+        text = f"seed {row['seed']}  cql_alpha {row['cql_alpha']:5}  value {value:6.2f}"
         print(f"{text}  true {truth:6.2f} +- {error:.2f}  died {dead:.1%}")
         keys = [row["seed"], row["cql_alpha"], row["discounted_return"]]
         numbers = [truth, error, dead]
         table.append([*keys, *[f"{number:.6g}" for number in numbers]])
     with open(out, "w", newline="") as file:
-        heads = ["seed", "cql_alpha", "fqe", "true", "true_error", "died"]
+        heads = ["seed", "cql_alpha", "value", "true", "true_error", "died"]
         csv.writer(file, lineterminator="\n").writerows([heads, *table])
     print(f"wrote {out}")
 

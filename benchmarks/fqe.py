@@ -9,7 +9,8 @@
         --out runs/judged/judge-$seed.csv; done
     OTHER_ENV/bin/python benchmarks/fqe.py runs/judged --updates 10000 --seeds 0 1 2
 
-OTHER_ENV holds d3rlpy 2.8.1. The policy, the data, standardized observations, network
+OTHER_ENV holds d3rlpy 2.8.1. scripts/judge.py is that of commit e0451ee, whose method
+was plain fitted Q evaluation. The policy, the data, standardized observations, network
 sizes, batch size, Adam and its learning rate, the discount and one critic are the same
 for both. Different are the targets: d3rlpy copies them every 100 updates and does not
 clip them, and it leaves out the last step before a time limit. The value is the mean

@@ -1,58 +1,203 @@
 """Measure how well policies are chosen without a simulator, over values of cql_alpha.
 
-    python cql.py --config_path configs/quickstart.yaml --seed '[0,1]' \\
-        --cql_alpha '[0,1,5,20,50,200]' --resume runs/alphas
-    python scripts/judge.py runs/alphas --out runs/alphas
-    python benchmarks/judge.py runs/alphas/judge.csv --episodes 100 --out judged
-    python benchmarks/judge.py --figure judge.png judged.csv [more.csv ...]
+    python cql.py --config_path configs/quickstart.yaml --env SET --eval_env none \\
+        --seed '[0,1]' --cql_alpha '[0,1,5,20,100,500]' --max_timesteps 5000 \\
+        --resume runs/SET
+    python benchmarks/judge.py runs/SET --episodes 50 --out results/SET
+    python benchmarks/judge.py --table results
+    python benchmarks/judge.py --figure judge.png results/A results/B
 
 The true discounted return of a policy is the mean over so many episodes in the data's
-environment. It is compared with five ways to choose without one: the value of fitted
-Q evaluation (scripts/judge.py's table), the same without runs whose Q diverged in
-training (cql.py warned of them), the final Q of the policy's actions, the smallest
-final gap, and chance. For each way:
+environment. It is compared with what each way to choose without one thinks of it:
 
-    rank      Spearman's correlation with the true discounted return, over the
-              policies that the way does not leave out
+    supported      scripts/judge.py: fitted Q evaluation that gives no credit for actions
+                   the data do not support
+    plain          fitted Q evaluation
+    conservative   fitted Q evaluation plus CQL's penalty (eq. 1 and 2 of the paper), of
+                   weight (1 - discount) times the deviation of the data's returns-to-go
+    least          fitted Q evaluation with the least of two critics
+    support first  plain, without policies that leave the data's support in more than a
+                   tenth of the states
+    one step       mean of Q(s, pi(s)) - Q(s, a) over the recorded states, with Q of the
+                   recorded behavior, and no credit for unsupported actions
+    not diverged   plain, without policies whose Q diverged in training
+    final Q        of the policy's actions, in training
+    smallest gap   the penalty's, at the end of training
+    workflow       of Kumar et al. 2021 (arXiv 2109.10813): the smallest weight whose Q
+                   of the data's actions does not fall late in training
+
+For each way:
+
+    rank      Spearman's correlation with the true discounted return, over the policies
+              that the way does not leave out
     regret    (best - chosen) / (best - worst), of true returns, over all policies
     episodes  number of real episodes that a bandit needs for as good a choice. The
               bandit is UCB1 over all policies, after one episode of each in random
-              order, and chooses the highest mean. The number is the first at which
-              the mean regret of 500 resamplings is as low, or 0.01
+              order, and chooses the highest mean. The number is the first at which the
+              mean regret of 500 resamplings is as low, or 0.01
 
-Writes judged.csv, a row for each policy, and judged-ways.csv, a row for each way. The
-figure shows value against true return, one panel for each judged.csv.
+Writes DIR/policies.csv, a row for each policy, and DIR/ways.csv, a row for each way.
+True returns and values that DIR holds already are not computed again. `--table` prints
+the ways of all directories below DIR.
 """
 
 import argparse
+import importlib.util
 import math
 import sys
 from pathlib import Path
-from typing import List, Tuple
+from typing import List
 
 import numpy as np
 import pandas as pd
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cql
 
+ROOT = Path(__file__).resolve().parents[1]
+spec = importlib.util.spec_from_file_location("script", ROOT / "scripts/judge.py")
+script = importlib.util.module_from_spec(spec)
+sys.modules["script"] = script  # dataclasses look it up
+spec.loader.exec_module(script)
+
 RESAMPLINGS = 500
 MOST_PULLS = 2000
 NEGLIGIBLE = 0.01  # regret; a bandit's is 0 only if no resampling errs
-NOT_AWAY = "fqe, where Q did not run away"  # column of judged.csv
+FEW = 0.1  # share of unsupported actions that "support first" admits
+FALLS = 0.02  # by how much Q of the data falls in an overfit run, as a share of its most
 
 
-def last_rows(path: Path, keys: List[str]) -> pd.DataFrame:
-    """Return the last row of each policy in a table, in the order of the table."""
-    return pd.read_csv(path).groupby(keys, sort=False).tail(1).set_index(keys)
+# ---- Ways to choose ------------------------------------------------------------------
+
+
+class Conservative(script.SupportedQ):
+    """A lower bound of a policy's value: CQL's own evaluation, for one fixed policy."""
+
+    def __init__(self, data):
+        super().__init__(data)
+        parts = np.split(data.rewards.double().cpu().numpy(), data.ends)
+        config = data.config
+        togo = []
+        for rewards in parts:
+            sums = np.zeros(len(rewards) + 1)
+            for t in reversed(range(len(rewards))):
+                sums[t] = rewards[t] + config.discount * sums[t + 1]
+            togo.append(sums[:-1])
+        self.weight = (1 - config.discount) * float(np.concatenate(togo).std())
+
+    def loss(self, q_of, batch, target):
+        q = q_of(batch["observations"], batch["actions"])
+        gap = q_of(batch["observations"], batch["policy_actions"]) - q
+        return (q - target).square().mean() + self.weight * gap.mean()
+
+
+class Least(script.SupportedQ):
+    """The least of the critics, in targets and values."""
+
+    def target(self, next_q, recorded_q, batch):
+        least = next_q.amin(0, keepdim=True)
+        return super().target(least, recorded_q, batch)
+
+    def value(self, q, recorded_q, supported):
+        return q.amin(0, keepdim=True)
+
+
+def fitted(policies, data, options, estimator) -> List[float]:
+    """Return a value for each policy."""
+    table = script.judge(policies, data, options, estimator=estimator)
+    rows = sorted(script.last_rows(table), key=lambda row: row["policy"])
+    return [row["value"] for row in rows]
+
+
+def one_step(policies, data, options) -> List[float]:
+    """Return the mean gain of each policy's actions over the recorded ones, by Q of the
+    recorded behavior; policies have `supported`."""
+    everywhere = torch.ones_like(policies[0].supported)
+    recorded = script.Policy(data.recorded, supported=everywhere)
+    options = script.replace(options, n_critics=4)
+    critics = script.Critics([recorded], data, options)
+    for update in range(options.updates):
+        critics.update(update)
+    weights = {name: x[0] for name, x in critics.weights.items()}
+
+    @torch.no_grad()
+    def q(actions):
+        found = []
+        for rows in data.rows.split(script.CHUNK):
+            inputs = data.observations[rows], actions[rows]
+            found.append(critics.over_critics(critics.q_of, weights, *inputs).mean(0))
+        return torch.cat(found)
+
+    base = q(data.recorded)
+    gains = []
+    for policy in policies:
+        gain = q(policy.actions) - base
+        supported = policy.supported[data.rows]
+        gains.append(torch.where(supported, gain, gain.clamp(max=0)).mean().item())
+    return gains
+
+
+def judged(policies, data, options, known: pd.DataFrame, save) -> None:
+    """Fill the columns of `known` that fitted Q evaluation and its kin give, calling
+    save after each."""
+    marked = script.mark_supported(policies, data, options)
+    everywhere = torch.ones_like(marked[0].supported)
+    plain = [script.replace(each, supported=everywhere) for each in policies]
+    known["unsupported"] = [
+        script.describe(each, data)["unsupported"] for each in marked
+    ]
+    ways = {
+        "supported": lambda: recommended(marked, data, options, known),
+        "plain": lambda: fitted(plain, data, options, script.SupportedQ),
+        "conservative": lambda: fitted(plain, data, options, Conservative),
+        "least": lambda: fitted(plain, data, options, Least),
+        "one step": lambda: one_step(marked, data, options),
+    }
+    for name, way in ways.items():
+        if name not in known:
+            known[name] = way()
+            save()
+
+
+def recommended(policies, data, options, known: pd.DataFrame) -> List[float]:
+    """Return the values of scripts/judge.py, and note what it recommends."""
+    table = script.judge(policies, data, options)
+    rows = sorted(script.last_rows(table), key=lambda row: row["policy"])
+    best, reason = script.recommend(table)
+    top = script.best_of(rows)["policy"]
+    known["recommended"] = [int(row["policy"] == top) for row in rows]
+    known["settled"] = [row["settled"] for row in rows]
+    known["abstains"] = "" if best else reason
+    return [row["value"] for row in rows]
+
+
+def training_metrics(checkpoint: str, runs: List[int]) -> pd.DataFrame:
+    """Return the final Q of the policy's actions, the final gap, and whether Q of the
+    data's actions falls late in training, of each run."""
+    metrics = pd.read_csv(Path(checkpoint).parent / "metrics.csv")
+    found = []
+    for run in runs:
+        rows = metrics[metrics["run"] == run]
+        q = rows.filter(regex=r"^cql_q\d+_current_actions$").mean(axis=1)
+        gap = rows.filter(regex=r"^cql_qf\d+_diff$").mean(axis=1)
+        of_data = rows.filter(regex=r"^average_qf\d+$").mean(axis=1)
+        late = of_data.iloc[len(of_data) // 2 :]
+        falls = late.max() - late.iloc[-1] > FALLS * abs(late.max())
+        found.append({"final Q": q.iloc[-1], "gap": gap.iloc[-1], "falls": int(falls)})
+    return pd.DataFrame(found)
+
+
+# ---- Truth ---------------------------------------------------------------------------
 
 
 def true_returns(checkpoint: str, runs: List[int], episodes: int) -> np.ndarray:
     """Return discounted returns [runs, episodes] of a checkpoint's deterministic
-    policies."""
+    policies, in the environment that the data record."""
     policy = cql.load_policy(checkpoint, runs[0])
     config = policy.agent.config
     config.n_episodes = episodes
+    config.eval_env = None
     env = cql.make_env(config, policy.task)
     evaluator = cql.Evaluator(config, policy.task, env)
     results = evaluator.episodes(policy.agent, 0, runs, [])
@@ -60,15 +205,6 @@ def true_returns(checkpoint: str, runs: List[int], episodes: int) -> np.ndarray:
     for (run, episode), (_, _, _, discounted) in results.items():
         returns[runs.index(run), episode] = discounted
     return returns
-
-
-def training_metrics(checkpoint: str, runs: List[int]) -> pd.DataFrame:
-    """Return the final Q of the policy's actions and the final gap of each run."""
-    path = Path(checkpoint).parent / "metrics.csv"
-    metrics = last_rows(path, ["run"]).loc[runs]
-    q = metrics.filter(regex=r"^cql_q\d+_current_actions$").mean(axis=1)
-    gap = metrics.filter(regex=r"^cql_qf\d+_diff$").mean(axis=1)
-    return pd.DataFrame({"q": q, "gap": gap})
 
 
 def regret_of(chosen: int, means: np.ndarray) -> float:
@@ -99,78 +235,129 @@ def bandit_regrets(returns: np.ndarray) -> np.ndarray:
     return regrets / RESAMPLINGS
 
 
-def judge(path: Path, episodes: int) -> Tuple[List[dict], pd.DataFrame]:
-    """Return a row for each way to choose, and one for each policy of judge.csv."""
-    judged = last_rows(path, ["checkpoint", "run"])
-    returns = []
-    metrics = []
-    for checkpoint in judged.index.unique("checkpoint"):
-        runs = judged.loc[checkpoint].index.tolist()
-        returns.append(true_returns(checkpoint, runs, episodes))
-        metrics.append(training_metrics(checkpoint, runs))
-    returns = np.concatenate(returns)
-    metrics = pd.concat(metrics)
+# ---- Tables --------------------------------------------------------------------------
+
+
+def compare(policies: pd.DataFrame, returns: np.ndarray) -> pd.DataFrame:
+    """Return a row for each way to choose. returns: true ones [policies, episodes]."""
     means = returns.mean(axis=1)
     bandit = bandit_regrets(returns)
+    few = policies["unsupported"] <= max(FEW, policies["unsupported"].min())
+    not_overfit = (policies["falls"] == 0) & (policies["ran_away"] == 0)
     # What each way thinks of each policy: the largest is chosen, NaN never.
-    thought = {
-        "fqe": judged["value"].to_numpy(),
-        NOT_AWAY: judged["value"].mask(judged["ran_away"] == 1).to_numpy(),
-        "final Q of the policy": metrics["q"].to_numpy(),
-        "smallest gap": -metrics["gap"].to_numpy(),
-    }
-    policies = judged[["seed", "cql_alpha", "value", "value_error"]].reset_index()
-    policies = policies.assign(true=means, **thought)
-    policies["true_error"] = returns.std(axis=1, ddof=1) / math.sqrt(episodes)
+    thought = {name: policies[name] for name in ("supported", "plain", "conservative")}
+    thought |= {name: policies[name] for name in ("least", "one step")}
+    thought["support first"] = policies["plain"].where(few)
+    thought["not diverged"] = policies["plain"].where(policies["ran_away"] == 0)
+    thought["final Q"] = policies["final Q"]
+    thought["smallest gap"] = -policies["gap"]
+    thought["workflow"] = -policies["cql_alpha"].where(not_overfit)
     rows = []
     for name, values in thought.items():
-        regret = regret_of(int(np.nanargmax(values)), means)
+        values = values.to_numpy(float)
         known = ~np.isnan(values)
+        chosen = int(np.nanargmax(values)) if known.any() else 0
+        if name == "supported":
+            chosen = int(policies["recommended"].argmax())
         ranks = pd.Series(values[known]).rank()
         rank = ranks.corr(pd.Series(means[known]).rank())
-        rows.append({"chosen by": name, "rank": rank, "regret": regret})
+        row = {"chosen by": name, "rank": rank, "regret": regret_of(chosen, means)}
+        rows.append(
+            {
+                **row,
+                "seed": policies["seed"][chosen],
+                "cql_alpha": policies["cql_alpha"][chosen],
+            }
+        )
     chance = float((means.max() - means.mean()) / np.ptp(means))
     rows.append({"chosen by": "chance", "rank": math.nan, "regret": chance})
     for row in rows:
         reached = np.flatnonzero(bandit <= max(row["regret"], NEGLIGIBLE))
         row["episodes"] = int(reached[0]) + 1 if len(reached) else f">{MOST_PULLS}"
-    return rows, policies
+    return pd.DataFrame(rows)
 
 
-def draw(tables: List[Path], path: Path) -> None:
-    """Draw value against true return, with hollow points where Q diverged."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+def measure(runs: List[Path], out: Path, episodes: int, options) -> None:
+    """Write out/policies.csv and out/ways.csv."""
+    out.mkdir(parents=True, exist_ok=True)
+    policies, data = script.load(runs)
+    path = out / "policies.csv"
+    write = {"index": False, "float_format": "%.6g", "lineterminator": "\n"}
+    identity = []
+    for policy in policies:
+        row = {"checkpoint": policy.checkpoint, "run": policy.run, **policy.flags}
+        identity.append({**row, "ran_away": int(policy.ran_away)})
+    known = (
+        pd.read_csv(path, keep_default_na=False)
+        if path.is_file()
+        else pd.DataFrame(identity)
+    )
+    for name in known.columns.difference(["checkpoint", "abstains"]):
+        known[name] = pd.to_numeric(known[name], errors="coerce")
+    groups = {}
+    for policy in policies:
+        groups.setdefault(policy.checkpoint, []).append(policy.run)
+    truth = out / "returns.csv"
+    if not truth.is_file():
+        found = [true_returns(name, of, episodes) for name, of in groups.items()]
+        table = pd.DataFrame(np.concatenate(found))
+        table.to_csv(truth, header=False, **write)
+    returns = pd.read_csv(truth, header=None).to_numpy()
+    known["true"] = returns.mean(axis=1)
+    known["true_error"] = returns.std(axis=1, ddof=1) / math.sqrt(returns.shape[1])
+    metrics = pd.concat([training_metrics(name, of) for name, of in groups.items()])
+    for name in metrics:
+        known[name] = metrics[name].to_numpy()
+    judged(policies, data, options, known, lambda: known.to_csv(path, **write))
+    known.to_csv(path, **write)
+    ways = compare(known, returns)
+    ways.to_csv(out / "ways.csv", **write)
+    print(ways.to_string(index=False, float_format="{:.3f}".format))
+    print(f"{known['abstains'][0] or 'recommends'}; wrote {path}, {out / 'ways.csv'}")
+
+
+def show_table(root: Path) -> None:
+    """Print rank and regret of each way on each set below root, as Markdown."""
+    tables = {}
+    for path in sorted(root.glob("*/ways.csv")):
+        ways = pd.read_csv(path).set_index("chosen by")
+        texts = []
+        for rank, regret in zip(ways["rank"], ways["regret"]):
+            texts.append(f"{rank:.2f}, {regret:.3f}".replace("nan", "-"))
+        tables[path.parent.name] = pd.Series(texts, ways.index)
+    print(pd.DataFrame(tables).T.to_markdown())
+
+
+def draw(directories: List[Path], path: Path) -> None:
+    """Draw value against true return, a panel for each set; hollow points are policies
+    that scripts/judge.py does not trust."""
+    sys.path.insert(0, str(ROOT / "scripts"))
     import plot
 
     plt = plot.plt
     plt.switch_backend("Agg")
     plt.rcParams.update(plot.STYLE)
-    width = 3.3 * len(tables)
-    figure, panels = plt.subplots(1, len(tables), figsize=(width, 3.4), squeeze=False)
-    lines = {}
-    for panel, table in zip(panels[0], tables):
-        policies = pd.read_csv(table)
-        alphas = sorted(policies["cql_alpha"].unique())
-        shades = plt.colormaps["viridis"](np.linspace(0, 0.95, len(alphas)))
-        for alpha, shade in zip(alphas, shades):
-            rows = policies[policies["cql_alpha"] == alpha]
-            held = rows[NOT_AWAY].notna()
-            style = {"color": shade, "linestyle": "", "ms": 6}
-            for part, face in (rows[held], shade), (rows[~held], "none"):
-                panel.plot(part["true"], part["value"], "o", mfc=face, **style)
-            place = f"{alpha:g} (least)" if alpha == alphas[0] else ""
-            place = "largest" if alpha == alphas[-1] else place
-            if place and table == tables[0]:
-                (lines[f"cql_alpha {place}"],) = panel.plot([], [], "o", **style)
-        low, high = panel.get_xlim()
-        panel.axline((low, low), slope=1, color="0.6", linewidth=0.8)
-        panel.set_xlim(low, high)
-        panel.set_title(table.stem)
+    columns = min(5, len(directories))
+    lines = -(-len(directories) // columns)
+    size = 2.6 * columns, 2.8 * lines
+    figure, panels = plt.subplots(lines, columns, figsize=size, squeeze=False)
+    for panel, directory in zip(panels.flat, directories):
+        policies = pd.read_csv(directory / "policies.csv")
+        away = (policies["ran_away"] == 1) | (policies["unsupported"] > script.MOSTLY)
+        colors = plt.colormaps["viridis"](policies["cql_alpha"].rank(pct=True) * 0.95)
+        for i, color in enumerate(colors):
+            face = "none" if away[i] else color
+            point = policies["true"][i], policies["supported"][i]
+            panel.plot(*point, "o", color=color, mfc=face, ms=5)
+        chosen = policies[policies["recommended"] == 1]
+        panel.plot(chosen["true"], chosen["supported"], "k+", ms=11)
+        panel.set_title(directory.name)
         panel.set_xlabel("true discounted return")
-    panels[0, 0].set_ylabel("value by fitted Q evaluation")
-    style = {"mfc": "none", "color": "0.3", "linestyle": "", "ms": 6}
-    (lines["Q diverged in training"],) = panels[0, 0].plot([], [], "o", **style)
-    plot.add_legend(figure, lines)
+    for panel in panels[:, 0]:
+        panel.set_ylabel("value by scripts/judge.py")
+    for panel in panels.flat[len(directories) :]:
+        panel.set_visible(False)
+    figure.tight_layout()
     figure.savefig(path)
     print(f"wrote {path}")
 
@@ -179,26 +366,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    text = "judge.csv of scripts/judge.py, or tables to draw"
-    parser.add_argument("paths", nargs="+", type=Path, help=text)
-    parser.add_argument("--episodes", type=int, default=100)
-    parser.add_argument("--out", default="judged", help="the tables, without .csv")
-    parser.add_argument("--figure", type=Path, help="draw tables instead")
+    text = "runs to measure, or directories of results to draw"
+    parser.add_argument("paths", nargs="*", type=Path, help=text)
+    parser.add_argument("--episodes", type=int, default=50)
+    parser.add_argument("--updates", type=int, default=script.Options.updates)
+    parser.add_argument("--out", type=Path, default=Path("judged"), metavar="DIR")
+    parser.add_argument("--table", type=Path, metavar="DIR")
+    parser.add_argument("--figure", type=Path, help="draw results instead")
     options = parser.parse_args()
-    for path in options.paths:
-        if not path.is_file():
-            parser.error(f"{path}: no such table; scripts/judge.py writes judge.csv")
+    if options.table:
+        return show_table(options.table)
     if options.figure:
         return draw(options.paths, options.figure)
-    if len(options.paths) > 1:
-        parser.error("several tables: pass one judge.csv, or --figure")
-    rows, policies = judge(options.paths[0], options.episodes)
-    write = {"index": False, "float_format": "%.6g", "lineterminator": "\n"}
-    policies.to_csv(f"{options.out}.csv", **write)
-    ways = pd.DataFrame(rows)
-    ways.to_csv(f"{options.out}-ways.csv", **write)
-    print(ways.to_string(index=False, float_format="{:.3f}".format))
-    print(f"wrote {options.out}.csv, {options.out}-ways.csv")
+    if not options.paths:
+        parser.error("pass runs")
+    updates = script.Options(updates=options.updates, log_freq=1000)
+    measure(options.paths, options.out, options.episodes, updates)
 
 
 if __name__ == "__main__":

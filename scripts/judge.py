@@ -1,18 +1,23 @@
-"""Rank the policies of finished runs from the recorded data alone, without a simulator.
+"""Recommend the best policy of finished runs from the recorded data alone.
 
     python scripts/judge.py runs/alphas
     python scripts/judge.py runs/a runs/b --checkpoint best.pt --out runs/ab
     python scripts/judge.py runs/sweep --figure values.png
 
 RUN is a run directory, a checkpoint file, or a directory of runs such as
-sweep.py's. Each stacked run is one policy. The method is fitted Q evaluation (Le
-et al. 2019, arXiv 1903.08738): the policies are frozen, and new critics learn
-from the data what return each policy would get. All policies are judged
-together, on the same batches and from the same initial critics, so the value of
-a policy does not depend on the others (up to rounding). Runs that are compared
-must have the same data, discount, reward transformation and action space;
-network sizes and observation statistics may differ. `--env` names other data of
-the same task to judge on. Online runs are judged on their offline data.
+sweep.py's. Each stacked run is one policy. All policies are judged together, on the
+same batches and from the same initial critics, so the value of a policy does not
+depend on the others (up to rounding). Runs that are compared must have the same
+data, discount, reward transformation and action space; network sizes and
+observation statistics may differ. `--env` names other data of the same task to
+judge on. Online runs are judged on their offline data.
+
+The method is fitted Q evaluation (Le et al. 2019, arXiv 1903.08738) with one change.
+The policies are frozen, and new critics learn from the data what return each policy
+would get. Where the data do not support the policy's action, its Q counts as at most
+that of the action that was recorded. Without this, policies that leave the data get
+the highest values, because nothing holds Q down there. An action is supported if a
+model of the recorded actions finds it no less usual than 95 % of these (`--support`).
 
 The script prints a ranking from the best policy to the worst:
 
@@ -22,24 +27,33 @@ The script prints a ranking from the best policy to the worst:
                rewards, where they differ and reward_bias is 0
     se_episodes, se_critics
                standard errors of the value over the episodes and over the critics
-    clipped    share of targets outside the range of possible returns,
-               [min(r_min, 0), max(r_max, 0)] / (1 - discount), since the last row
+    behind, se_behind
+               how far the value is below the best one, and the standard error of this
+               difference over episodes and critics
+    unsupported
+               share of the recorded states in which the data do not support the
+               policy's action
     settled    yes after at least 3 / (soft_target_update_rate * (1 - discount))
                updates, if the value differs from that of a quarter of the updates
                ago by no more than its error, or 2 % of its size (of the recorded
                episodes' value, if that is larger)
-    Q diverged marks runs that cql.py warned of in training; distrust their values
+    Q diverged marks runs that cql.py warned of in training
 
-The last line is the mean discounted return of the recorded episodes themselves.
-It lacks what would follow a time limit.
+Two lines follow for comparison: the value of the recorded actions by the same method,
+and the mean discounted return of the recorded episodes, which lacks what would
+follow a time limit.
 
-A settled value is not always a right one. Values are right for policies whose
-actions the data cover, and usually too high for others: see "Choosing alpha" in
-the README. `--out` is a .csv file, or a directory for judge.csv, which gets a row
-for each policy every `--log_freq` updates. `--figure` draws these values.
+The last lines recommend the policy of the highest value, leaving out policies whose
+Q diverged and those that the data do not support in more than half of the states. If
+none is left, if its value has not settled, or if all policies are within two standard
+errors of it, the script recommends none and gives the reason.
+
+`--out` is a .csv file, or a directory for judge.csv, which gets a row for each policy
+every `--log_freq` updates. `--figure` draws these values.
 
 From Python: `policies, data = load([Path("runs/a")])`, then `table = judge(policies,
-data, Options(updates=2000))`; `last_rows(table)` is the ranking.
+data, Options(updates=2000))`; `last_rows(table)` is the ranking, and
+`recommend(table)` the recommended row and the reason.
 
 Exit status: 0 done, 1 the machine failed, 2 invalid input, 3 a value is not
 finite, 130 interrupted (the rows so far are in judge.csv).
@@ -67,6 +81,9 @@ import cql
 SHARED_FLAGS = ("discount", "reward_scale", "reward_bias", "normalize_reward")
 CHUNK = 4096  # observations that a policy acts on at once
 TOLERANCE = 0.02  # change of a settled value, relative to its size
+BEHAVIOR_UPDATES = 3000  # of the model of the recorded actions
+LOG_STD = (-5.0, 2.0)  # the least and largest log of its standard deviations
+MOSTLY = 0.5  # share of unsupported actions from which no policy is recommended
 
 
 @dataclass
@@ -80,6 +97,7 @@ class Options:
     n_critics: int = 2
     lr: float = 1e-3
     soft_target_update_rate: float = 0.05  # Polyak averaging rate of the target critics
+    support: float = 0.95  # share of the recorded actions that count as supported
     log_freq: int = 500  # updates between two rows of the table
     seed: int = 0  # of the initial critics and the batches
 
@@ -95,6 +113,8 @@ def check_options(options: Options) -> None:
     rate = options.soft_target_update_rate
     if not 0 < rate <= 1:
         raise cql.UserError(f"--soft_target_update_rate {rate}: must lie in (0, 1]")
+    if not 0 < options.support < 1:
+        raise cql.UserError(f"--support {options.support}: must lie in (0, 1)")
 
 
 # ---- Data and policies ---------------------------------------------------------------
@@ -134,6 +154,11 @@ class Data:
         self.units = cql.Units(task, (mean, std)).to(device)
         self.observations = self.units.standardize(self.dataset.observations)
         self.actions = self.units.unit_actions(self.dataset.columns["actions"])  # [n, A]
+        # The action taken at each observation, [all observations, A]. An episode's last
+        # observation has none; `judge` puts the likeliest action there.
+        count = len(self.observations), self.actions.shape[1]
+        self.recorded = self.actions.new_zeros(count)
+        self.recorded[self.rows] = self.actions
         starts = (np.cumsum(lengths) - lengths)[self.dataset.initial]
         self.first_rows = self.rows[torch.as_tensor(starts, device=device)]
 
@@ -146,7 +171,8 @@ class Data:
             self.bounds = np.clip(ends, -largest, largest).tolist()
 
         returns = []
-        parts = np.split(rewards.double().numpy(), np.cumsum(lengths)[:-1])
+        self.ends = np.cumsum(lengths)[:-1]  # where the next episode begins
+        parts = np.split(rewards.double().numpy(), self.ends)
         for part, initial in zip(parts, self.dataset.initial):
             if initial:
                 returns.append(cql.discounted_sum(part, config.discount))
@@ -176,6 +202,7 @@ class Policy:
     run: int = 0  # index in the checkpoint
     flags: dict = field(default_factory=dict)  # seed, cql_alpha and other swept flags
     ran_away: bool = False  # whether cql.py warned that Q diverged
+    supported: Optional[Tensor] = None  # [all observations] bool; None: `judge` finds it
 
 
 def standard_error(values: np.ndarray) -> float:
@@ -320,11 +347,94 @@ def freeze(checkpoint: dict, data: Data, device) -> List[Policy]:
     return policies
 
 
+# ---- Support -------------------------------------------------------------------------
+
+
+class Behavior:
+    """Model of the recorded actions, which says how unusual an action is.
+
+    Continuous actions are normally distributed, with a mean and a standard deviation
+    that depend on the observation. How unusual an action is, is its squared distance
+    from the mean in standard deviations, summed over the dimensions; for a discrete
+    action, by how much its log-probability is below that of the likeliest action. One
+    network learns from every other observation and judges the rest; a second one learns
+    from those and judges the first, so no network judges an action it has seen."""
+
+    def __init__(self, data: Data, options: Options):
+        self.data = data
+        self.options = options
+        task = data.task
+        n_outputs = 2 * len(task.action_low)
+        if task.discrete:
+            n_outputs = int(task.action_high[0] - task.action_low[0]) + 1
+        observations = data.observations
+        self.outputs = observations.new_zeros(len(observations), n_outputs)
+        for half in range(2):
+            with cql.seeded([cql.JUDGE, options.seed, 0, half]):
+                network = Critic(task.observation_dim, n_outputs, options)
+            network.to(observations.device)
+            self.fit(network, data.rows[data.rows % 2 == half], half)
+            for rows in torch.arange(1 - half, len(observations), 2).split(CHUNK):
+                with torch.no_grad():
+                    self.outputs[rows] = network(observations[rows])
+        # [] the most unusual that still counts as supported
+        self.limit = self.unusual(data.recorded)[data.rows].quantile(options.support)
+
+    def fit(self, network: nn.Module, rows: Tensor, half: int) -> None:
+        """Train a network on the recorded actions at these rows of the observations."""
+        optimizer = torch.optim.Adam(network.parameters(), self.options.lr)
+        for update in range(BEHAVIOR_UPDATES):
+            generator = cql.generator_of(
+                [cql.JUDGE, self.options.seed, 1 + update, half]
+            )
+            size = (self.options.batch_size,)
+            index = torch.randint(len(rows), size, generator=generator).to(rows.device)
+            chosen = rows[index]
+            outputs = network(self.data.observations[chosen])
+            loss = self.log_loss(outputs, self.data.recorded[chosen]).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    def log_loss(self, outputs: Tensor, actions: Tensor) -> Tensor:
+        """Return the negative log-likelihood [n], but for a constant, of actions."""
+        if self.data.task.discrete:
+            return nn.functional.cross_entropy(
+                outputs, actions[:, 0].long(), reduction="none"
+            )
+        mean, log_std = normal(outputs)
+        z = (actions - mean) / log_std.exp()
+        return (0.5 * z.square() + log_std).sum(-1)
+
+    def unusual(self, actions: Tensor) -> Tensor:
+        """Return how unusual actions [all observations, A] are, [all observations]."""
+        if self.data.task.discrete:
+            below = self.outputs.amax(-1, keepdim=True) - self.outputs
+            return below.gather(-1, actions.long()).squeeze(-1)
+        mean, log_std = normal(self.outputs)
+        return ((actions - mean) / log_std.exp()).square().sum(-1)
+
+    def likeliest(self) -> Tensor:
+        """Return the most likely actions [all observations, A]."""
+        if self.data.task.discrete:
+            return self.outputs.argmax(-1, keepdim=True).to(self.outputs.dtype)
+        return normal(self.outputs)[0].clamp(-1, 1)
+
+
+def normal(outputs: Tensor) -> Tuple[Tensor, Tensor]:
+    """Return mean and logarithm of the standard deviation, [n, A] each, from a
+    network's outputs [n, 2A]."""
+    mean, log_std = outputs.chunk(2, dim=-1)
+    return mean, log_std.clamp(*LOG_STD)
+
+
 # ---- Estimation ----------------------------------------------------------------------
 
 
-class FittedQ:
-    """Fitted Q evaluation of one policy (arXiv 1903.08738).
+class SupportedQ:
+    """Fitted Q evaluation (arXiv 1903.08738) of one policy, which gets no credit for
+    actions that the data do not support: Q of such an action counts as at most Q of the
+    recorded action (SPIBB, arXiv 1712.06924, lets the recorded behavior act there).
 
     For another estimator, subclass it, override what differs, and pass the class to
     `judge`. All tensors are those of one policy; `Critics` stacks the policies."""
@@ -332,11 +442,17 @@ class FittedQ:
     def __init__(self, data: Data):
         self.discount = data.config.discount
 
-    def target(self, next_q: Tensor, batch: Dict[str, Tensor]) -> Tensor:
-        """Bootstrapped target [B] of every critic; next_q [N, B] of the target critics
-        at s' and the policy's action there."""
+    def credited(self, q: Tensor, recorded_q: Tensor, supported: Tensor) -> Tensor:
+        """Q that counts, from Q of the policy's and of the recorded actions, [..., n]
+        each, and from where [n] the former are supported."""
+        return torch.where(supported, q, torch.minimum(q, recorded_q))
+
+    def target(self, next_q: Tensor, recorded_q: Tensor, batch: Dict[str, Tensor]):
+        """Bootstrapped target [B] of every critic; next_q and recorded_q [N, B] of the
+        target critics at s', for the policy's and the recorded action there."""
+        q = self.credited(next_q.mean(0), recorded_q.mean(0), batch["next_supported"])
         not_ended = 1 - batch["terminations"]  # a time limit bootstraps
-        return batch["rewards"] + self.discount * not_ended * next_q.mean(0)
+        return batch["rewards"] + self.discount * not_ended * q
 
     def loss(self, q_of: Callable, batch: Dict[str, Tensor], target: Tensor) -> Tensor:
         """Loss [] of one critic, whose Q is q_of(observations, actions); target [B]. The
@@ -344,9 +460,10 @@ class FittedQ:
         q = q_of(batch["observations"], batch["actions"])
         return (q - target).square().mean()
 
-    def value(self, q: Tensor) -> Tensor:
-        """Value [E] at the first observations of episodes from Q [N, E]."""
-        return q.mean(0)
+    def value(self, q: Tensor, recorded_q: Tensor, supported: Tensor) -> Tensor:
+        """Value [N, E] by each critic at the first observations of episodes, from Q
+        [N, E] of the policy's and of the recorded actions."""
+        return self.credited(q, recorded_q, supported)
 
 
 class Critic(nn.Module):
@@ -373,12 +490,13 @@ class Critics:
     The critics and batches of all policies start from one seed, so policies with equal
     actions get equal values."""
 
-    def __init__(self, policies, data: Data, options: Options, estimator=FittedQ):
+    def __init__(self, policies, data: Data, options: Options, estimator=SupportedQ):
         self.data = data
         self.options = options
         self.estimator = estimator(data)
         self.n_policies = len(policies)
         self.policy_actions = torch.stack([each.actions for each in policies])
+        self.supported = torch.stack([each.supported for each in policies])
         device = data.observations.device
         task = data.task
         n_inputs = task.observation_dim
@@ -417,7 +535,9 @@ class Critics:
         with torch.no_grad():
             inputs = batch["next_observations"], batch["next_policy_actions"]
             next_q = self.over_critics(self.q_of, target_weights, *inputs)
-            target = self.estimator.target(next_q, batch)
+            inputs = batch["next_observations"], batch["next_recorded_actions"]
+            recorded_q = self.over_critics(self.q_of, target_weights, *inputs)
+            target = self.estimator.target(next_q, recorded_q, batch)
             bounded = target.clamp(*self.data.bounds)
             clipped = (bounded != target).to(target.dtype).mean()
 
@@ -444,11 +564,13 @@ class Critics:
             "rewards": data.rewards[index],
             "terminations": data.terminations[index],
             "next_observations": data.observations[rows + 1],
+            "next_recorded_actions": data.recorded[rows + 1],
         }
         return {
             **expand(shared, self.n_policies),
             "policy_actions": self.policy_actions[:, rows],
             "next_policy_actions": self.policy_actions[:, rows + 1],
+            "next_supported": self.supported[:, rows + 1],
         }
 
     def update(self, update: int) -> Tuple[Tensor, Tensor]:
@@ -465,14 +587,17 @@ class Critics:
         return loss.detach(), clipped
 
     @torch.no_grad()
-    def first_q(self) -> Tensor:
-        """Return Q [P, N, E] of the policies' actions at the episodes' first
-        observations."""
+    def values(self) -> Tensor:
+        """Return the value [P, N, E] of each policy by each critic at the episodes'
+        first observations."""
         rows = self.data.first_rows
-        observations = expand(self.data.observations[rows], self.n_policies)
-        actions = self.policy_actions[:, rows]
         one_policy = functools.partial(self.over_critics, self.q_of)
-        return torch.func.vmap(one_policy)(self.weights, observations, actions)
+        found = []
+        for actions in self.policy_actions[:, rows], self.data.recorded[rows]:
+            inputs = self.data.observations[rows], actions
+            expanded = [x.expand(self.n_policies, *x.shape[-2:]) for x in inputs]
+            found.append(torch.func.vmap(one_policy)(self.weights, *expanded))
+        return torch.func.vmap(self.estimator.value)(*found, self.supported[:, rows])
 
 
 def expand(tensors, n: int):
@@ -489,64 +614,109 @@ def judge(
     data: Data,
     options: Optional[Options] = None,
     report: Optional[Callable] = None,
-    estimator=FittedQ,
+    estimator=SupportedQ,
 ) -> List[dict]:
     """Train critics for all policies; return a row for each policy every log_freq
     updates and at the end, in the order of the policies.
 
     report: is called with all rows so far whenever there are new ones."""
     options = options or Options()
-    critics = Critics(policies, data, options, estimator)
+    policies = mark_supported(policies, data, options)
+    everywhere = torch.ones_like(data.recorded[:, 0], dtype=torch.bool)
+    recorded = Policy(data.recorded, supported=everywhere)
+    critics = Critics([*policies, recorded], data, options, estimator)
     table = []
     sums = 0.0
     since = 0
     look = {"unit": "update", "leave": False, "dynamic_ncols": True, "disable": None}
     for update in tqdm(range(options.updates), **look):
-        sums = sums + torch.stack(critics.update(update))  # [2, P]
+        sums = sums + torch.stack(critics.update(update))  # [2, P + 1]
         since += 1
         done = update + 1
         if done % options.log_freq == 0 or done == options.updates:
             means = (sums / since).tolist()
             sums = 0.0
             since = 0
-            q = critics.first_q()
+            *values, of_recorded = critics.values().double().cpu().numpy()
+            rows = []
             for p, policy in enumerate(policies):
-                row = {"update": done, **describe(policy)}
-                row |= summarize(q[p], critics.estimator, data)
+                row = {"policy": p, "update": done, **describe(policy, data)}
+                row |= summarize(values[p], data)
+                row["recorded_value"] = float(of_recorded.mean())
                 row |= {"loss": means[0][p], "clipped": means[1][p]}
                 before = [each for each in table if each["policy"] == p]
                 row["settled"] = int(has_settled([*before, row], data, options))
-                table.append({"policy": p, **row})
+                rows.append(row)
+            best = values[best_of(rows)["policy"]]
+            for row, each in zip(rows, values):
+                row["behind"] = float((best - each).mean())
+                row["behind_error"] = error_of(best - each)
+            table += rows
             if report is not None:
                 report(table)
     return table
 
 
-def describe(policy: Policy) -> dict:
-    """Return the columns of the table that identify a policy."""
+def mark_supported(policies: List[Policy], data: Data, options: Options):
+    """Return the policies with `supported`, and complete data.recorded."""
+    behavior = Behavior(data, options)
+    last = torch.ones(len(data.recorded), dtype=torch.bool, device=data.rows.device)
+    last[data.rows] = False
+    data.recorded[last] = behavior.likeliest()[last]
+    found = []
+    for policy in policies:
+        supported = policy.supported
+        if supported is None:
+            supported = behavior.unusual(policy.actions) <= behavior.limit
+        found.append(replace(policy, supported=supported))
+    return found
+
+
+def describe(policy: Policy, data: Data) -> dict:
+    """Return the columns of the table that identify a policy, and which share of its
+    actions at the recorded states the data do not support."""
     return {
         "checkpoint": policy.checkpoint,
         "run": policy.run,
         **policy.flags,
         "ran_away": int(policy.ran_away),
+        "unsupported": 1 - float(policy.supported[data.rows].double().mean()),
     }
 
 
-def summarize(q: Tensor, estimator: FittedQ, data: Data) -> dict:
-    """Return the columns of a value and its errors from Q [N, E] of one policy."""
-    values = estimator.value(q).double().cpu().numpy()
+def summarize(values: np.ndarray, data: Data) -> dict:
+    """Return the columns of a value and its errors, from a policy's values [N, E]."""
     value = float(values.mean())
-    error = standard_error(values)
-    by_critic = q.double().mean(1).cpu().numpy()
+    error = standard_error(values.mean(0))
     return {
         "value": value,
         "value_error": error,
-        "value_error_critics": standard_error(by_critic),
+        "value_error_critics": standard_error(values.mean(1)),
         "discounted_return": data.own_rewards(value),
         "discounted_return_error": abs(data.own_rewards(error)),
         "data_value": data.value,
         "data_discounted_return": data.own_rewards(data.value),
     }
+
+
+def error_of(values: np.ndarray) -> float:
+    """Return the standard error of the mean of values [N, E] over critics and episodes;
+    one critic or episode has none."""
+    parts = standard_error(values.mean(0)), standard_error(values.mean(1))
+    return math.hypot(*[part for part in parts if not math.isnan(part)])
+
+
+def trusted(row: dict) -> bool:
+    """Return whether a policy may be recommended: Q did not diverge in training, and
+    most of its actions are supported."""
+    finite = math.isfinite(row["value"])
+    return finite and not row["ran_away"] and row["unsupported"] <= MOSTLY
+
+
+def best_of(rows: List[dict]) -> dict:
+    """Return the row of the highest value among the trusted ones, or among all."""
+    candidates = [row for row in rows if trusted(row)] or rows
+    return ranked(candidates)[0]
 
 
 def has_settled(rows: List[dict], data: Data, options: Options) -> bool:
@@ -562,17 +732,48 @@ def has_settled(rows: List[dict], data: Data, options: Options) -> bool:
     return enough and len(late) > 1 and abs(late[-1] - late[0]) <= allowed
 
 
-def last_rows(table: List[dict]) -> List[dict]:
-    """Return the last row of each policy, from the highest value to the lowest; values
-    that are not finite come last."""
-    end = table[-1]["update"]
-    rows = [row for row in table if row["update"] == end]
+def ranked(rows: List[dict]) -> List[dict]:
+    """Return rows from the highest value to the lowest, those not finite last."""
 
     def key(row):
         finite = math.isfinite(row["value"])
         return not finite, -row["value"] if finite else 0
 
     return sorted(rows, key=key)
+
+
+def last_rows(table: List[dict]) -> List[dict]:
+    """Return the last row of each policy, from the highest value to the lowest."""
+    end = table[-1]["update"]
+    return ranked([row for row in table if row["update"] == end])
+
+
+def recommend(table: List[dict]) -> Tuple[Optional[dict], str]:
+    """Return the last row of the recommended policy and the reason; None and the reason
+    if the data cannot tell which policy is best."""
+    rows = last_rows(table)
+    best = best_of(rows)
+    if not trusted(best):
+        why = "each policy's Q diverged in training, or in more than "
+        why += f"{MOSTLY:.0%} of the states the data do not support its action"
+        return None, f"{why}; train with a larger --cql_alpha"
+    if not best["settled"]:
+        more = f"pass --updates {2 * best['update']}"
+        return None, f"the value of the best policy has not settled; {more}"
+    others = [row for row in rows if row is not best]
+    near = [row for row in others if trusted(row) and is_near(row)]
+    if others and len(near) == len(others):
+        what = "all values are within two standard errors of the best"
+        return None, f"{what}, so the data cannot tell the policies apart"
+    text = "the highest value of the policies whose actions the data support"
+    if near:
+        text += f"; {len(near)} more are within two standard errors of it"
+    return best, text
+
+
+def is_near(row: dict) -> bool:
+    """Return whether a value is within two standard errors of the best one."""
+    return row["behind"] <= 2 * row["behind_error"]
 
 
 # ---- Output --------------------------------------------------------------------------
@@ -613,18 +814,23 @@ def format_ranking(table: List[dict], data: Data) -> str:
     converted = data.own_rewards(1.0)
     own = math.isfinite(converted) and converted != 1
     heads = ["rank", "value", "se_episodes", "se_critics"] + ["return"] * own
-    lines = [[*heads, "clipped", "settled", "policy"]]
+    heads += ["behind", "se_behind", "unsupported", "settled"]
+    lines = [[*heads, "policy"]]
     for rank, row in enumerate(rows, 1):
         numbers = [row["value"], row["value_error"], row["value_error_critics"]]
         numbers += [row["discounted_return"]] * own
-        cells = [str(rank), *map(format_number, numbers), f"{row['clipped']:.1%}"]
+        numbers += [row["behind"], row["behind_error"]]
+        cells = [str(rank), *map(format_number, numbers), f"{row['unsupported']:.1%}"]
         note = "  Q diverged" if row["ran_away"] else ""
         settled = "yes" if row["settled"] else "no"
         lines.append([*cells, settled, names[row["policy"]] + note])
-    numbers = [data.value, data.value_error, math.nan]
-    numbers += [data.own_rewards(data.value)] * own
-    cells = ["", *map(format_number, numbers), "", ""]
-    lines.append([*cells, "the recorded episodes themselves"])
+    recorded = rows[0]["recorded_value"]
+    for what, value, error in (
+        ("the recorded actions, judged the same way", recorded, math.nan),
+        ("the recorded episodes' mean discounted return", data.value, data.value_error),
+    ):
+        numbers = [value, error, math.nan] + [data.own_rewards(value)] * own
+        lines.append(["", *map(format_number, numbers), "", "", "", "", what])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]) - 1)]
     texts = []
     for *cells, last in lines:
@@ -739,6 +945,7 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     add("--n_critics", help="critics for each policy")
     add("--lr", help="learning rate of Adam")
     add("--soft_target_update_rate", help="Polyak averaging rate of the target critics")
+    add("--support", help="share of the recorded actions that count as supported")
     add("--log_freq", help="updates between rows of the table")
     add("--seed", help="seed of initial critics and batches")
     return parser.parse_args(argv)
@@ -772,7 +979,7 @@ def run(arguments: argparse.Namespace) -> int:
         text = f"--updates {options.updates}: too few for values to settle"
         cql.say(f"{text}; pass {enough:,.0f} or more")
     text = f"{options.updates:,} updates of {options.n_critics} critic(s) each"
-    cql.say(f"fitted Q evaluation: {text}, on {device}")
+    cql.say(f"fitted Q evaluation on the data's support: {text}, on {device}")
 
     def report(table: List[dict]) -> None:
         rows = last_rows(table)
@@ -785,6 +992,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     table = judge(policies, data, options, report)
     cql.say(format_ranking(table, data))
+    best, reason = recommend(table)
+    if best is None:
+        cql.say(f"no recommendation: {reason}")
+    else:
+        cql.say(f"recommended: {labels([best])[best['policy']]}: {reason}")
     if arguments.figure is not None:
         draw(table, data, arguments.figure)
         cql.say(f"wrote {path}, {arguments.figure}")
