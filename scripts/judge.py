@@ -81,8 +81,11 @@ import cql
 SHARED_FLAGS = ("discount", "reward_scale", "reward_bias", "normalize_reward")
 CHUNK = 4096  # observations that a policy acts on at once
 TOLERANCE = 0.02  # change of a settled value, relative to its size
-BEHAVIOR_UPDATES = 3000  # of the model of the recorded actions
-LOG_STD = (-5.0, 2.0)  # the least and largest log of its standard deviations
+BEHAVIOR_UPDATES = 1000  # of the model of the recorded actions
+BINS = 21  # parts of a continuous action's range in this model
+RATIO = (
+    0.3  # actions of at least this share of the likeliest's probability are supported
+)
 MOSTLY = 0.5  # share of unsupported actions from which no policy is recommended
 
 
@@ -351,81 +354,72 @@ def freeze(checkpoint: dict, data: Data, device) -> List[Policy]:
 
 
 class Behavior:
-    """Model of the recorded actions, which says how unusual an action is.
+    """Model of the recorded actions, which says how unusual an action is: by how much
+    its log-probability is below that of the likeliest one, given the observation.
 
-    Continuous actions are normally distributed, with a mean and a standard deviation
-    that depend on the observation. How unusual an action is, is its squared distance
-    from the mean in standard deviations, summed over the dimensions; for a discrete
-    action, by how much its log-probability is below that of the likeliest action. One
-    network learns from every other observation and judges the rest; a second one learns
-    from those and judges the first, so no network judges an action it has seen."""
+    A network has a probability for each discrete action, or for each of BINS equal parts
+    of a continuous action's range, summed in logarithms over the dimensions. One network
+    learns from every other observation and judges the rest; a second one learns from
+    those and judges the first, so no network judges an action it has seen."""
 
     def __init__(self, data: Data, options: Options):
         self.data = data
         self.options = options
         task = data.task
-        n_outputs = 2 * len(task.action_low)
+        self.n_bins = BINS
         if task.discrete:
-            n_outputs = int(task.action_high[0] - task.action_low[0]) + 1
-        observations = data.observations
-        self.outputs = observations.new_zeros(len(observations), n_outputs)
+            self.n_bins = int(task.action_high[0] - task.action_low[0]) + 1
+        n_actions = len(task.action_low)
+        n_rows = len(data.observations)
+        # [all observations, A, bins]
+        self.below = data.observations.new_zeros(n_rows, n_actions, self.n_bins)
         for half in range(2):
             with cql.seeded([cql.JUDGE, options.seed, 0, half]):
-                network = Critic(task.observation_dim, n_outputs, options)
-            network.to(observations.device)
+                sizes = task.observation_dim, n_actions * self.n_bins
+                network = Critic(*sizes, options).to(data.observations.device)
             self.fit(network, data.rows[data.rows % 2 == half], half)
-            for rows in torch.arange(1 - half, len(observations), 2).split(CHUNK):
+            for rows in torch.arange(1 - half, n_rows, 2).split(CHUNK):
                 with torch.no_grad():
-                    self.outputs[rows] = network(observations[rows])
+                    logits = self.logits(network, rows)
+                    self.below[rows] = logits.amax(-1, keepdim=True) - logits
         # [] the most unusual that still counts as supported
         self.limit = self.unusual(data.recorded)[data.rows].quantile(options.support)
+        self.limit = self.limit.clamp(min=-math.log(RATIO))
+
+    def logits(self, network: nn.Module, rows: Tensor) -> Tensor:
+        """Return logarithms of probabilities, but for constants, [n, A, bins]."""
+        return network(self.data.observations[rows]).unflatten(-1, (-1, self.n_bins))
+
+    def bins(self, actions: Tensor) -> Tensor:
+        """Return the numbers [n, A] of the bins of actions [n, A]."""
+        if not self.data.task.discrete:
+            actions = ((actions + 1) / 2 * BINS).floor().clamp(0, BINS - 1)
+        return actions.long()
 
     def fit(self, network: nn.Module, rows: Tensor, half: int) -> None:
         """Train a network on the recorded actions at these rows of the observations."""
         optimizer = torch.optim.Adam(network.parameters(), self.options.lr)
+        bins = self.bins(self.data.recorded)
         for update in range(BEHAVIOR_UPDATES):
-            generator = cql.generator_of(
-                [cql.JUDGE, self.options.seed, 1 + update, half]
-            )
+            key = [cql.JUDGE, self.options.seed, 1 + update, half]
             size = (self.options.batch_size,)
-            index = torch.randint(len(rows), size, generator=generator).to(rows.device)
-            chosen = rows[index]
-            outputs = network(self.data.observations[chosen])
-            loss = self.log_loss(outputs, self.data.recorded[chosen]).mean()
+            index = torch.randint(len(rows), size, generator=cql.generator_of(key))
+            chosen = rows[index.to(rows.device)]
+            logits = self.logits(network, chosen).flatten(0, 1)
+            loss = nn.functional.cross_entropy(logits, bins[chosen].flatten())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
 
-    def log_loss(self, outputs: Tensor, actions: Tensor) -> Tensor:
-        """Return the negative log-likelihood [n], but for a constant, of actions."""
-        if self.data.task.discrete:
-            return nn.functional.cross_entropy(
-                outputs, actions[:, 0].long(), reduction="none"
-            )
-        mean, log_std = normal(outputs)
-        z = (actions - mean) / log_std.exp()
-        return (0.5 * z.square() + log_std).sum(-1)
-
     def unusual(self, actions: Tensor) -> Tensor:
         """Return how unusual actions [all observations, A] are, [all observations]."""
-        if self.data.task.discrete:
-            below = self.outputs.amax(-1, keepdim=True) - self.outputs
-            return below.gather(-1, actions.long()).squeeze(-1)
-        mean, log_std = normal(self.outputs)
-        return ((actions - mean) / log_std.exp()).square().sum(-1)
+        index = self.bins(actions).unsqueeze(-1)
+        return self.below.gather(-1, index).squeeze(-1).sum(-1)
 
     def likeliest(self) -> Tensor:
         """Return the most likely actions [all observations, A]."""
-        if self.data.task.discrete:
-            return self.outputs.argmax(-1, keepdim=True).to(self.outputs.dtype)
-        return normal(self.outputs)[0].clamp(-1, 1)
-
-
-def normal(outputs: Tensor) -> Tuple[Tensor, Tensor]:
-    """Return mean and logarithm of the standard deviation, [n, A] each, from a
-    network's outputs [n, 2A]."""
-    mean, log_std = outputs.chunk(2, dim=-1)
-    return mean, log_std.clamp(*LOG_STD)
+        bins = self.below.argmin(-1).to(self.below.dtype)
+        return bins if self.data.task.discrete else (bins + 0.5) / BINS * 2 - 1
 
 
 # ---- Estimation ----------------------------------------------------------------------

@@ -454,11 +454,13 @@ def test_conservative_evaluation_of_a_chain(monkeypatch):
 
 
 def behavior_data(kind, n=4000):
-    """Return data whose actions are normal with mean x / 2 and deviation 0.1, or 0 and 1
-    with probability 0.9 and 0.1; x is the first observation."""
+    """Return data whose actions are normal with mean x / 4 and deviation 0.2, x being
+    the first observation; uniform in [-1, 1]; or 0 and 1, a tenth of them 1."""
     rng = np.random.default_rng(0)
     x = rng.uniform(-1, 1, (n + 1, 1)).astype(np.float32)
-    actions = x[:n] / 2 + 0.1 * rng.standard_normal((n, 1))
+    actions = x[:n] / 4 + 0.2 * rng.standard_normal((n, 1))
+    if kind == "uniform":
+        actions = rng.uniform(-1, 1, (n, 1))
     if kind == "discrete":
         actions = (rng.random((n, 1)) < 0.1).astype(int)
     episode = {"observations": x, "actions": actions, "rewards": np.ones(n)}
@@ -467,37 +469,74 @@ def behavior_data(kind, n=4000):
     return make_data(kind, [episode], task)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_how_unusual_an_action_is(kind, monkeypatch):
-    monkeypatch.setattr(judge, "BEHAVIOR_UPDATES", 1500)
-    data = behavior_data(kind)
+def supported_share(behavior, actions):
+    return (behavior.unusual(actions) <= behavior.limit).double().mean().item()
+
+
+@pytest.fixture
+def enough(monkeypatch):
+    monkeypatch.setattr(judge, "BEHAVIOR_UPDATES", 1000)
+
+
+def test_how_unusual_a_normal_action_is(enough):
+    data = behavior_data("continuous")
     behavior = judge.Behavior(data, judge.Options(hidden_dim=16))
-    x = data.dataset.observations
-    if kind == "continuous":
-        assert behavior.limit.item() == pytest.approx(3.84, rel=0.1)  # chi squared
-        torch.testing.assert_close(behavior.likeliest(), x / 2, atol=0.05, rtol=0)
-        for distance in (1, 3):
-            far = behavior.unusual(x / 2 + 0.1 * distance)
-            assert far.median().item() == pytest.approx(distance**2, rel=0.15)
-        return
-    # Action 1 of -1, 0 and 1, counted from 0, is nine times as likely as action 2.
+    mean = data.dataset.observations / 4
+    assert behavior.limit.item() == pytest.approx(1.92, rel=0.2)  # half of chi squared
+    assert (behavior.likeliest() - mean).abs().mean() < 0.1
+    for distance in (1, 2):  # in standard deviations
+        found = behavior.unusual(mean + 0.2 * distance).median().item()
+        assert found == pytest.approx(distance**2 / 2, abs=0.3)
+    assert supported_share(behavior, mean) > 0.99
+    assert supported_share(behavior, mean + 0.6) < 0.05
+
+
+def test_all_actions_are_usual_where_all_were_recorded(enough):
+    """Also those at the ends of the range, where policies like to be."""
+    data = behavior_data("uniform")
+    behavior = judge.Behavior(data, judge.Options(hidden_dim=16))
+    assert behavior.limit.item() == pytest.approx(math.log(1 / 0.3))
+    for action in (-1, -0.5, 0, 1):
+        assert supported_share(behavior, torch.full_like(data.recorded, action)) > 0.9
+
+
+def test_how_unusual_a_discrete_action_is(enough):
+    """Action 1 of 0, 1 and 2, counted from 0, is nine times as likely as action 2."""
+    data = behavior_data("discrete")
+    behavior = judge.Behavior(data, judge.Options(hidden_dim=16))
     assert (behavior.likeliest() == 1).all()
     for action, expected in ((1, 0.0), (2, math.log(9))):
-        actions = torch.full_like(data.recorded, action)
-        found = behavior.unusual(actions).median().item()
-        assert found == pytest.approx(expected, abs=0.2)
-    assert (behavior.unusual(torch.zeros_like(data.recorded)) > 4).all()  # never taken
-    supported = behavior.unusual(torch.full_like(data.recorded, 2)) <= behavior.limit
-    assert supported.double().mean() > 0.5  # a tenth of the actions: more than 5 %
+        found = behavior.unusual(torch.full_like(data.recorded, action))
+        assert found.median().item() == pytest.approx(expected, abs=0.2)
+    never = torch.zeros_like(data.recorded)
+    assert supported_share(behavior, never) == 0
+    # A tenth of the recorded actions are 2, more than the 5 % left out.
+    assert supported_share(behavior, torch.full_like(data.recorded, 2)) > 0.5
+
+
+def test_the_number_of_dimensions():
+    """Log-probabilities are summed over the dimensions, each from its own bins."""
+    data = make_data("continuous")
+    behavior = judge.Behavior(data, small())
+    actions = data.recorded
+    total = 0.0
+    for d in range(2):
+        for i, action in enumerate(actions.tolist()):
+            k = min(int((action[d] + 1) / 2 * judge.BINS), judge.BINS - 1)
+            if i == 5:
+                total += behavior.below[i, d, k].item()
+    assert behavior.unusual(actions)[5].item() == pytest.approx(total)
+    assert behavior.below.shape == (len(actions), 2, judge.BINS)
+    assert (behavior.below.amin(-1) == 0).all()
 
 
 def test_no_action_is_judged_by_a_network_that_has_seen_it():
     data = behavior_data("continuous", n=40)
-    before = judge.Behavior(data, small()).outputs
+    before = judge.Behavior(data, small()).below
     for half in range(2):
         other = behavior_data("continuous", n=40)
         other.recorded[half::2] += 0.3
-        changed = (judge.Behavior(other, small()).outputs != before).any(1)
+        changed = (judge.Behavior(other, small()).below != before).any(-1).any(-1)
         assert not changed[half::2].any() and changed[1 - half :: 2].all()
 
 
@@ -506,10 +545,11 @@ def test_the_seed_of_the_support():
     torch.rand(2)  # the global generator does not matter
     first = judge.Behavior(data, small())
     torch.rand(2)
-    assert torch.equal(first.outputs, judge.Behavior(data, small()).outputs)
-    assert not torch.equal(first.outputs, judge.Behavior(data, small(seed=1)).outputs)
+    assert torch.equal(first.below, judge.Behavior(data, small()).below)
+    assert not torch.equal(first.below, judge.Behavior(data, small(seed=1)).below)
     wide = judge.Behavior(data, small(support=0.99))
-    assert wide.limit > first.limit
+    narrow = judge.Behavior(data, small(support=0.01))
+    assert wide.limit > first.limit >= narrow.limit > 0
 
 
 # --- the recommendation ---------------------------------------------------------------
