@@ -991,6 +991,8 @@ def run(arguments: argparse.Namespace) -> int:
         cql.say(f"no recommendation: {reason}")
     else:
         cql.say(f"recommended: {labels([best])[best['policy']]}: {reason}")
+        export = f"scripts/export_onnx.py {best['checkpoint']} policy.onnx"
+        cql.say(f"next: python {export} --run {best['run']}")
     if arguments.figure is not None:
         draw(table, data, arguments.figure)
         cql.say(f"wrote {path}, {arguments.figure}")
