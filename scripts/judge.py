@@ -15,11 +15,16 @@ judge on. Online runs are judged on their offline data.
 The method is fitted Q evaluation (Le et al. 2019, arXiv 1903.08738) with one change.
 The policies are frozen, and new critics learn from the data what return each policy
 would get. Where the data do not support the policy's action, its Q counts as at most
-that of the action that was recorded. Without this, policies that leave the data get
-the highest values, because nothing holds Q down there. An action is supported if a
-model of the recorded actions finds it no less usual than 95 % of these (`--support`).
+that of the action that was recorded. Without this, policies that leave the data can
+get the highest values, because nothing holds Q down there. With it, values of such
+policies are mostly too low.
 
-The script prints a ranking from the best policy to the worst:
+An action is supported unless a model of the recorded actions finds it more unusual
+than 95 % of these (`--support`). An action that is at least 0.3 times as likely as the
+likeliest one is always supported. The model takes dimensions of an action as
+independent, so it cannot see that two usual doses were never given together.
+
+The script prints a ranking. Policies that may not be recommended come last:
 
     value      mean Q(s0, pi(s0)) over the first observations of the recorded
                episodes: the discounted return, in rewards as training on these
@@ -27,9 +32,10 @@ The script prints a ranking from the best policy to the worst:
                rewards, where they differ and reward_bias is 0
     se_episodes, se_critics
                standard errors of the value over the episodes and over the critics
+               (value_error and value_error_critics in judge.csv)
     behind, se_behind
-               how far the value is below the best one, and the standard error of this
-               difference over episodes and critics
+               how far the value is below the first one, and the standard error of this
+               difference over episodes and critics (behind_error)
     unsupported
                share of the recorded states in which the data do not support the
                policy's action
@@ -37,16 +43,18 @@ The script prints a ranking from the best policy to the worst:
                updates, if the value differs from that of a quarter of the updates
                ago by no more than its error, or 2 % of its size (of the recorded
                episodes' value, if that is larger)
-    Q diverged marks runs that cql.py warned of in training
+    Q diverged, unsupported
+               mark runs that cql.py warned of in training, and policies that the data
+               do not support in more than half of the states
 
 Two lines follow for comparison: the value of the recorded actions by the same method,
 and the mean discounted return of the recorded episodes, which lacks what would
 follow a time limit.
 
-The last lines recommend the policy of the highest value, leaving out policies whose
-Q diverged and those that the data do not support in more than half of the states. If
-none is left, if its value has not settled, or if all policies are within two standard
-errors of it, the script recommends none and gives the reason.
+The last lines recommend the first policy of the ranking. If it is marked, if its value
+has not settled, or if all others without a mark are within two standard errors of it,
+the script recommends none and gives the reason. These errors do not hold what other
+recorded transitions would have changed, so small data need more distance.
 
 `--out` is a .csv file, or a directory for judge.csv, which gets a row for each policy
 every `--log_freq` updates. `--figure` draws these values.
@@ -67,7 +75,7 @@ import math
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Callable, Dict, List, Optional, Tuple
+from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -81,12 +89,17 @@ import cql
 SHARED_FLAGS = ("discount", "reward_scale", "reward_bias", "normalize_reward")
 CHUNK = 4096  # observations that a policy acts on at once
 TOLERANCE = 0.02  # change of a settled value, relative to its size
-BEHAVIOR_UPDATES = 1000  # of the model of the recorded actions
-BINS = 21  # parts of a continuous action's range in this model
-RATIO = (
-    0.3  # actions of at least this share of the likeliest's probability are supported
-)
-MOSTLY = 0.5  # share of unsupported actions from which no policy is recommended
+MOSTLY = 0.5  # share of unsupported actions above which no policy is recommended
+
+# The model of the recorded actions
+BEHAVIOR_UPDATES = 1000
+LOOK = 50  # updates between two looks at the data that it has not seen
+BLOCK = 100  # steps
+BINS = 21  # parts of a continuous action's range
+OUTSIDE = 0.005  # share of the recorded actions below their range, and above it
+# An action whose probability is at least this share of the likeliest one's is supported
+# (BCQ, arXiv 1910.01708, tries actions from 0.3 on).
+RATIO = 0.3
 
 
 @dataclass
@@ -100,7 +113,7 @@ class Options:
     n_critics: int = 2
     lr: float = 1e-3
     soft_target_update_rate: float = 0.05  # Polyak averaging rate of the target critics
-    support: float = 0.95  # share of the recorded actions that count as supported
+    support: float = 0.95  # least share of the recorded actions that are supported
     log_freq: int = 500  # updates between two rows of the table
     seed: int = 0  # of the initial critics and the batches
 
@@ -357,69 +370,130 @@ class Behavior:
     """Model of the recorded actions, which says how unusual an action is: by how much
     its log-probability is below that of the likeliest one, given the observation.
 
-    A network has a probability for each discrete action, or for each of BINS equal parts
-    of a continuous action's range, summed in logarithms over the dimensions. One network
-    learns from every other observation and judges the rest; a second one learns from
-    those and judges the first, so no network judges an action it has seen."""
+    A network gives a probability to each discrete action, or to each of BINS parts of a
+    continuous action's range; logarithms are summed over the dimensions, as if they were
+    independent. The data are cut into blocks of at most BLOCK steps of one episode. One
+    network learns from half of the blocks and judges the rest; a second one learns from
+    those and judges the first half. So no network judges an action it learned from."""
 
     def __init__(self, data: Data, options: Options):
         self.data = data
         self.options = options
         task = data.task
-        self.n_bins = BINS
+        device = data.observations.device
         if task.discrete:
             self.n_bins = int(task.action_high[0] - task.action_low[0]) + 1
-        n_actions = len(task.action_low)
-        n_rows = len(data.observations)
-        # [all observations, A, bins]
-        self.below = data.observations.new_zeros(n_rows, n_actions, self.n_bins)
+        else:
+            # The first and the last part hold what is far outside these quantiles
+            # [2, A], so that a single far action does not widen the parts.
+            self.n_bins = BINS
+            ends = torch.tensor([OUTSIDE, 1 - OUTSIDE], dtype=data.actions.dtype)
+            self.ends = torch.quantile(data.actions, ends.to(device), dim=0)
+        self.half = self.halves()  # [all observations] 0 or 1
+        self.networks = []
         for half in range(2):
-            with cql.seeded([cql.JUDGE, options.seed, 0, half]):
-                sizes = task.observation_dim, n_actions * self.n_bins
-                network = Critic(*sizes, options).to(data.observations.device)
-            self.fit(network, data.rows[data.rows % 2 == half], half)
-            for rows in torch.arange(1 - half, n_rows, 2).split(CHUNK):
-                with torch.no_grad():
-                    logits = self.logits(network, rows)
-                    self.below[rows] = logits.amax(-1, keepdim=True) - logits
-        # [] the most unusual that still counts as supported
-        self.limit = self.unusual(data.recorded)[data.rows].quantile(options.support)
-        self.limit = self.limit.clamp(min=-math.log(RATIO))
+            with cql.seeded([cql.JUDGE, options.seed, 0, 1 + half]):
+                n_outputs = len(task.action_low) * self.n_bins
+                network = Network(task.observation_dim, n_outputs, options).to(device)
+            self.fit(network, half)
+            self.networks.append(network)
+        own = self.unusual(data.recorded)[data.rows]
+        # [] An action is supported unless it is more unusual than this.
+        self.limit = own.quantile(options.support).clamp(min=-math.log(RATIO))
 
-    def logits(self, network: nn.Module, rows: Tensor) -> Tensor:
-        """Return logarithms of probabilities, but for constants, [n, A, bins]."""
-        return network(self.data.observations[rows]).unflatten(-1, (-1, self.n_bins))
+    def halves(self) -> Tensor:
+        """Return the half [all observations] that each observation belongs to. Small
+        data have shorter blocks, at least twenty."""
+        rows = self.data.rows
+        size = min(BLOCK, max(1, len(rows) // 20))
+        blocks = []
+        n_blocks = 0
+        for length in self.data.dataset.lengths:
+            number = np.arange(length) // size
+            number = np.append(number, number[-1])  # of the last observation
+            blocks.append(n_blocks + number)
+            n_blocks += number[-1] + 1
+        blocks = torch.as_tensor(np.concatenate(blocks))
+        generator = cql.generator_of([cql.JUDGE, self.options.seed, 0, 3])
+        order = torch.randperm(n_blocks, generator=generator)
+        return (order % 2)[blocks].to(rows.device)
 
     def bins(self, actions: Tensor) -> Tensor:
-        """Return the numbers [n, A] of the bins of actions [n, A]."""
-        if not self.data.task.discrete:
-            actions = ((actions + 1) / 2 * BINS).floor().clamp(0, BINS - 1)
-        return actions.long()
+        """Return the numbers [n, A] of the parts in which actions [n, A] lie."""
+        if self.data.task.discrete:
+            return actions.long()
+        low, high = self.ends
+        inner = BINS - 2
+        place = (actions - low) / (high - low).clamp(min=1e-6) * inner
+        # The inner parts at the ends are twice as wide, so that they hold the last few
+        # recorded actions.
+        outside = (place < -1).long() - (place > inner + 1).long()
+        return place.floor().clamp(0, inner - 1).long() + 1 - outside
 
-    def fit(self, network: nn.Module, rows: Tensor, half: int) -> None:
-        """Train a network on the recorded actions at these rows of the observations."""
+    def logits(self, network: nn.Module, rows: Tensor) -> Tensor:
+        """Return unnormalized log-probabilities [n, A, bins] at these observations."""
+        return network(self.data.observations[rows]).unflatten(-1, (-1, self.n_bins))
+
+    def loss(self, network: nn.Module, rows: Tensor) -> Tensor:
+        """Return the mean negative log-likelihood [] of the actions recorded there."""
+        logits = self.logits(network, rows).flatten(0, 1)
+        bins = self.bins(self.data.recorded[rows]).flatten()
+        return nn.functional.cross_entropy(logits, bins)
+
+    def fit(self, network: nn.Module, half: int) -> None:
+        """Train a network on one half of the data; keep the weights that are best on the
+        other half, because small data are soon learned by heart."""
+        of_half = self.half[self.data.rows] == half
+        rows = self.data.rows[of_half]
+        others = self.data.rows[~of_half]
+        others = others[:: max(1, len(others) // CHUNK)]
         optimizer = torch.optim.Adam(network.parameters(), self.options.lr)
-        bins = self.bins(self.data.recorded)
+        least = math.inf
+        best = None
         for update in range(BEHAVIOR_UPDATES):
-            key = [cql.JUDGE, self.options.seed, 1 + update, half]
+            key = [cql.JUDGE, self.options.seed, 1 + update, 1 + half]
             size = (self.options.batch_size,)
             index = torch.randint(len(rows), size, generator=cql.generator_of(key))
-            chosen = rows[index.to(rows.device)]
-            logits = self.logits(network, chosen).flatten(0, 1)
-            loss = nn.functional.cross_entropy(logits, bins[chosen].flatten())
+            loss = self.loss(network, rows[index.to(rows.device)])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            if (update + 1) % LOOK == 0:
+                with torch.no_grad():
+                    now = self.loss(network, others).item()
+                if now < least:
+                    least = now
+                    best = copy.deepcopy(network.state_dict())
+        if best is not None:
+            network.load_state_dict(best)
 
+    def log_ratios(self) -> Iterator[Tuple[Tensor, Tensor]]:
+        """Yield observations' numbers [n] and, for each part, by how much its
+        log-probability is below the likeliest one's, [n, A, bins]."""
+        for half, network in enumerate(self.networks):
+            for rows in torch.nonzero(self.half != half).squeeze(1).split(CHUNK):
+                logits = self.logits(network, rows)
+                yield rows, logits.amax(-1, keepdim=True) - logits
+
+    @torch.no_grad()
     def unusual(self, actions: Tensor) -> Tensor:
         """Return how unusual actions [all observations, A] are, [all observations]."""
-        index = self.bins(actions).unsqueeze(-1)
-        return self.below.gather(-1, index).squeeze(-1).sum(-1)
+        found = torch.zeros_like(actions[:, 0])
+        for rows, ratios in self.log_ratios():
+            bins = self.bins(actions[rows]).unsqueeze(-1)
+            found[rows] = ratios.gather(-1, bins).squeeze(-1).sum(-1)
+        return found
 
+    @torch.no_grad()
     def likeliest(self) -> Tensor:
         """Return the most likely actions [all observations, A]."""
-        bins = self.below.argmin(-1).to(self.below.dtype)
-        return bins if self.data.task.discrete else (bins + 0.5) / BINS * 2 - 1
+        found = torch.zeros_like(self.data.recorded)
+        for rows, ratios in self.log_ratios():
+            found[rows] = ratios.argmin(-1).to(found.dtype)
+        if self.data.task.discrete:
+            return found
+        low, high = self.ends
+        return (low + (high - low) * (found - 0.5) / (BINS - 2)).clamp(-1, 1)
 
 
 # ---- Estimation ----------------------------------------------------------------------
@@ -428,7 +502,8 @@ class Behavior:
 class SupportedQ:
     """Fitted Q evaluation (arXiv 1903.08738) of one policy, which gets no credit for
     actions that the data do not support: Q of such an action counts as at most Q of the
-    recorded action (SPIBB, arXiv 1712.06924, lets the recorded behavior act there).
+    recorded action. (SPIBB, arXiv 1712.06924, takes the recorded behavior's Q there. The
+    smaller of the two ranks a policy that leaves the data below the data.)
 
     For another estimator, subclass it, override what differs, and pass the class to
     `judge`. All tensors are those of one policy; `Critics` stacks the policies."""
@@ -457,14 +532,15 @@ class SupportedQ:
     def value(self, q: Tensor, recorded_q: Tensor, supported: Tensor) -> Tensor:
         """Value [N, E] by each critic at the first observations of episodes, from Q
         [N, E] of the policy's and of the recorded actions."""
-        return self.credited(q, recorded_q, supported)
+        credit = supported | (q.mean(0) <= recorded_q.mean(0))  # as in the targets
+        return torch.where(credit, q, recorded_q)
 
 
-class Critic(nn.Module):
-    """A plain multilayer perceptron, independent of cql.py's critics.
+class Network(nn.Module):
+    """A plain multilayer perceptron, independent of cql.py's networks.
 
-    Continuous actions are part of the input [n, O + A]; the output is [n, 1]. For
-    discrete actions the input is [n, O] and the output [n, actions]."""
+    As a critic of continuous actions it takes these as a part of its input [n, O + A],
+    and returns [n, 1]; for discrete actions it takes [n, O] and returns [n, actions]."""
 
     def __init__(self, n_inputs: int, n_outputs: int, options: Options):
         super().__init__()
@@ -502,7 +578,7 @@ class Critics:
         critics = []
         with cql.seeded([cql.JUDGE, options.seed, 0]):
             for _ in range(options.n_critics):
-                critics.append(Critic(n_inputs, n_outputs, options))
+                critics.append(Network(n_inputs, n_outputs, options))
         lead = (self.n_policies, options.n_critics)
         self.critic = cql.stack(critics * self.n_policies, lead).to(device)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
@@ -651,8 +727,9 @@ def judge(
     return table
 
 
-def mark_supported(policies: List[Policy], data: Data, options: Options):
-    """Return the policies with `supported`, and complete data.recorded."""
+def mark_supported(policies: List[Policy], data: Data, options: Options) -> List[Policy]:
+    """Return the policies with `supported`. Also put the likeliest action where
+    data.recorded has none, at the episodes' last observations."""
     behavior = Behavior(data, options)
     last = torch.ones(len(data.recorded), dtype=torch.bool, device=data.rows.device)
     last[data.rows] = False
@@ -694,10 +771,12 @@ def summarize(values: np.ndarray, data: Data) -> dict:
 
 
 def error_of(values: np.ndarray) -> float:
-    """Return the standard error of the mean of values [N, E] over critics and episodes;
-    one critic or episode has none."""
+    """Return the standard error of the mean of values [N, E] over critics and over
+    episodes, NaN for a single critic and episode. It does not hold what other recorded
+    transitions would have changed."""
     parts = standard_error(values.mean(0)), standard_error(values.mean(1))
-    return math.hypot(*[part for part in parts if not math.isnan(part)])
+    known = [part for part in parts if not math.isnan(part)]
+    return math.hypot(*known) if known else math.nan
 
 
 def trusted(row: dict) -> bool:
@@ -709,8 +788,7 @@ def trusted(row: dict) -> bool:
 
 def best_of(rows: List[dict]) -> dict:
     """Return the row of the highest value among the trusted ones, or among all."""
-    candidates = [row for row in rows if trusted(row)] or rows
-    return ranked(candidates)[0]
+    return ranked(rows)[0]
 
 
 def has_settled(rows: List[dict], data: Data, options: Options) -> bool:
@@ -727,17 +805,18 @@ def has_settled(rows: List[dict], data: Data, options: Options) -> bool:
 
 
 def ranked(rows: List[dict]) -> List[dict]:
-    """Return rows from the highest value to the lowest, those not finite last."""
+    """Return rows from the highest value to the lowest, those that are not trusted after
+    all others, and values that are not finite last."""
 
     def key(row):
         finite = math.isfinite(row["value"])
-        return not finite, -row["value"] if finite else 0
+        return not trusted(row), not finite, -row["value"] if finite else 0
 
     return sorted(rows, key=key)
 
 
 def last_rows(table: List[dict]) -> List[dict]:
-    """Return the last row of each policy, from the highest value to the lowest."""
+    """Return the last row of each policy, ranked."""
     end = table[-1]["update"]
     return ranked([row for row in table if row["update"] == end])
 
@@ -748,14 +827,14 @@ def recommend(table: List[dict]) -> Tuple[Optional[dict], str]:
     rows = last_rows(table)
     best = best_of(rows)
     if not trusted(best):
-        why = "each policy's Q diverged in training, or in more than "
-        why += f"{MOSTLY:.0%} of the states the data do not support its action"
+        why = "each policy's Q diverged, or the data do not support its action in more "
+        why += f"than {MOSTLY:.0%} of the states"
         return None, f"{why}; train with a larger --cql_alpha"
     if not best["settled"]:
-        more = f"pass --updates {2 * best['update']}"
+        more = f"pass --updates {2 * best['update']} or more"
         return None, f"the value of the best policy has not settled; {more}"
-    others = [row for row in rows if row is not best]
-    near = [row for row in others if trusted(row) and is_near(row)]
+    others = [row for row in rows if row is not best and trusted(row)]
+    near = [row for row in others if is_near(row)]
     if others and len(near) == len(others):
         what = "all values are within two standard errors of the best"
         return None, f"{what}, so the data cannot tell the policies apart"
@@ -766,8 +845,9 @@ def recommend(table: List[dict]) -> Tuple[Optional[dict], str]:
 
 
 def is_near(row: dict) -> bool:
-    """Return whether a value is within two standard errors of the best one."""
-    return row["behind"] <= 2 * row["behind_error"]
+    """Return whether a value is within two standard errors of the best one, or may be
+    because its error is unknown."""
+    return not row["behind"] > 2 * row["behind_error"]
 
 
 # ---- Output --------------------------------------------------------------------------
@@ -815,7 +895,8 @@ def format_ranking(table: List[dict], data: Data) -> str:
         numbers += [row["discounted_return"]] * own
         numbers += [row["behind"], row["behind_error"]]
         cells = [str(rank), *map(format_number, numbers), f"{row['unsupported']:.1%}"]
-        note = "  Q diverged" if row["ran_away"] else ""
+        note = "  unsupported" if row["unsupported"] > MOSTLY else ""
+        note = "  Q diverged" if row["ran_away"] else note
         settled = "yes" if row["settled"] else "no"
         lines.append([*cells, settled, names[row["policy"]] + note])
     recorded = rows[0]["recorded_value"]
@@ -939,7 +1020,7 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     add("--n_critics", help="critics for each policy")
     add("--lr", help="learning rate of Adam")
     add("--soft_target_update_rate", help="Polyak averaging rate of the target critics")
-    add("--support", help="share of the recorded actions that count as supported")
+    add("--support", help="least share of the recorded actions that are supported")
     add("--log_freq", help="updates between rows of the table")
     add("--seed", help="seed of initial critics and batches")
     return parser.parse_args(argv)
