@@ -318,14 +318,18 @@ def measure(runs: List[Path], out: Path, episodes: int, options) -> None:
 
 def show_table(root: Path) -> None:
     """Print rank and regret of each way on each set below root, as Markdown."""
-    tables = {}
+    lines = []
     for path in sorted(root.glob("*/ways.csv")):
-        ways = pd.read_csv(path).set_index("chosen by")
-        texts = []
+        ways = pd.read_csv(path)
+        if not lines:
+            lines.append(["", *ways["chosen by"]])
+            lines.append(["---"] * len(lines[0]))
+        cells = [path.parent.name]
         for rank, regret in zip(ways["rank"], ways["regret"]):
-            texts.append(f"{rank:.2f}, {regret:.3f}".replace("nan", "-"))
-        tables[path.parent.name] = pd.Series(texts, ways.index)
-    print(pd.DataFrame(tables).T.to_markdown())
+            cells.append(f"{rank:.2f}, {regret:.3f}".replace("nan", "-"))
+        lines.append(cells)
+    for cells in lines:
+        print("|", " | ".join(cells), "|")
 
 
 def draw(directories: List[Path], path: Path) -> None:
@@ -357,7 +361,6 @@ def draw(directories: List[Path], path: Path) -> None:
         panel.set_ylabel("value by scripts/judge.py")
     for panel in panels.flat[len(directories) :]:
         panel.set_visible(False)
-    figure.tight_layout()
     figure.savefig(path)
     print(f"wrote {path}")
 

@@ -16,8 +16,7 @@ The method is fitted Q evaluation (Le et al. 2019, arXiv 1903.08738) with one ch
 The policies are frozen, and new critics learn from the data what return each policy
 would get. Where the data do not support the policy's action, its Q counts as at most
 that of the action that was recorded. Without this, policies that leave the data can
-get the highest values, because nothing holds Q down there. With it, values of such
-policies are mostly too low.
+get the highest values, because nothing holds Q down there.
 
 An action is supported unless a model of the recorded actions finds it more unusual
 than 95 % of these (`--support`). An action that is at least 0.3 times as likely as the
@@ -46,6 +45,9 @@ The script prints a ranking. Policies that may not be recommended come last:
     Q diverged, unsupported
                mark runs that cql.py warned of in training, and policies that the data
                do not support in more than half of the states
+
+judge.csv also has the mean loss and `clipped`, the share of targets outside the range
+of possible returns, [min(r_min, 0), max(r_max, 0)] / (1 - discount), since the last row.
 
 Two lines follow for comparison: the value of the recorded actions by the same method,
 and the mean discounted return of the recorded episodes, which lacks what would
