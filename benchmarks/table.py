@@ -94,7 +94,7 @@ def draw(found: dict, path: Path) -> None:
     from matplotlib.patches import Patch
 
     drawn = [name for name in COLORS if any(name in each for each in found.values())]
-    fig, panel = plt.subplots(figsize=(7, 4.2))
+    fig, panel = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
     shift = 0.8 / len(drawn)
     for y, methods in enumerate(found.values()):
         level = methods["data"][0, 0]
@@ -109,12 +109,12 @@ def draw(found: dict, path: Path) -> None:
             panel.plot(of_seeds, points, "o", color="k", markersize=2, alpha=0.6)
     handles = [panel.plot([], [], color="k", linewidth=1.5, label="data")[0]]
     handles += [Patch(color=COLORS[name], label=METHODS[name]) for name in drawn]
-    panel.legend(handles=handles, loc="lower right", fontsize=8)
+    legend = {"loc": "outside upper right", "ncols": len(handles), "frameon": False}
+    fig.legend(handles=handles, fontsize=8, **legend)
     panel.set_yticks(range(len(found)), found)
     panel.invert_yaxis()
     panel.set_xlabel("normalized score, mean of the last three evaluations")
     panel.spines[["top", "right"]].set_visible(False)
-    fig.tight_layout()
     fig.savefig(path, dpi=150)
 
 

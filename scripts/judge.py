@@ -46,8 +46,9 @@ The script prints a ranking. Policies that may not be recommended come last:
                mark runs that cql.py warned of in training, and policies that the data
                do not support in more than half of the states
 
-judge.csv also has the mean loss and `clipped`, the share of targets outside the range
-of possible returns, [min(r_min, 0), max(r_max, 0)] / (1 - discount), since the last row.
+judge.csv also has the mean loss, `clipped`, the share of targets outside the range of
+possible returns, [min(r_min, 0), max(r_max, 0)] / (1 - discount), since the last row,
+and `recommended`, 1 for the policy that would be recommended after so many updates.
 
 Two lines follow for comparison: the value of the recorded actions by the same method,
 and the mean discounted return of the recorded episodes, which lacks what would
@@ -106,7 +107,8 @@ RATIO = 0.3
 
 @dataclass
 class Options:
-    """Settings of the critics. The defaults judge twelve policies within minutes."""
+    """Settings of the critics, and of the model of the recorded actions. The defaults
+    judge twelve policies within minutes."""
 
     updates: int = 10_000
     batch_size: int = 256
@@ -724,6 +726,9 @@ def judge(
                 row["behind"] = float((best - each).mean())
                 row["behind_error"] = error_of(best - each)
             table += rows
+            chosen, _ = recommend(table)
+            for row in rows:
+                row["recommended"] = int(row is chosen)
             if report is not None:
                 report(table)
     return table
@@ -1016,11 +1021,12 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     add("--figure", type=Path, help="figure of value against updates to write")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--updates", help="updates of the critics")
-    add("--batch_size", help="transitions of an update")
-    add("--hidden_dim", help="width of a critic's hidden layers")
-    add("--n_hidden_layers", help="hidden layers of a critic")
+    text = "of the critics and of the model of the recorded actions"
+    add("--batch_size", help=f"transitions of an update {text}")
+    add("--hidden_dim", help=f"width of hidden layers {text}")
+    add("--n_hidden_layers", help=f"hidden layers {text}")
     add("--n_critics", help="critics for each policy")
-    add("--lr", help="learning rate of Adam")
+    add("--lr", help=f"learning rate of Adam {text}")
     add("--soft_target_update_rate", help="Polyak averaging rate of the target critics")
     add("--support", help="least share of the recorded actions that are supported")
     add("--log_freq", help="updates between rows of the table")
