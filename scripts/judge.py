@@ -34,7 +34,8 @@ The script prints a ranking. Policies that may not be recommended come last:
                (value_error and value_error_critics in judge.csv)
     behind, se_behind
                how far the value is below the first one, and the standard error of this
-               difference over episodes and critics (behind_error)
+               difference over episodes and critics, together with its change since a
+               quarter of the updates ago (behind_error)
     unsupported
                share of the recorded states in which the data do not support the
                policy's action
@@ -54,10 +55,12 @@ Two lines follow for comparison: the value of the recorded actions by the same m
 and the mean discounted return of the recorded episodes, which lacks what would
 follow a time limit.
 
-The last lines recommend the first policy of the ranking. If it is marked, if its value
-has not settled, or if all others without a mark are within two standard errors of it,
-the script recommends none and gives the reason. These errors do not hold what other
-recorded transitions would have changed, so small data need more distance.
+The last lines recommend the first policy of the ranking. If it is marked, after too few
+updates for values to settle, or if all others without a mark are within two standard
+errors of it, the script recommends none and gives the reason. A value that still moves
+may be far from the true one; what counts for the choice is its distance from others.
+Errors do not hold what other recorded transitions would have changed, so small data
+need more distance.
 
 `--out` is a .csv file, or a directory for judge.csv, which gets a row for each policy
 every `--log_freq` updates. `--figure` draws these values.
@@ -721,10 +724,16 @@ def judge(
                 before = [each for each in table if each["policy"] == p]
                 row["settled"] = int(has_settled([*before, row], data, options))
                 rows.append(row)
-            best = values[best_of(rows)["policy"]]
-            for row, each in zip(rows, values):
-                row["behind"] = float((best - each).mean())
-                row["behind_error"] = error_of(best - each)
+            best = best_of(rows)["policy"]
+            then = since_quarter(table, done)
+            for p, row in enumerate(rows):
+                difference = values[best] - values[p]
+                row["behind"] = float(difference.mean())
+                drift = math.nan  # unknown until values can have settled
+                if then and done >= data.enough_updates(options):
+                    was = then[best]["value"] - then[p]["value"]
+                    drift = row["behind"] - was
+                row["behind_error"] = math.hypot(error_of(difference), drift)
             table += rows
             chosen, _ = recommend(table)
             for row in rows:
@@ -786,6 +795,13 @@ def error_of(values: np.ndarray) -> float:
     return math.hypot(*known) if known else math.nan
 
 
+def since_quarter(table: List[dict], update: int) -> List[dict]:
+    """Return the first rows of the last quarter of so many updates, those of one update
+    in the order of the policies; an empty list if there are none."""
+    late = [row for row in table if row["update"] >= 0.75 * update]
+    return [row for row in late if row["update"] == late[0]["update"]]
+
+
 def trusted(row: dict) -> bool:
     """Return whether a policy may be recommended: Q did not diverge in training, and
     most of its actions are supported."""
@@ -837,17 +853,19 @@ def recommend(table: List[dict]) -> Tuple[Optional[dict], str]:
         why = "each policy's Q diverged, or the data do not support its action in more "
         why += f"than {MOSTLY:.0%} of the states"
         return None, f"{why}; train with a larger --cql_alpha"
-    if not best["settled"]:
-        more = f"pass --updates {2 * best['update']} or more"
-        return None, f"the value of the best policy has not settled; {more}"
     others = [row for row in rows if row is not best and trusted(row)]
     near = [row for row in others if is_near(row)]
+    if len(near) == len(others) and not best["settled"]:
+        more = f"pass --updates {2 * best['update']} or more"
+        return None, f"the value of the best policy has not settled; {more}"
     if others and len(near) == len(others):
         what = "all values are within two standard errors of the best"
         return None, f"{what}, so the data cannot tell the policies apart"
     text = "the highest value of the policies whose actions the data support"
     if near:
         text += f"; {len(near)} more are within two standard errors of it"
+    if not best["settled"]:
+        text += "; the value itself has not settled"
     return best, text
 
 

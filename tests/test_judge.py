@@ -658,9 +658,13 @@ def test_what_is_recommended():
 
 
 def test_when_nothing_is_recommended():
+    for values in [8.0, 9.0], [9.0]:
+        chosen, reason = advise(values, settled={len(values) - 1: 0})
+        assert chosen is None and "not settled; pass --updates 20" in reason
+    assert advise([3.0, 9.0], settled={0: 0})[0] == 1
+    # A value that moves does not matter where the others are far behind.
     chosen, reason = advise([3.0, 9.0], settled={1: 0})
-    assert chosen is None and "not settled; pass --updates 20" in reason
-    assert advise([3.0, 9.0], settled={0: 0})[0] == 1  # only the best has to
+    assert chosen == 1 and reason.endswith("the value itself has not settled")
     chosen, reason = advise([3.0, 9.0], unsupported={0: 0.6, 1: 0.6})
     assert chosen is None and "more than 50% of the states" in reason
     chosen, reason = advise([3.0, 9.0], ran_away={0: 1, 1: 1})
@@ -689,6 +693,25 @@ def test_the_order_of_a_ranking():
         row = {"policy": p, "value": value, "ran_away": int(p == 1)}
         rows.append({**row, "unsupported": 0.51 if p == 4 else 0.5})
     assert [row["policy"] for row in judge.ranked(rows)] == [2, 0, 1, 4, 3]
+
+
+def test_errors_of_a_difference_hold_its_change():
+    data = make_data("continuous", discount=0.5)  # 12 updates are enough
+    policies = random_policies(data, 3)
+    options = small(updates=40, log_freq=5, soft_target_update_rate=0.5)
+    table = judge.judge(policies, data, options)
+    early = [row["behind_error"] for row in table if row["update"] < 12]
+    assert len(early) == 2 * 3 and all(map(math.isnan, early))
+    then = [row["value"] for row in table if row["update"] == 30]
+    last = table[-3:]
+    best = judge.best_of(last)["policy"]
+    for p, row in enumerate(last):
+        change = row["behind"] - (then[best] - then[p])
+        assert row["behind_error"] >= abs(change)
+        assert (change == 0) == (p == best)
+        assert row["recommended"] == int(row is judge.recommend(table)[0])
+    alone = judge.judge(policies[:1], data, small(updates=40, log_freq=40))
+    assert math.isnan(alone[0]["behind_error"])  # nothing to compare with
 
 
 # --- one seed for all policies --------------------------------------------------------
