@@ -863,7 +863,7 @@ def recommend(table: List[dict]) -> Tuple[Optional[dict], str]:
         return None, f"{what}, so the data cannot tell the policies apart"
     text = "the highest value of the policies whose actions the data support"
     if near:
-        text += f"; {len(near)} more are within two standard errors of it"
+        text += f"; others within two standard errors of it: {len(near)}"
     if not best["settled"]:
         text += "; the value itself has not settled"
     return best, text

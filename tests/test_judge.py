@@ -648,7 +648,7 @@ def advise(values, **changes):
 
 def test_what_is_recommended():
     chosen, reason = advise([3.0, 9.0, 8.0, 1.0])
-    assert chosen == 1 and "1 more are within two standard errors" in reason
+    assert chosen == 1 and "within two standard errors of it: 1" in reason
     chosen, reason = advise([3.0, 9.0])
     assert chosen == 1 and "within" not in reason
     assert advise([3.0, 9.0, 0.0], ran_away={1: 1})[0] == 0
