@@ -352,7 +352,8 @@ def check_name(name: str, where: str) -> None:
     if name == "fqe_updates":
         raise UserError(f"{where}: gone; scripts/judge.py evaluates finished runs")
     if name not in FIELDS:
-        near = difflib.get_close_matches(str(name), FIELDS, 1, 0.5)
+        known = [*FIELDS, "config_path"]
+        near = difflib.get_close_matches(str(name).replace("-", "_"), known, 1, 0.5)
         hint = f"did you mean {near[0]}?" if near else "--help lists all flags"
         raise UserError(f"{where}: unknown flag; {hint}")
 

@@ -735,7 +735,7 @@ def judge(
                     drift = row["behind"] - was
                 row["behind_error"] = math.hypot(error_of(difference), drift)
             table += rows
-            chosen, _ = recommend(table)
+            chosen, _ = recommend(table, data.enough_updates(options))
             for row in rows:
                 row["recommended"] = int(row is chosen)
             if report is not None:
@@ -844,9 +844,10 @@ def last_rows(table: List[dict]) -> List[dict]:
     return ranked([row for row in table if row["update"] == end])
 
 
-def recommend(table: List[dict]) -> Tuple[Optional[dict], str]:
+def recommend(table: List[dict], enough: float = 0) -> Tuple[Optional[dict], str]:
     """Return the last row of the recommended policy and the reason; None and the reason
-    if the data cannot tell which policy is best."""
+    if the data cannot tell which policy is best. enough: updates before which no value
+    has settled, for the advice."""
     rows = last_rows(table)
     best = best_of(rows)
     if not trusted(best):
@@ -856,7 +857,7 @@ def recommend(table: List[dict]) -> Tuple[Optional[dict], str]:
     others = [row for row in rows if row is not best and trusted(row)]
     near = [row for row in others if is_near(row)]
     if len(near) == len(others) and not best["settled"]:
-        more = f"pass --updates {2 * best['update']} or more"
+        more = f"pass --updates {max(2 * best['update'], math.ceil(enough))} or more"
         return None, f"the value of the best policy has not settled; {more}"
     if others and len(near) == len(others):
         what = "all values are within two standard errors of the best"
@@ -1084,16 +1085,17 @@ def run(arguments: argparse.Namespace) -> int:
 
     def report(table: List[dict]) -> None:
         rows = last_rows(table)
-        best = format_number(rows[0]["value"])
-        worst = format_number(rows[-1]["value"])
+        known = [row["value"] for row in rows if not math.isnan(row["value"])]
+        known = known or [math.nan]
+        low, high = format_number(min(known)), format_number(max(known))
         settled = sum(row["settled"] for row in rows)
-        text = f"update {rows[0]['update']:>9,}  values {worst} to {best}"
+        text = f"update {rows[0]['update']:>9,}  values {low} to {high}"
         cql.say(f"{text}, {settled} of {len(rows)} settled")
         write_table(table, path)
 
     table = judge(policies, data, options, report)
     cql.say(format_ranking(table, data))
-    best, reason = recommend(table)
+    best, reason = recommend(table, data.enough_updates(options))
     if best is None:
         cql.say(f"no recommendation: {reason}")
     else:
