@@ -106,7 +106,7 @@ def draw(found: dict, path: Path) -> None:
             place = y - 0.4 + (i + 0.5) * shift
             panel.barh(place, of_seeds.mean(), 0.85 * shift, color=COLORS[method])
             points = [place] * len(of_seeds)
-            panel.plot(of_seeds, points, "o", color="k", markersize=2, alpha=0.6)
+            panel.plot(of_seeds, points, "o", color="k", mfc="w", ms=3, mew=0.6)
     handles = [panel.plot([], [], color="k", linewidth=1.5, label="data")[0]]
     handles += [Patch(color=COLORS[name], label=METHODS[name]) for name in drawn]
     legend = {"loc": "outside upper right", "ncols": len(handles), "frameon": False}
