@@ -11,7 +11,7 @@ The true discounted return of a policy is the mean over so many episodes in the 
 environment. It is compared with what each way to choose without one thinks of it:
 
     supported      scripts/judge.py: fitted Q evaluation that gives no credit for actions
-                   the data do not support
+                   the data do not support; policies that it marks come last
     plain          fitted Q evaluation
     conservative   fitted Q evaluation plus CQL's penalty (eq. 1 and 2 of the paper), of
                    weight (1 - discount) times the deviation of the data's returns-to-go
@@ -247,6 +247,10 @@ def compare(policies: pd.DataFrame, returns: np.ndarray) -> pd.DataFrame:
     # What each way thinks of each policy: the largest is chosen, NaN never.
     thought = {name: policies[name] for name in ("supported", "plain", "conservative")}
     thought |= {name: policies[name] for name in ("least", "one step")}
+    # The ranking that scripts/judge.py prints has policies that it marks last.
+    marked = (policies["ran_away"] == 1) | (policies["unsupported"] > script.MOSTLY)
+    below = np.ptp(policies["supported"]) + 1
+    thought["supported"] = policies["supported"] - marked * below
     thought["support first"] = policies["plain"].where(few)
     thought["not diverged"] = policies["plain"].where(policies["ran_away"] == 0)
     thought["final Q"] = policies["final Q"]
@@ -333,8 +337,7 @@ def show_table(root: Path) -> None:
 
 
 def draw(directories: List[Path], path: Path) -> None:
-    """Draw value against true return, a panel for each set; hollow points are policies
-    that scripts/judge.py does not trust."""
+    """Draw value against true return, a panel for each set."""
     sys.path.insert(0, str(ROOT / "scripts"))
     import plot
 
@@ -343,8 +346,9 @@ def draw(directories: List[Path], path: Path) -> None:
     plt.rcParams.update(plot.STYLE)
     columns = min(5, len(directories))
     lines = -(-len(directories) // columns)
-    size = 2.6 * columns, 2.8 * lines
+    size = 2.6 * columns, 2.8 * lines + 0.3
     figure, panels = plt.subplots(lines, columns, figsize=size, squeeze=False)
+    dark, light = plt.colormaps["viridis"]([0.08, 0.95])
     for panel, directory in zip(panels.flat, directories):
         policies = pd.read_csv(directory / "policies.csv")
         away = (policies["ran_away"] == 1) | (policies["unsupported"] > script.MOSTLY)
@@ -355,12 +359,23 @@ def draw(directories: List[Path], path: Path) -> None:
             panel.plot(*point, "o", color=color, mfc=face, ms=5)
         chosen = policies[policies["recommended"] == 1]
         panel.plot(chosen["true"], chosen["supported"], "k+", ms=11)
+        ends = [policies["true"].min(), policies["true"].max()]
+        panel.plot(ends, ends, color="0.6", lw=0.8, zorder=0)
         panel.set_title(directory.name)
         panel.set_xlabel("true discounted return")
     for panel in panels[:, 0]:
         panel.set_ylabel("value by scripts/judge.py")
     for panel in panels.flat[len(directories) :]:
         panel.set_visible(False)
+    styles = {
+        "smallest weight": {"color": dark, "marker": "o", "ls": ""},
+        "largest": {"color": light, "marker": "o", "ls": ""},
+        "not trusted": {"color": "0.3", "marker": "o", "mfc": "none", "ls": ""},
+        "recommended": {"color": "k", "marker": "+", "ms": 11, "ls": ""},
+        "the truth": {"color": "0.6", "lw": 0.8},
+    }
+    handles = [plt.Line2D([], [], label=name, **of) for name, of in styles.items()]
+    figure.legend(handles=handles, loc="outside upper right", ncols=len(handles))
     figure.savefig(path)
     print(f"wrote {path}")
 
