@@ -29,7 +29,7 @@ environment. It is compared with what each way to choose without one thinks of i
 For each way:
 
     rank      Spearman's correlation with the true discounted return, over the policies
-              that the way does not leave out
+              that the way does not leave out; `supported` leaves out none
     regret    (best - chosen) / (best - worst), of true returns, over all policies
     episodes  number of real episodes that a bandit needs for as good a choice. The
               bandit is UCB1 over all policies, after one episode of each in random
@@ -141,18 +141,16 @@ def one_step(policies, data, options) -> List[float]:
 def judged(policies, data, options, known: pd.DataFrame, save) -> None:
     """Fill the columns of `known` that fitted Q evaluation and its kin give, calling
     save after each."""
-    marked = script.mark_supported(policies, data, options)
-    everywhere = torch.ones_like(marked[0].supported)
+    found = script.mark_supported(policies, data, options)
+    everywhere = torch.ones_like(found[0].supported)
     plain = [script.replace(each, supported=everywhere) for each in policies]
-    known["unsupported"] = [
-        script.describe(each, data)["unsupported"] for each in marked
-    ]
+    known["unsupported"] = [script.describe(each, data)["unsupported"] for each in found]
     ways = {
-        "supported": lambda: recommended(marked, data, options, known),
+        "supported": lambda: recommended(found, data, options, known),
         "plain": lambda: fitted(plain, data, options, script.SupportedQ),
         "conservative": lambda: fitted(plain, data, options, Conservative),
         "least": lambda: fitted(plain, data, options, Least),
-        "one step": lambda: one_step(marked, data, options),
+        "one step": lambda: one_step(found, data, options),
     }
     for name, way in ways.items():
         if name not in known:
@@ -238,6 +236,12 @@ def bandit_regrets(returns: np.ndarray) -> np.ndarray:
 # ---- Tables --------------------------------------------------------------------------
 
 
+def marked(policies: pd.DataFrame) -> pd.Series:
+    """Return which policies scripts/judge.py marks, and so does not recommend."""
+    away = policies["unsupported"] > script.MOSTLY
+    return away | (policies["ran_away"] == 1)
+
+
 def compare(policies: pd.DataFrame, returns: np.ndarray) -> pd.DataFrame:
     """Return a row for each way to choose. returns: true ones [policies, episodes]."""
     means = returns.mean(axis=1)
@@ -248,9 +252,8 @@ def compare(policies: pd.DataFrame, returns: np.ndarray) -> pd.DataFrame:
     thought = {name: policies[name] for name in ("supported", "plain", "conservative")}
     thought |= {name: policies[name] for name in ("least", "one step")}
     # The ranking that scripts/judge.py prints has policies that it marks last.
-    marked = (policies["ran_away"] == 1) | (policies["unsupported"] > script.MOSTLY)
     below = np.ptp(policies["supported"]) + 1
-    thought["supported"] = policies["supported"] - marked * below
+    thought["supported"] = policies["supported"] - marked(policies) * below
     thought["support first"] = policies["plain"].where(few)
     thought["not diverged"] = policies["plain"].where(policies["ran_away"] == 0)
     thought["final Q"] = policies["final Q"]
@@ -260,7 +263,10 @@ def compare(policies: pd.DataFrame, returns: np.ndarray) -> pd.DataFrame:
     for name, values in thought.items():
         values = values.to_numpy(float)
         known = ~np.isnan(values)
-        chosen = int(np.nanargmax(values)) if known.any() else 0
+        if not known.any():  # it leaves out all policies, so it chooses none
+            rows.append({"chosen by": name, "rank": math.nan, "regret": math.nan})
+            continue
+        chosen = int(np.nanargmax(values))
         if name == "supported":
             chosen = int(policies["recommended"].argmax())
         ranks = pd.Series(values[known]).rank()
@@ -276,6 +282,8 @@ def compare(policies: pd.DataFrame, returns: np.ndarray) -> pd.DataFrame:
     chance = float((means.max() - means.mean()) / np.ptp(means))
     rows.append({"chosen by": "chance", "rank": math.nan, "regret": chance})
     for row in rows:
+        if math.isnan(row["regret"]):
+            continue
         reached = np.flatnonzero(bandit <= max(row["regret"], NEGLIGIBLE))
         row["episodes"] = int(reached[0]) + 1 if len(reached) else f">{MOST_PULLS}"
     return pd.DataFrame(rows)
@@ -351,7 +359,7 @@ def draw(directories: List[Path], path: Path) -> None:
     dark, light = plt.colormaps["viridis"]([0.08, 0.95])
     for panel, directory in zip(panels.flat, directories):
         policies = pd.read_csv(directory / "policies.csv")
-        away = (policies["ran_away"] == 1) | (policies["unsupported"] > script.MOSTLY)
+        away = marked(policies)
         colors = plt.colormaps["viridis"](policies["cql_alpha"].rank(pct=True) * 0.95)
         for i, color in enumerate(colors):
             face = "none" if away[i] else color

@@ -34,18 +34,17 @@ The script prints a ranking. Policies that may not be recommended come last:
                (value_error and value_error_critics in judge.csv)
     behind, se_behind
                how far the value is below the first one, and the standard error of this
-               difference over episodes and critics, together with its change since a
-               quarter of the updates ago (behind_error)
+               difference over episodes and critics (behind_error)
     unsupported
                share of the recorded states in which the data do not support the
                policy's action
     settled    yes after at least 3 / (soft_target_update_rate * (1 - discount))
-               updates, if the value differs from that of a quarter of the updates
-               ago by no more than its error, or 2 % of its size (of the recorded
-               episodes' value, if that is larger)
-    Q diverged, unsupported
-               mark runs that cql.py warned of in training, and policies that the data
-               do not support in more than half of the states
+               updates, if the value moved over the last quarter of the updates by no
+               more than the larger one of its errors, or 2 % of its size (of the
+               recorded episodes' value, if that is larger)
+    Q diverged marks runs that cql.py warned of in training
+    unsupported
+               behind a policy's name: it leaves the data in more than half of the states
 
 judge.csv also has the mean loss, `clipped`, the share of targets outside the range of
 possible returns, [min(r_min, 0), max(r_max, 0)] / (1 - discount), since the last row,
@@ -55,12 +54,19 @@ Two lines follow for comparison: the value of the recorded actions by the same m
 and the mean discounted return of the recorded episodes, which lacks what would
 follow a time limit.
 
-The last lines recommend the first policy of the ranking. If it is marked, after too few
-updates for values to settle, or if all others without a mark are within two standard
-errors of it, the script recommends none and gives the reason. A value that still moves
-may be far from the true one; what counts for the choice is its distance from others.
-Errors do not hold what other recorded transitions would have changed, so small data
-need more distance.
+The last lines recommend the first policy of the ranking, and say how many others are
+clearly behind: by more than two standard errors plus what the difference would move if
+it went on as in the last quarter for as many updates as were made (`moved` in judge.csv
+is its change in that quarter). The rest may be as good. The script recommends none, and
+gives the reason, if
+
+    - the first policy is marked, or no value is finite
+    - no other policy without a mark is clearly behind
+    - it is the only one without a mark, and its value has not settled
+
+A value that has not settled may be far from the true one even if the choice is clear.
+Errors are smaller than what other seeds, or other recorded transitions, would change:
+for an important choice compare several values of `--seed`.
 
 `--out` is a .csv file, or a directory for judge.csv, which gets a row for each policy
 every `--log_freq` updates. `--figure` draws these values.
@@ -725,15 +731,15 @@ def judge(
                 row["settled"] = int(has_settled([*before, row], data, options))
                 rows.append(row)
             best = best_of(rows)["policy"]
-            then = since_quarter(table, done)
+            then = quarter_ago(table, done)
             for p, row in enumerate(rows):
                 difference = values[best] - values[p]
                 row["behind"] = float(difference.mean())
-                drift = math.nan  # unknown until values can have settled
+                row["behind_error"] = error_of(difference)
+                row["moved"] = math.nan  # unknown until values can have settled
                 if then and done >= data.enough_updates(options):
                     was = then[best]["value"] - then[p]["value"]
-                    drift = row["behind"] - was
-                row["behind_error"] = math.hypot(error_of(difference), drift)
+                    row["moved"] = row["behind"] - was
             table += rows
             chosen, _ = recommend(table, data.enough_updates(options))
             for row in rows:
@@ -788,18 +794,19 @@ def summarize(values: np.ndarray, data: Data) -> dict:
 
 def error_of(values: np.ndarray) -> float:
     """Return the standard error of the mean of values [N, E] over critics and over
-    episodes, NaN for a single critic and episode. It does not hold what other recorded
-    transitions would have changed."""
-    parts = standard_error(values.mean(0)), standard_error(values.mean(1))
-    known = [part for part in parts if not math.isnan(part)]
-    return math.hypot(*known) if known else math.nan
+    episodes, NaN for a single critic. It does not hold what other recorded transitions
+    or other batches would have changed."""
+    of_episodes = standard_error(values.mean(0))
+    if math.isnan(of_episodes):  # one first observation, so nothing varies
+        of_episodes = 0.0
+    return math.hypot(of_episodes, standard_error(values.mean(1)))
 
 
-def since_quarter(table: List[dict], update: int) -> List[dict]:
-    """Return the first rows of the last quarter of so many updates, those of one update
-    in the order of the policies; an empty list if there are none."""
-    late = [row for row in table if row["update"] >= 0.75 * update]
-    return [row for row in late if row["update"] == late[0]["update"]]
+def quarter_ago(table: List[dict], update: int) -> List[dict]:
+    """Return the rows of one update, at least a quarter of so many updates ago; an empty
+    list if there are none."""
+    early = [row for row in table if row["update"] <= 0.75 * update]
+    return [row for row in early if row["update"] == early[-1]["update"]]
 
 
 def trusted(row: dict) -> bool:
@@ -816,15 +823,15 @@ def best_of(rows: List[dict]) -> dict:
 
 def has_settled(rows: List[dict], data: Data, options: Options) -> bool:
     """Return whether a policy's value has settled by its last row, by the rule in the
-    module's docstring. A single row in the last quarter cannot tell."""
+    module's docstring. A single row cannot tell."""
     last = rows[-1]
-    late = [row["value"] for row in rows if row["update"] >= 0.75 * last["update"]]
+    then = quarter_ago(rows, last["update"])
     errors = [last["value_error"], last["value_error_critics"]]
     size = max(abs(last["value"]), abs(data.value))
     # The error over a single episode or critic is NaN.
     allowed = max(x for x in (*errors, TOLERANCE * size, 0) if not math.isnan(x))
     enough = last["update"] >= data.enough_updates(options)
-    return enough and len(late) > 1 and abs(late[-1] - late[0]) <= allowed
+    return enough and bool(then) and abs(last["value"] - then[0]["value"]) <= allowed
 
 
 def ranked(rows: List[dict]) -> List[dict]:
@@ -850,30 +857,40 @@ def recommend(table: List[dict], enough: float = 0) -> Tuple[Optional[dict], str
     has settled, for the advice."""
     rows = last_rows(table)
     best = best_of(rows)
+    if not math.isfinite(best["value"]):
+        return None, "no value is finite; pass a smaller --lr"
     if not trusted(best):
         why = "each policy's Q diverged, or the data do not support its action in more "
         why += f"than {MOSTLY:.0%} of the states"
         return None, f"{why}; train with a larger --cql_alpha"
     others = [row for row in rows if row is not best and trusted(row)]
-    near = [row for row in others if is_near(row)]
-    if len(near) == len(others) and not best["settled"]:
+    behind = [row for row in others if clearly_behind(row)]
+    if not behind and not best["settled"]:
         more = f"pass --updates {max(2 * best['update'], math.ceil(enough))} or more"
         return None, f"the value of the best policy has not settled; {more}"
-    if others and len(near) == len(others):
-        what = "all values are within two standard errors of the best"
+    if others and not behind:
+        what = "no value is clearly below the best one"
         return None, f"{what}, so the data cannot tell the policies apart"
-    text = "the highest value of the policies whose actions the data support"
-    if near:
-        text += f"; others within two standard errors of it: {len(near)}"
+    text = (
+        f"the highest value; the data do not support {best['unsupported']:.1%} of its "
+    )
+    text += "actions"
+    if others:
+        text += f"; {len(behind)} of {len(others)} others are clearly behind"
+    if best["value"] < best["recorded_value"]:
+        worth = format_number(best["recorded_value"])
+        text += f"; but the recorded actions are worth more: {worth}"
     if not best["settled"]:
         text += "; the value itself has not settled"
     return best, text
 
 
-def is_near(row: dict) -> bool:
-    """Return whether a value is within two standard errors of the best one, or may be
-    because its error is unknown."""
-    return not row["behind"] > 2 * row["behind_error"]
+def clearly_behind(row: dict) -> bool:
+    """Return whether a value is below the best one by more than chance and by more than
+    what may still change, as the module's docstring explains; False if that is unknown
+    (NaN)."""
+    may_move = 4 * abs(row["moved"])  # in four more quarters
+    return row["behind"] > 2 * row["behind_error"] + may_move
 
 
 # ---- Output --------------------------------------------------------------------------

@@ -641,20 +641,24 @@ def advise(values, **changes):
             rows[p][name] = value
     best = judge.best_of(rows)["value"]
     for row in rows:
-        row |= {"behind": best - row["value"], "behind_error": 1.0}
+        row |= {"behind": best - row["value"], "behind_error": 1.0, "moved": 0.0}
     row, reason = judge.recommend(rows)
     return (None if row is None else row["policy"]), reason
 
 
 def test_what_is_recommended():
     chosen, reason = advise([3.0, 9.0, 8.0, 1.0])
-    assert chosen == 1 and "within two standard errors of it: 1" in reason
-    chosen, reason = advise([3.0, 9.0])
-    assert chosen == 1 and "within" not in reason
+    assert chosen == 1 and "; 2 of 3 others are clearly behind" in reason
+    assert "support 10.0% of" in reason and "worth more" not in reason
+    chosen, reason = advise([3.0, 4.9, -9.0])
+    assert chosen == 1 and reason.endswith("recorded actions are worth more: 5")
     assert advise([3.0, 9.0, 0.0], ran_away={1: 1})[0] == 0
     assert advise([3.0, 9.0, 0.0], unsupported={1: 0.51})[0] == 0
     assert advise([3.0, math.nan, 0.0])[0] == 0
-    assert advise([3.0])[0] == 0  # a single policy
+    chosen, reason = advise([6.0])  # a single policy
+    assert chosen == 0 and reason.endswith("support 10.0% of its actions")
+    chosen, reason = advise([math.nan, math.nan])
+    assert chosen is None and "no value is finite" in reason
 
 
 def test_when_nothing_is_recommended():
@@ -681,10 +685,25 @@ def test_errors_of_a_difference():
     over_critics = math.sqrt(0.5) / math.sqrt(2)
     expected = math.hypot(over_episodes, over_critics)
     assert judge.error_of(values) == pytest.approx(expected)
-    assert judge.error_of(values[:1]) == pytest.approx(over_episodes)
-    assert math.isnan(judge.error_of(values[:1, :1]))
-    assert judge.is_near({"behind": 3.0, "behind_error": math.nan})
-    assert not judge.is_near({"behind": 3.0, "behind_error": 1.4})
+    assert judge.error_of(values[:, :1]) == pytest.approx(over_critics)
+    assert math.isnan(judge.error_of(values[:1]))  # a single critic tells nothing
+
+
+@pytest.mark.parametrize(
+    "behind, error, moved, expected",
+    [
+        (3.0, 1.49, 0.0, True),
+        (3.0, 1.5, 0.0, False),
+        (3.0, 0.0, 0.74, True),
+        (3.0, 0.0, -0.75, False),
+        (3.0, 1.0, 0.25, False),  # together
+        (3.0, math.nan, 0.0, False),
+        (3.0, 0.0, math.nan, False),
+    ],
+)
+def test_what_is_clearly_behind(behind, error, moved, expected):
+    row = {"behind": behind, "behind_error": error, "moved": moved}
+    assert judge.clearly_behind(row) is expected
 
 
 def test_the_order_of_a_ranking():
@@ -695,23 +714,23 @@ def test_the_order_of_a_ranking():
     assert [row["policy"] for row in judge.ranked(rows)] == [2, 0, 1, 4, 3]
 
 
-def test_errors_of_a_difference_hold_its_change():
+def test_how_much_a_difference_moved():
     data = make_data("continuous", discount=0.5)  # 12 updates are enough
     policies = random_policies(data, 3)
     options = small(updates=40, log_freq=5, soft_target_update_rate=0.5)
     table = judge.judge(policies, data, options)
-    early = [row["behind_error"] for row in table if row["update"] < 12]
+    early = [row["moved"] for row in table if row["update"] < 12]
     assert len(early) == 2 * 3 and all(map(math.isnan, early))
     then = [row["value"] for row in table if row["update"] == 30]
     last = table[-3:]
     best = judge.best_of(last)["policy"]
     for p, row in enumerate(last):
-        change = row["behind"] - (then[best] - then[p])
-        assert row["behind_error"] >= abs(change)
-        assert (change == 0) == (p == best)
+        moved = row["behind"] - (then[best] - then[p])
+        assert row["moved"] == pytest.approx(moved, abs=1e-12)
+        assert (moved == 0) == (p == best)
         assert row["recommended"] == int(row is judge.recommend(table)[0])
     alone = judge.judge(policies[:1], data, small(updates=40, log_freq=40))
-    assert math.isnan(alone[0]["behind_error"])  # nothing to compare with
+    assert math.isnan(alone[0]["moved"])  # nothing to compare with
 
 
 # --- one seed for all policies --------------------------------------------------------
@@ -853,7 +872,8 @@ def test_the_rule_for_settled_values():
     assert not settled([50, 80, 90, 95, 98, 97, 100, 101], value_error=3.9)
     assert settled([-98, -99, -100, -101]) and settled([0, 0, 0, 0])
     assert not settled([100])  # a single row
-    assert not settled([100, 100])
+    assert settled([100, 100]) and not settled([100, 110])
+    assert settled([100, 50, 50])  # since two thirds of the updates
     assert not settled([1, 1, 1, math.nan])
 
 
