@@ -11,6 +11,7 @@ from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -431,12 +432,40 @@ def test_no_credit_for_actions_that_are_not_in_the_data(kind, monkeypatch):
         assert rows[1 + N_STATES + s]["value"] > limit  # fitted Q evaluation alone
 
 
-def test_conservative_evaluation_of_a_chain(monkeypatch):
+@pytest.fixture
+def benchmark():
+    spec = importlib.util.spec_from_file_location("judge_benchmark", BENCHMARK)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_how_ways_are_compared(benchmark):
+    values = [4.0, 3.0, 2.0, 9.0]
+    table = {name: values for name in ("supported", "plain", "conservative", "least")}
+    table |= {"one step": [1.0, 2.0, 3.0, 4.0], "final Q": values, "gap": values}
+    table |= {"unsupported": [0.0, 0.1, 0.2, 0.6], "ran_away": [0, 0, 0, 1]}
+    table |= {"falls": [1, 1, 1, 1], "recommended": [1, 0, 0, 0]}
+    table |= {"seed": [0, 1, 2, 3], "cql_alpha": [5.0, 1.0, 1.0, 0.0]}
+    returns = np.array([[10.0, 10.0], [6.0, 6.0], [5.0, 7.0], [0.0, 0.0]])
+    table = pd.DataFrame(table)
+    before = table.copy()
+    ways = benchmark.compare(table, returns).set_index("chosen by")
+    pd.testing.assert_frame_equal(table, before)
+    assert ways["regret"]["supported"] == 0 and ways["cql_alpha"]["supported"] == 5
+    # Ranks 4 3 2 1 beside 4 2.5 2.5 1: the marked policy comes last.
+    assert ways["rank"]["supported"] == pytest.approx(math.sqrt(0.9))
+    assert ways["regret"]["plain"] == 1 and ways["seed"]["plain"] == 3
+    assert ways["regret"]["not diverged"] == 0
+    assert ways["seed"]["support first"] == 0  # the others leave the data more often
+    assert ways["regret"]["smallest gap"] == pytest.approx(0.4)
+    assert math.isnan(ways["regret"]["workflow"])  # each run falls, so it has no choice
+    assert ways["regret"]["chance"] == pytest.approx((10 - 5.5) / 10)
+
+
+def test_conservative_evaluation_of_a_chain(benchmark):
     """benchmarks/judge.py's, against its closed form in a table of Q: each step costs
     w / 2 * (1 / beta(pi(s) | s) - 1), so the value is a lower bound."""
-    spec = importlib.util.spec_from_file_location("judge_benchmark", BENCHMARK)
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
     task = make_task("discrete", N_STATES)
     by_state = [[0, 0, 0, 1], [1, 1, 1, 0]]
     episodes, starts = chain_episodes(by_state[0], [-1, 0, 1], 3000)
@@ -1275,6 +1304,24 @@ def test_values_that_are_not_finite(command, trained, monkeypatch):
     (head,) = [i for i, line in enumerate(lines) if line.startswith("rank")]
     assert " run 1 " in lines[head + 1] and " run 0 " in lines[head + 2]
     assert [row["value"] != "" for row in table] == [False, True] * 2
+
+
+def test_the_printed_recommendation(command, trained, monkeypatch):
+    def second(table, enough=0):
+        return judge.last_rows(table)[1], "a reason"
+
+    monkeypatch.setattr(judge, "recommend", second)
+    table, out = command(trained())
+    recommended = min(table[-2:], key=lambda row: float(row["value"]))
+    assert [row["recommended"] == "1" for row in table[-2:]] == [
+        row is recommended for row in table[-2:]
+    ]
+    path = recommended["checkpoint"]
+    lines = out.splitlines()
+    (line,) = [line for line in lines if line.startswith("recommended: ")]
+    assert f"{path} run {recommended['run']}  " in line and line.endswith(": a reason")
+    export = f"scripts/export_onnx.py {path} policy.onnx --run {recommended['run']}"
+    assert f"next: python {export}" in lines
 
 
 def test_figure(command, trained, tmp_path):
