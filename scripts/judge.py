@@ -871,10 +871,7 @@ def recommend(table: List[dict], enough: float = 0) -> Tuple[Optional[dict], str
     if others and not behind:
         what = "no value is clearly below the best one"
         return None, f"{what}, so the data cannot tell the policies apart"
-    text = (
-        f"the highest value; the data do not support {best['unsupported']:.1%} of its "
-    )
-    text += "actions"
+    text = f"the highest value; {best['unsupported']:.1%} of its actions are unsupported"
     if others:
         text += f"; {len(behind)} of {len(others)} others are clearly behind"
     if best["value"] < best["recorded_value"]:
@@ -1103,8 +1100,7 @@ def run(arguments: argparse.Namespace) -> int:
     def report(table: List[dict]) -> None:
         rows = last_rows(table)
         known = [row["value"] for row in rows if not math.isnan(row["value"])]
-        known = known or [math.nan]
-        low, high = format_number(min(known)), format_number(max(known))
+        low, high = [format_number(f(known or [math.nan])) for f in (min, max)]
         settled = sum(row["settled"] for row in rows)
         text = f"update {rows[0]['update']:>9,}  values {low} to {high}"
         cql.say(f"{text}, {settled} of {len(rows)} settled")

@@ -678,14 +678,14 @@ def advise(values, **changes):
 def test_what_is_recommended():
     chosen, reason = advise([3.0, 9.0, 8.0, 1.0])
     assert chosen == 1 and "; 2 of 3 others are clearly behind" in reason
-    assert "support 10.0% of" in reason and "worth more" not in reason
+    assert "10.0% of its actions" in reason and "worth more" not in reason
     chosen, reason = advise([3.0, 4.9, -9.0])
     assert chosen == 1 and reason.endswith("recorded actions are worth more: 5")
     assert advise([3.0, 9.0, 0.0], ran_away={1: 1})[0] == 0
     assert advise([3.0, 9.0, 0.0], unsupported={1: 0.51})[0] == 0
     assert advise([3.0, math.nan, 0.0])[0] == 0
     chosen, reason = advise([6.0])  # a single policy
-    assert chosen == 0 and reason.endswith("support 10.0% of its actions")
+    assert chosen == 0 and reason.endswith("10.0% of its actions are unsupported")
     chosen, reason = advise([math.nan, math.nan])
     assert chosen is None and "no value is finite" in reason
 
