@@ -166,6 +166,7 @@ def recommended(policies, data, options, known: pd.DataFrame) -> List[float]:
     top = script.best_of(rows)["policy"]
     known["recommended"] = [int(row["policy"] == top) for row in rows]
     known["settled"] = [row["settled"] for row in rows]
+    known["clearly behind"] = [int(script.clearly_behind(row)) for row in rows]
     known["abstains"] = "" if best else reason
     return [row["value"] for row in rows]
 
@@ -406,8 +407,8 @@ def main() -> None:
         return draw(options.paths, options.figure)
     if not options.paths:
         parser.error("pass runs")
-    updates = script.Options(updates=options.updates, log_freq=1000)
-    measure(options.paths, options.out, options.episodes, updates)
+    of_judge = script.Options(updates=options.updates)
+    measure(options.paths, options.out, options.episodes, of_judge)
 
 
 if __name__ == "__main__":

@@ -55,18 +55,19 @@ and the mean discounted return of the recorded episodes, which lacks what would
 follow a time limit.
 
 The last lines recommend the first policy of the ranking, and say how many others are
-clearly behind: by more than two standard errors plus what the difference would move if
-it went on as in the last quarter for as many updates as were made (`moved` in judge.csv
-is its change in that quarter). The rest may be as good. The script recommends none, and
-gives the reason, if
+clearly behind: by more than two standard errors plus what the difference moved over the
+last quarter of the updates (`moved` in judge.csv), because it may move as much again.
+The rest may be as good. The script recommends none, and gives the reason, if
 
     - the first policy is marked, or no value is finite
     - no other policy without a mark is clearly behind
     - it is the only one without a mark, and its value has not settled
 
 A value that has not settled may be far from the true one even if the choice is clear.
-Errors are smaller than what other seeds, or other recorded transitions, would change:
-for an important choice compare several values of `--seed`.
+The value of a policy with many unsupported actions is a cautious one: such a policy may
+be better than the script thinks, because the data cannot show it. Each critic learns on
+its own, from the same batches, so the errors do not hold what other recorded
+transitions would change: for an important choice compare several values of `--seed`.
 
 `--out` is a .csv file, or a directory for judge.csv, which gets a row for each policy
 every `--log_freq` updates. `--figure` draws these values.
@@ -121,9 +122,9 @@ class Options:
 
     updates: int = 10_000
     batch_size: int = 256
-    hidden_dim: int = 128
+    hidden_dim: int = 64
     n_hidden_layers: int = 2
-    n_critics: int = 2
+    n_critics: int = 4
     lr: float = 1e-3
     soft_target_update_rate: float = 0.05  # Polyak averaging rate of the target critics
     support: float = 0.95  # least share of the recorded actions that are supported
@@ -530,9 +531,10 @@ class SupportedQ:
         return torch.where(supported, q, torch.minimum(q, recorded_q))
 
     def target(self, next_q: Tensor, recorded_q: Tensor, batch: Dict[str, Tensor]):
-        """Bootstrapped target [B] of every critic; next_q and recorded_q [N, B] of the
-        target critics at s', for the policy's and the recorded action there."""
-        q = self.credited(next_q.mean(0), recorded_q.mean(0), batch["next_supported"])
+        """Bootstrapped target [N, B] of each critic, from its own target critic alone.
+        So critics differ by their errors. next_q and recorded_q [N, B] are of the target
+        critics at s', for the policy's and the recorded action there."""
+        q = self.credited(next_q, recorded_q, batch["next_supported"])
         not_ended = 1 - batch["terminations"]  # a time limit bootstraps
         return batch["rewards"] + self.discount * not_ended * q
 
@@ -545,8 +547,7 @@ class SupportedQ:
     def value(self, q: Tensor, recorded_q: Tensor, supported: Tensor) -> Tensor:
         """Value [N, E] by each critic at the first observations of episodes, from Q
         [N, E] of the policy's and of the recorded actions."""
-        credit = supported | (q.mean(0) <= recorded_q.mean(0))  # as in the targets
-        return torch.where(credit, q, recorded_q)
+        return self.credited(q, recorded_q, supported)
 
 
 class Network(nn.Module):
@@ -620,7 +621,7 @@ class Critics:
             next_q = self.over_critics(self.q_of, target_weights, *inputs)
             inputs = batch["next_observations"], batch["next_recorded_actions"]
             recorded_q = self.over_critics(self.q_of, target_weights, *inputs)
-            target = self.estimator.target(next_q, recorded_q, batch)
+            target = self.estimator.target(next_q, recorded_q, batch)  # [N, B]
             bounded = target.clamp(*self.data.bounds)
             clipped = (bounded != target).to(target.dtype).mean()
 
@@ -628,7 +629,8 @@ class Critics:
             q_of = functools.partial(self.q_of, weights)
             return self.estimator.loss(q_of, batch, target)
 
-        loss = self.over_critics(loss_of_one, weights, batch, bounded)  # [N]
+        batch = expand(batch, self.options.n_critics)
+        loss = torch.func.vmap(loss_of_one)(weights, batch, bounded)  # [N]
         return loss.sum(), clipped
 
     def batch(self, update: int) -> Dict[str, Tensor]:
@@ -886,8 +888,7 @@ def clearly_behind(row: dict) -> bool:
     """Return whether a value is below the best one by more than chance and by more than
     what may still change, as the module's docstring explains; False if that is unknown
     (NaN)."""
-    may_move = 4 * abs(row["moved"])  # in four more quarters
-    return row["behind"] > 2 * row["behind_error"] + may_move
+    return row["behind"] > 2 * row["behind_error"] + abs(row["moved"])
 
 
 # ---- Output --------------------------------------------------------------------------
