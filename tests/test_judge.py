@@ -760,6 +760,20 @@ def test_how_much_a_difference_moved():
     assert math.isnan(alone[0]["moved"])  # nothing to compare with
 
 
+def test_others_are_compared_with_the_best_that_may_be_recommended():
+    data = make_data("continuous")
+    policies = random_policies(data, 3)
+    free = judge.judge(policies, data, small(updates=10))
+    highest = max(free, key=lambda row: row["value"])["policy"]
+    policies[highest].ran_away = True
+    rows = judge.judge(policies, data, small(updates=10))
+    best = max(row["value"] for row in rows if not row["ran_away"])
+    for row, other in zip(rows, free):
+        assert row["value"] == other["value"]
+        assert row["behind"] == pytest.approx(best - row["value"])
+    assert rows[highest]["behind"] < 0
+
+
 # --- one seed for all policies --------------------------------------------------------
 
 
@@ -876,10 +890,11 @@ def test_another_estimator_is_a_subclass():
 # --- whether values have settled ------------------------------------------------------
 
 
-def settled(values, update=10_000, **errors):
-    """Judge rows of these values at equal intervals up to an update."""
+def settled(values, update=10_000, of_data=0.0, **errors):
+    """Judge rows of these values at equal intervals up to an update. of_data: the
+    recorded episodes' value."""
     data = make_data("continuous", discount=0.99)
-    data.value = 0.0
+    data.value = of_data
     rows = []
     for i, value in enumerate(values):
         errors = {"value_error": 0.0, "value_error_critics": math.nan, **errors}
@@ -898,6 +913,7 @@ def test_the_rule_for_settled_values():
     assert settled([50, 80, 90, 95, 98, 97, 100, 101], value_error_critics=4.0)
     assert not settled([50, 80, 90, 95, 98, 97, 100, 101], value_error=3.9)
     assert settled([-98, -99, -100, -101]) and settled([0, 0, 0, 0])
+    assert settled([2, 2, 2, 0], of_data=-100.0) and not settled([2, 2, 2, 0])
     assert not settled([100])  # a single row
     assert settled([100, 100]) and not settled([100, 110])
     assert settled([100, 50, 50])  # since two thirds of the updates
