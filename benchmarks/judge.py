@@ -15,7 +15,7 @@ environment. It is compared with what each way to choose without one thinks of i
     plain          fitted Q evaluation
     conservative   fitted Q evaluation plus CQL's penalty (eq. 1 and 2 of the paper), of
                    weight (1 - discount) times the deviation of the data's returns-to-go
-    least          fitted Q evaluation with the least of two critics
+    least          fitted Q evaluation with the least of the critics
     support first  plain, without policies that leave the data's support in more than a
                    tenth of the states
     one step       mean of Q(s, pi(s)) - Q(s, a) over the recorded states, with Q of the
@@ -95,8 +95,10 @@ class Conservative(script.SupportedQ):
 class Least(script.SupportedQ):
     """The least of the critics, in targets and values."""
 
+    shares_batches = True
+
     def target(self, next_q, recorded_q, batch):
-        least = next_q.amin(0, keepdim=True)
+        least = next_q.amin(0).expand_as(next_q)
         return super().target(least, recorded_q, batch)
 
     def value(self, q, recorded_q, supported):
@@ -115,7 +117,6 @@ def one_step(policies, data, options) -> List[float]:
     recorded behavior; policies have `supported`."""
     everywhere = torch.ones_like(policies[0].supported)
     recorded = script.Policy(data.recorded, supported=everywhere)
-    options = script.replace(options, n_critics=4)
     critics = script.Critics([recorded], data, options)
     for update in range(options.updates):
         critics.update(update)
@@ -126,7 +127,7 @@ def one_step(policies, data, options) -> List[float]:
         found = []
         for rows in data.rows.split(script.CHUNK):
             inputs = data.observations[rows], actions[rows]
-            found.append(critics.over_critics(critics.q_of, weights, *inputs).mean(0))
+            found.append(critics.all_q(weights, *inputs).mean(0))
         return torch.cat(found)
 
     base = q(data.recorded)
@@ -162,11 +163,12 @@ def recommended(policies, data, options, known: pd.DataFrame) -> List[float]:
     """Return the values of scripts/judge.py, and note what it recommends."""
     table = script.judge(policies, data, options)
     rows = sorted(script.last_rows(table), key=lambda row: row["policy"])
-    best, reason = script.recommend(table)
+    best, reason = script.recommend(table, data.enough_updates(options))
     top = script.best_of(rows)["policy"]
     known["recommended"] = [int(row["policy"] == top) for row in rows]
     known["settled"] = [row["settled"] for row in rows]
-    known["clearly behind"] = [int(script.clearly_behind(row)) for row in rows]
+    behind = [script.trusted(row) and script.clearly_behind(row) for row in rows]
+    known["clearly behind"] = np.array(behind).astype(int)
     known["abstains"] = "" if best else reason
     return [row["value"] for row in rows]
 

@@ -34,14 +34,16 @@ The script prints a ranking. Policies that may not be recommended come last:
                (value_error and value_error_critics in judge.csv)
     behind, se_behind
                how far the value is below the first one, and the standard error of this
-               difference over episodes and critics (behind_error)
+               difference over episodes and critics, or the median of these errors if
+               that is larger, because few critics may agree by chance (behind_error)
     unsupported
                share of the recorded states in which the data do not support the
                policy's action
     settled    yes after at least 3 / (soft_target_update_rate * (1 - discount))
                updates, if the value moved over the last quarter of the updates by no
                more than the larger one of its errors, or 2 % of its size (of the
-               recorded episodes' value, if that is larger)
+               recorded episodes' value, if that is larger). For discount 1 the mean
+               length of the episodes takes the place of 1 / (1 - discount)
     Q diverged marks runs that cql.py warned of in training
     unsupported
                behind a policy's name: it leaves the data in more than half of the states
@@ -55,26 +57,30 @@ and the mean discounted return of the recorded episodes, which lacks what would
 follow a time limit.
 
 The last lines recommend the first policy of the ranking, and say how many others are
-clearly behind: by more than two standard errors plus what the difference moved over the
-last quarter of the updates (`moved` in judge.csv), because it may move as much again.
-The rest may be as good. The script recommends none, and gives the reason, if
+clearly behind: by more than four standard errors plus what the difference moved over
+the last quarter of the updates (`moved` in judge.csv), because it may move as much
+again. The rest may be as good. Four, because the first one is the best of several: for
+twelve equally good policies, and independent errors, one in about fourteen such tables
+says that some policy is clearly behind. The script recommends none, and gives the
+reason, if
 
     - the first policy is marked, or no value is finite
-    - no other policy without a mark is clearly behind
+    - there are others without a mark, and none of them is clearly behind
     - it is the only one without a mark, and its value has not settled
 
 A value that has not settled may be far from the true one even if the choice is clear.
 The value of a policy with many unsupported actions is a cautious one: such a policy may
 be better than the script thinks, because the data cannot show it. Each critic learns on
-its own, from the same batches, so the errors do not hold what other recorded
-transitions would change: for an important choice compare several values of `--seed`.
+its own, from its own batches. The errors do not include what other recorded transitions
+would change.
 
 `--out` is a .csv file, or a directory for judge.csv, which gets a row for each policy
-every `--log_freq` updates. `--figure` draws these values.
+every `--log_freq` updates, or every quarter of fewer updates. `--figure` draws these
+values.
 
-From Python: `policies, data = load([Path("runs/a")])`, then `table = judge(policies,
-data, Options(updates=2000))`; `last_rows(table)` is the ranking, and
-`recommend(table)` the recommended row and the reason.
+From Python: `policies, data = load([Path("runs/a")])` and `options = Options()`, then
+`table = judge(policies, data, options)`; `last_rows(table)` is the ranking, and
+`recommend(table, data.enough_updates(options))` the recommended row and the reason.
 
 Exit status: 0 done, 1 the machine failed, 2 invalid input, 3 a value is not
 finite, 130 interrupted (the rows so far are in judge.csv).
@@ -109,6 +115,7 @@ BEHAVIOR_UPDATES = 1000
 LOOK = 50  # updates between two looks at the data that it has not seen
 BLOCK = 100  # steps
 BINS = 21  # parts of a continuous action's range
+NARROW = 0.02  # least width of a part, where actions lie in [-1, 1]
 OUTSIDE = 0.005  # share of the recorded actions below their range, and above it
 # An action whose probability is at least this share of the likeliest one's is supported
 # (BCQ, arXiv 1910.01708, tries actions from 0.3 on).
@@ -129,7 +136,7 @@ class Options:
     soft_target_update_rate: float = 0.05  # Polyak averaging rate of the target critics
     support: float = 0.95  # least share of the recorded actions that are supported
     log_freq: int = 500  # updates between two rows of the table
-    seed: int = 0  # of the initial critics and the batches
+    seed: int = 0  # of the initial networks and the batches
 
 
 def check_options(options: Options) -> None:
@@ -214,13 +221,15 @@ class Data:
         factor = self.dataset.reward_factor
         return cql.original_returns(value, factor, self.config)
 
-    def enough_updates(self, options: Options) -> float:
+    def enough_updates(self, options: Options) -> int:
         """Return the number of updates before which no value counts as settled: three
         times the updates in which the target critics see one horizon ahead."""
-        rate = options.soft_target_update_rate
-        if self.config.discount == 1:  # the length of the episodes is the horizon
-            return 3 * self.dataset.lengths.mean() / rate
-        return 3 / (rate * (1 - self.config.discount))
+        if self.config.discount == 1:
+            horizon = self.dataset.lengths.mean()
+        else:
+            horizon = 1 / (1 - self.config.discount)
+        number = 3 * horizon / options.soft_target_update_rate
+        return math.ceil(round(number, 6))  # not 601 for 600.0000000000001
 
 
 @dataclass
@@ -402,7 +411,9 @@ class Behavior:
             # [2, A], so that a single far action does not widen the parts.
             self.n_bins = BINS
             ends = torch.tensor([OUTSIDE, 1 - OUTSIDE], dtype=data.actions.dtype)
-            self.ends = torch.quantile(data.actions, ends.to(device), dim=0)
+            low, high = torch.quantile(data.actions, ends.to(device), dim=0)
+            short = ((BINS - 2) * NARROW - (high - low)).clamp(min=0)
+            self.ends = torch.stack([low - short / 2, high + short / 2])
         self.half = self.halves()  # [all observations] 0 or 1
         self.networks = []
         for half in range(2):
@@ -438,7 +449,7 @@ class Behavior:
             return actions.long()
         low, high = self.ends
         inner = BINS - 2
-        place = (actions - low) / (high - low).clamp(min=1e-6) * inner
+        place = (actions - low) / (high - low) * inner
         # The inner parts at the ends are twice as wide, so that they hold the last few
         # recorded actions.
         outside = (place < -1).long() - (place > inner + 1).long()
@@ -456,7 +467,7 @@ class Behavior:
 
     def fit(self, network: nn.Module, half: int) -> None:
         """Train a network on one half of the data; keep the weights that are best on the
-        other half, because small data are soon learned by heart."""
+        other half, because networks overfit small data soon."""
         of_half = self.half[self.data.rows] == half
         rows = self.data.rows[of_half]
         others = self.data.rows[~of_half]
@@ -522,6 +533,10 @@ class SupportedQ:
     For another estimator, subclass it, override what differs, and pass the class to
     `judge`. All tensors are those of one policy; `Critics` stacks the policies."""
 
+    # True: the N critics get the same batches, for targets that compare critics. False:
+    # each gets its own, so that they differ by all that chance does in training.
+    shares_batches = False
+
     def __init__(self, data: Data):
         self.discount = data.config.discount
 
@@ -533,7 +548,8 @@ class SupportedQ:
     def target(self, next_q: Tensor, recorded_q: Tensor, batch: Dict[str, Tensor]):
         """Bootstrapped target [N, B] of each critic, from its own target critic alone.
         So critics differ by their errors. next_q and recorded_q [N, B] are of the target
-        critics at s', for the policy's and the recorded action there."""
+        critics at s', for the policy's and the recorded action there; what the batch
+        holds is [N, B, ...]."""
         q = self.credited(next_q, recorded_q, batch["next_supported"])
         not_ended = 1 - batch["terminations"]  # a time limit bootstraps
         return batch["rewards"] + self.discount * not_ended * q
@@ -607,20 +623,22 @@ class Critics:
             return call(observations).gather(-1, actions.long()).squeeze(-1)
         return call(torch.cat([observations, actions], dim=-1)).squeeze(-1)
 
-    def over_critics(self, function: Callable, weights: dict, *shared):
-        """Apply a function of one critic to the critics of one policy."""
+    def all_q(self, weights: dict, observations: Tensor, actions: Tensor) -> Tensor:
+        """Q [N, n] of one policy's critics at observations [n, O] and actions [n, A]."""
         n = self.options.n_critics
         # Expanded, because products of shared rows and stacked weights are slow.
-        return torch.func.vmap(function)(weights, *expand(shared, n))
+        shared = expand((observations, actions), n)
+        return torch.func.vmap(self.q_of)(weights, *shared)
 
     def losses(self, weights: dict, target_weights: dict, batch: dict):
         """Return the loss [] of one policy's critics, and which share [] of its targets
         was clipped."""
+        q_of_each = torch.func.vmap(self.q_of)
+        following = batch["next_observations"]
         with torch.no_grad():
-            inputs = batch["next_observations"], batch["next_policy_actions"]
-            next_q = self.over_critics(self.q_of, target_weights, *inputs)
-            inputs = batch["next_observations"], batch["next_recorded_actions"]
-            recorded_q = self.over_critics(self.q_of, target_weights, *inputs)
+            next_q = q_of_each(target_weights, following, batch["next_policy_actions"])
+            recorded = batch["next_recorded_actions"]
+            recorded_q = q_of_each(target_weights, following, recorded)
             target = self.estimator.target(next_q, recorded_q, batch)  # [N, B]
             bounded = target.clamp(*self.data.bounds)
             clipped = (bounded != target).to(target.dtype).mean()
@@ -629,19 +647,19 @@ class Critics:
             q_of = functools.partial(self.q_of, weights)
             return self.estimator.loss(q_of, batch, target)
 
-        batch = expand(batch, self.options.n_critics)
         loss = torch.func.vmap(loss_of_one)(weights, batch, bounded)  # [N]
         return loss.sum(), clipped
 
     def batch(self, update: int) -> Dict[str, Tensor]:
-        """Return the batch of the update of this number, [P, B, ...] each. All policies
-        get the same transitions, which are drawn on the CPU, so they are the same on
-        every device."""
+        """Return the batch of the update of this number, [P, N, B, ...] each. All
+        policies get the same transitions, which are drawn on the CPU, so they are the
+        same on every device."""
         data = self.data
         generator = cql.generator_of([cql.JUDGE, self.options.seed, 1 + update])
-        size = (self.options.batch_size,)
+        n = self.options.n_critics
+        size = (1 if self.estimator.shares_batches else n, self.options.batch_size)
         index = torch.randint(len(data.rows), size, generator=generator)
-        index = index.to(data.rows.device)
+        index = index.expand(n, -1).to(data.rows.device)
         rows = data.rows[index]
         shared = {
             "observations": data.observations[rows],
@@ -676,12 +694,11 @@ class Critics:
         """Return the value [P, N, E] of each policy by each critic at the episodes'
         first observations."""
         rows = self.data.first_rows
-        one_policy = functools.partial(self.over_critics, self.q_of)
         found = []
         for actions in self.policy_actions[:, rows], self.data.recorded[rows]:
             inputs = self.data.observations[rows], actions
             expanded = [x.expand(self.n_policies, *x.shape[-2:]) for x in inputs]
-            found.append(torch.func.vmap(one_policy)(self.weights, *expanded))
+            found.append(torch.func.vmap(self.all_q)(self.weights, *expanded))
         return torch.func.vmap(self.estimator.value)(*found, self.supported[:, rows])
 
 
@@ -702,10 +719,14 @@ def judge(
     estimator=SupportedQ,
 ) -> List[dict]:
     """Train critics for all policies; return a row for each policy every log_freq
-    updates and at the end, in the order of the policies.
+    updates and at the end, in the order of the policies; every quarter, if log_freq is
+    more than three quarters.
 
     report: is called with all rows so far whenever there are new ones."""
     options = options or Options()
+    every = options.log_freq
+    if every > 0.75 * options.updates:  # no row could be compared with an earlier one
+        every = max(1, options.updates // 4)
     policies = mark_supported(policies, data, options)
     everywhere = torch.ones_like(data.recorded[:, 0], dtype=torch.bool)
     recorded = Policy(data.recorded, supported=everywhere)
@@ -718,7 +739,7 @@ def judge(
         sums = sums + torch.stack(critics.update(update))  # [2, P + 1]
         since += 1
         done = update + 1
-        if done % options.log_freq == 0 or done == options.updates:
+        if done % every == 0 or done == options.updates:
             means = (sums / since).tolist()
             sums = 0.0
             since = 0
@@ -732,12 +753,10 @@ def judge(
                 before = [each for each in table if each["policy"] == p]
                 row["settled"] = int(has_settled([*before, row], data, options))
                 rows.append(row)
+            compare_with_best(rows, values)
             best = best_of(rows)["policy"]
             then = quarter_ago(table, done)
             for p, row in enumerate(rows):
-                difference = values[best] - values[p]
-                row["behind"] = float(difference.mean())
-                row["behind_error"] = error_of(difference)
                 row["moved"] = math.nan  # unknown until values can have settled
                 if then and done >= data.enough_updates(options):
                     was = then[best]["value"] - then[p]["value"]
@@ -794,12 +813,26 @@ def summarize(values: np.ndarray, data: Data) -> dict:
     }
 
 
+def compare_with_best(rows: List[dict], values: List[np.ndarray]) -> None:
+    """Write into the row of each policy how far its value is below the best one, and the
+    error of this difference, from the values [N, E] of each policy."""
+    best = best_of(rows)["policy"]
+    differences = [values[best] - each for each in values]
+    errors = [error_of(each) for each in differences]
+    # Few critics may agree by chance, so no error is below the median of the others'.
+    usual = np.median(errors[:best] + errors[best + 1 :] or errors)
+    for row, difference, error in zip(rows, differences, errors):
+        row["behind"] = float(difference.mean())
+        row["behind_error"] = float(max(error, usual))
+    rows[best]["behind_error"] = 0.0
+
+
 def error_of(values: np.ndarray) -> float:
     """Return the standard error of the mean of values [N, E] over critics and over
-    episodes, NaN for a single critic. It does not hold what other recorded transitions
-    or other batches would have changed."""
+    episodes, NaN for a single critic. It does not include what other recorded
+    transitions would have changed, and nothing of episodes if there is only one."""
     of_episodes = standard_error(values.mean(0))
-    if math.isnan(of_episodes):  # one first observation, so nothing varies
+    if math.isnan(of_episodes):
         of_episodes = 0.0
     return math.hypot(of_episodes, standard_error(values.mean(1)))
 
@@ -812,8 +845,8 @@ def quarter_ago(table: List[dict], update: int) -> List[dict]:
 
 
 def trusted(row: dict) -> bool:
-    """Return whether a policy may be recommended: Q did not diverge in training, and
-    most of its actions are supported."""
+    """Return whether a policy may be recommended: its value is finite, Q did not diverge
+    in training, and most of its actions are supported."""
     finite = math.isfinite(row["value"])
     return finite and not row["ran_away"] and row["unsupported"] <= MOSTLY
 
@@ -853,7 +886,7 @@ def last_rows(table: List[dict]) -> List[dict]:
     return ranked([row for row in table if row["update"] == end])
 
 
-def recommend(table: List[dict], enough: float = 0) -> Tuple[Optional[dict], str]:
+def recommend(table: List[dict], enough: int) -> Tuple[Optional[dict], str]:
     """Return the last row of the recommended policy and the reason; None and the reason
     if the data cannot tell which policy is best. enough: updates before which no value
     has settled, for the advice."""
@@ -868,12 +901,17 @@ def recommend(table: List[dict], enough: float = 0) -> Tuple[Optional[dict], str
     others = [row for row in rows if row is not best and trusted(row)]
     behind = [row for row in others if clearly_behind(row)]
     if not behind and not best["settled"]:
-        more = f"pass --updates {max(2 * best['update'], math.ceil(enough))} or more"
+        more = f"pass --updates {max(2 * best['update'], enough)} or more"
         return None, f"the value of the best policy has not settled; {more}"
+    if others and math.isnan(best["value_error_critics"]):
+        return None, "the error of a single critic is unknown; pass --n_critics 4"
     if others and not behind:
-        what = "no value is clearly below the best one"
-        return None, f"{what}, so the data cannot tell the policies apart"
-    text = f"the highest value; {best['unsupported']:.1%} of its actions are unsupported"
+        what = f"none of {1 + len(others)} values is clearly below the highest one"
+        return None, f"{what}, so the data cannot tell these policies apart"
+    text = "the highest value"
+    if any(row["value"] > best["value"] for row in rows):
+        text += " of the policies without a mark"
+    text += f"; {best['unsupported']:.1%} of its actions are unsupported"
     if others:
         text += f"; {len(behind)} of {len(others)} others are clearly behind"
     if best["value"] < best["recorded_value"]:
@@ -888,7 +926,7 @@ def clearly_behind(row: dict) -> bool:
     """Return whether a value is below the best one by more than chance and by more than
     what may still change, as the module's docstring explains; False if that is unknown
     (NaN)."""
-    return row["behind"] > 2 * row["behind_error"] + abs(row["moved"])
+    return row["behind"] > 4 * row["behind_error"] + abs(row["moved"])
 
 
 # ---- Output --------------------------------------------------------------------------
@@ -1064,7 +1102,7 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     add("--soft_target_update_rate", help="Polyak averaging rate of the target critics")
     add("--support", help="least share of the recorded actions that are supported")
     add("--log_freq", help="updates between rows of the table")
-    add("--seed", help="seed of initial critics and batches")
+    add("--seed", help="seed of initial networks and batches")
     return parser.parse_args(argv)
 
 
@@ -1094,7 +1132,7 @@ def run(arguments: argparse.Namespace) -> int:
     enough = data.enough_updates(options)
     if options.updates < enough:
         text = f"--updates {options.updates}: too few for values to settle"
-        cql.say(f"{text}; pass {enough:,.0f} or more")
+        cql.say(f"{text}; pass {enough} or more")
     text = f"{options.updates:,} updates of {options.n_critics} critic(s) each"
     cql.say(f"fitted Q evaluation on the data's support: {text}, on {device}")
 
