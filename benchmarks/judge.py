@@ -4,7 +4,7 @@
         --seed '[0,1]' --cql_alpha '[0,1,5,20,100,500]' --max_timesteps 5000 \\
         --resume runs/SET
     python benchmarks/judge.py runs/SET --episodes 50 --out results/SET
-    python benchmarks/judge.py --table results
+    python benchmarks/judge.py --table results/A results/B
     python benchmarks/judge.py --figure judge.png results/A results/B
 
 The true discounted return of a policy is the mean over so many episodes in the data's
@@ -38,7 +38,8 @@ For each way:
 
 Writes DIR/policies.csv, a row for each policy, and DIR/ways.csv, a row for each way.
 True returns and values that DIR holds already are not computed again. `--table` prints
-the ways of all directories below DIR.
+rank and regret, and last how many policies scripts/judge.py called clearly behind, and
+how many of these have in truth a lower return than its choice.
 """
 
 import argparse
@@ -331,18 +332,31 @@ def measure(runs: List[Path], out: Path, episodes: int, options) -> None:
     print(f"{known['abstains'][0] or 'recommends'}; wrote {path}, {out / 'ways.csv'}")
 
 
-def show_table(root: Path) -> None:
-    """Print rank and regret of each way on each set below root, as Markdown."""
-    lines = []
-    for path in sorted(root.glob("*/ways.csv")):
-        ways = pd.read_csv(path)
-        if not lines:
-            lines.append(["", *ways["chosen by"]])
-            lines.append(["---"] * len(lines[0]))
-        cells = [path.parent.name]
-        for rank, regret in zip(ways["rank"], ways["regret"]):
-            cells.append(f"{rank:.2f}, {regret:.3f}".replace("nan", "-"))
-        lines.append(cells)
+def claims(policies: pd.DataFrame) -> str:
+    """Return how many policies are said to be clearly behind, and how many truly are
+    behind the choice."""
+    said = policies[policies["clearly behind"] == 1]
+    chosen = policies[policies["recommended"] == 1]["true"].item()
+    return f"{len(said)}, {(said['true'] < chosen).sum()}"
+
+
+def show_table(directories: List[Path]) -> None:
+    """Print rank and regret of each way on each set, as Markdown."""
+    ways = [pd.read_csv(each / "ways.csv") for each in directories]
+    ranks = pd.concat([each["rank"] for each in ways], axis=1)
+    regrets = pd.concat([each["regret"] for each in ways], axis=1)
+
+    def cell(rank: float, regret: float) -> str:
+        return f"{rank:.2f}, {regret:.3f}".replace("nan", "-")
+
+    names = [each.name for each in directories]
+    lines = [["chosen by", *names, "mean rank, most regret"]]
+    lines.append(["---"] * len(lines[0]))
+    for i, name in enumerate(ways[0]["chosen by"]):
+        cells = [cell(*pair) for pair in zip(ranks.iloc[i], regrets.iloc[i])]
+        lines.append([name, *cells, cell(ranks.iloc[i].mean(), regrets.iloc[i].max())])
+    found = [claims(pd.read_csv(each / "policies.csv")) for each in directories]
+    lines.append(["clearly behind, truly", *found, ""])
     for cells in lines:
         print("|", " | ".join(cells), "|")
 
@@ -382,7 +396,7 @@ def draw(directories: List[Path], path: Path) -> None:
         "smallest weight": {"color": dark, "marker": "o", "ls": ""},
         "largest": {"color": light, "marker": "o", "ls": ""},
         "not trusted": {"color": "0.3", "marker": "o", "mfc": "none", "ls": ""},
-        "recommended": {"color": "k", "marker": "+", "ms": 11, "ls": ""},
+        "chosen": {"color": "k", "marker": "+", "ms": 11, "ls": ""},
         "the truth": {"color": "0.6", "lw": 0.8},
     }
     handles = [plt.Line2D([], [], label=name, **of) for name, of in styles.items()]
@@ -396,19 +410,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     text = "runs to measure, or directories of results to draw"
-    parser.add_argument("paths", nargs="*", type=Path, help=text)
+    parser.add_argument("paths", nargs="+", type=Path, help=text)
     parser.add_argument("--episodes", type=int, default=50)
     parser.add_argument("--updates", type=int, default=script.Options.updates)
     parser.add_argument("--out", type=Path, default=Path("judged"), metavar="DIR")
-    parser.add_argument("--table", type=Path, metavar="DIR")
+    parser.add_argument("--table", action="store_true", help="print results instead")
     parser.add_argument("--figure", type=Path, help="draw results instead")
     options = parser.parse_args()
     if options.table:
-        return show_table(options.table)
+        return show_table(options.paths)
     if options.figure:
         return draw(options.paths, options.figure)
-    if not options.paths:
-        parser.error("pass runs")
     of_judge = script.Options(updates=options.updates)
     measure(options.paths, options.out, options.episodes, of_judge)
 
