@@ -38,8 +38,8 @@ For each way:
 
 Writes DIR/policies.csv, a row for each policy, and DIR/ways.csv, a row for each way.
 True returns and values that DIR holds already are not computed again. `--table` prints
-rank and regret, and last how many policies scripts/judge.py called clearly behind, and
-how many of these have in truth a lower return than its choice.
+rank and regret, and last how many policies scripts/judge.py said to be behind by more
+than the errors, and how many of these have in truth a lower return than its choice.
 """
 
 import argparse
@@ -168,8 +168,8 @@ def recommended(policies, data, options, known: pd.DataFrame) -> List[float]:
     top = script.best_of(rows)["policy"]
     known["recommended"] = [int(row["policy"] == top) for row in rows]
     known["settled"] = [row["settled"] for row in rows]
-    behind = [script.trusted(row) and script.clearly_behind(row) for row in rows]
-    known["clearly behind"] = np.array(behind).astype(int)
+    behind = [script.trusted(row) and script.is_behind(row) for row in rows]
+    known["behind"] = np.array(behind).astype(int)
     known["abstains"] = "" if best else reason
     return [row["value"] for row in rows]
 
@@ -333,9 +333,9 @@ def measure(runs: List[Path], out: Path, episodes: int, options) -> None:
 
 
 def claims(policies: pd.DataFrame) -> str:
-    """Return how many policies are said to be clearly behind, and how many truly are
+    """Return how many policies are said to be behind, and how many truly are
     behind the choice."""
-    said = policies[policies["clearly behind"] == 1]
+    said = policies[policies["behind"] == 1]
     chosen = policies[policies["recommended"] == 1]["true"].item()
     return f"{len(said)}, {(said['true'] < chosen).sum()}"
 
@@ -356,7 +356,7 @@ def show_table(directories: List[Path]) -> None:
         cells = [cell(*pair) for pair in zip(ranks.iloc[i], regrets.iloc[i])]
         lines.append([name, *cells, cell(ranks.iloc[i].mean(), regrets.iloc[i].max())])
     found = [claims(pd.read_csv(each / "policies.csv")) for each in directories]
-    lines.append(["clearly behind, truly", *found, ""])
+    lines.append(["said to be behind, truly", *found, ""])
     for cells in lines:
         print("|", " | ".join(cells), "|")
 

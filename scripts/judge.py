@@ -57,22 +57,24 @@ and the mean discounted return of the recorded episodes, which lacks what would
 follow a time limit.
 
 The last lines recommend the first policy of the ranking, and say how many others are
-clearly behind: by more than four standard errors plus what the difference moved over
-the last quarter of the updates (`moved` in judge.csv), because it may move as much
-again. The rest may be as good. Four, because the first one is the best of several: for
-twelve equally good policies, and independent errors, one in about fourteen such tables
-says that some policy is clearly behind. The script recommends none, and gives the
-reason, if
+behind by more than the errors: by more than four standard errors plus what the
+difference moved over the last quarter of the updates (`moved` in judge.csv), because it
+may move as much again. The rest may be as good. Four, because the first one is the best
+of several: for twelve equally good policies, and independent errors, one in about
+fourteen such tables says that some policy is behind. The script recommends none, and
+gives the reason, if
 
     - the first policy is marked, or no value is finite
-    - there are others without a mark, and none of them is clearly behind
+    - there are others without a mark, and none of them is behind by more than the errors
     - it is the only one without a mark, and its value has not settled
 
-A value that has not settled may be far from the true one even if the choice is clear.
-The value of a policy with many unsupported actions is a cautious one: such a policy may
-be better than the script thinks, because the data cannot show it. Each critic learns on
-its own, from its own batches. The errors do not include what other recorded transitions
-would change.
+The errors are those of learning: each critic learns on its own, from its own batches.
+They do not include what other recorded transitions would change, nor what all critics
+get wrong together, so a policy that is behind by more than the errors may still be
+better. A value that has not settled may be far from the true one. The value of a policy
+with many unsupported actions is a cautious one: such a policy may be better than the
+script thinks, because the data cannot show it. benchmarks/README.md has the results of
+ten sets ("Without a simulator").
 
 `--out` is a .csv file, or a directory for judge.csv, which gets a row for each policy
 every `--log_freq` updates, or every quarter of fewer updates. `--figure` draws these
@@ -899,21 +901,22 @@ def recommend(table: List[dict], enough: int) -> Tuple[Optional[dict], str]:
         why += f"than {MOSTLY:.0%} of the states"
         return None, f"{why}; train with a larger --cql_alpha"
     others = [row for row in rows if row is not best and trusted(row)]
-    behind = [row for row in others if clearly_behind(row)]
+    behind = [row for row in others if is_behind(row)]
     if not behind and not best["settled"]:
         more = f"pass --updates {max(2 * best['update'], enough)} or more"
         return None, f"the value of the best policy has not settled; {more}"
     if others and math.isnan(best["value_error_critics"]):
         return None, "the error of a single critic is unknown; pass --n_critics 4"
     if others and not behind:
-        what = f"none of {1 + len(others)} values is clearly below the highest one"
-        return None, f"{what}, so the data cannot tell these policies apart"
+        what = f"none of {len(others)} others is behind by more than the errors"
+        return None, f"{what}, so the data cannot tell which policy is best"
     text = "the highest value"
     if any(row["value"] > best["value"] for row in rows):
         text += " of the policies without a mark"
     text += f"; {best['unsupported']:.1%} of its actions are unsupported"
     if others:
-        text += f"; {len(behind)} of {len(others)} others are clearly behind"
+        text += f"; {len(behind)} of {len(others)} others are behind by more than the "
+        text += "errors"
     if best["value"] < best["recorded_value"]:
         worth = format_number(best["recorded_value"])
         text += f"; but the recorded actions are worth more: {worth}"
@@ -922,10 +925,9 @@ def recommend(table: List[dict], enough: int) -> Tuple[Optional[dict], str]:
     return best, text
 
 
-def clearly_behind(row: dict) -> bool:
-    """Return whether a value is below the best one by more than chance and by more than
-    what may still change, as the module's docstring explains; False if that is unknown
-    (NaN)."""
+def is_behind(row: dict) -> bool:
+    """Return whether a value is below the best one by more than the errors, as the
+    module's docstring explains; False if that is unknown (NaN)."""
     return row["behind"] > 4 * row["behind_error"] + abs(row["moved"])
 
 

@@ -704,7 +704,7 @@ def advise(values, **changes):
 
 def test_what_is_recommended():
     chosen, reason = advise([3.0, 9.0, 8.0, 1.0])
-    assert chosen == 1 and "; 2 of 3 others are clearly behind" in reason
+    assert chosen == 1 and "; 2 of 3 others are behind by more" in reason
     assert "10.0% of its actions" in reason and "worth more" not in reason
     chosen, reason = advise([3.0, 4.9, -9.0])
     assert chosen == 1 and reason.endswith("recorded actions are worth more: 5")
@@ -734,7 +734,7 @@ def test_when_nothing_is_recommended():
     assert chosen is None and "diverged" in reason
     for more in ({}, {"ran_away": {3: 1}}, {"unsupported": {3: 0.6}}):
         chosen, reason = advise([8.0, 9.0, 8.5] + [20.0] * bool(more), **more)
-        assert chosen is None and "none of 3 values is clearly below" in reason
+        assert chosen is None and "none of 2 others is behind by more" in reason
     assert advise([8.0, 9.0, 1.0], ran_away={0: 1, 2: 1})[0] == 1  # the only one left
     unknown = {0: math.nan, 1: math.nan}
     chosen, reason = advise([0.0, 100.0], value_error_critics=unknown)
@@ -763,9 +763,9 @@ def test_errors_of_a_difference():
         (3.0, 0.0, math.nan, False),
     ],
 )
-def test_what_is_clearly_behind(behind, error, moved, expected):
+def test_what_is_behind_by_more_than_the_errors(behind, error, moved, expected):
     row = {"behind": behind, "behind_error": error, "moved": moved}
-    assert judge.clearly_behind(row) is expected
+    assert judge.is_behind(row) is expected
 
 
 def test_the_order_of_a_ranking():
@@ -820,7 +820,7 @@ def test_equally_good_policies_are_seldom_told_apart():
             row = {"policy": p, "value": each.mean(), "ran_away": 0, "moved": 0.0}
             rows.append({**row, "unsupported": 0.0})
         judge.compare_with_best(rows, list(values))
-        told += any(map(judge.clearly_behind, rows))
+        told += any(map(judge.is_behind, rows))
     assert 0.03 < told / 500 < 0.11
 
 
