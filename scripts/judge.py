@@ -908,8 +908,8 @@ def recommend(table: List[dict], enough: int) -> Tuple[Optional[dict], str]:
     if others and math.isnan(best["value_error_critics"]):
         return None, "the error of a single critic is unknown; pass --n_critics 4"
     if others and not behind:
-        what = f"none of {len(others)} others is behind by more than the errors"
-        return None, f"{what}, so the data cannot tell which policy is best"
+        what = f"none of {len(others)} others without a mark is behind by more than"
+        return None, f"{what} the errors; any of them may be the best"
     text = "the highest value"
     if any(row["value"] > best["value"] for row in rows):
         text += " of the policies without a mark"

@@ -734,7 +734,7 @@ def test_when_nothing_is_recommended():
     assert chosen is None and "diverged" in reason
     for more in ({}, {"ran_away": {3: 1}}, {"unsupported": {3: 0.6}}):
         chosen, reason = advise([8.0, 9.0, 8.5] + [20.0] * bool(more), **more)
-        assert chosen is None and "none of 2 others is behind by more" in reason
+        assert chosen is None and "none of 2 others without a mark is behind" in reason
     assert advise([8.0, 9.0, 1.0], ran_away={0: 1, 2: 1})[0] == 1  # the only one left
     unknown = {0: math.nan, 1: math.nan}
     chosen, reason = advise([0.0, 100.0], value_error_critics=unknown)
