@@ -56,25 +56,25 @@ Two lines follow for comparison: the value of the recorded actions by the same m
 and the mean discounted return of the recorded episodes, which lacks what would
 follow a time limit.
 
-The last lines recommend the first policy of the ranking, and say how many others are
-behind by more than the errors: by more than four standard errors plus what the
-difference moved over the last quarter of the updates (`moved` in judge.csv), because it
-may move as much again. The rest may be as good. Four, because the first one is the best
-of several: for twelve equally good policies, and independent errors, one in about
-fourteen such tables says that some policy is behind. The script recommends none, and
-gives the reason, if
+The last lines recommend the first policy of the ranking, and say how many others without
+a mark are within the errors, so that they may be as good: behind by at most four
+standard errors plus what the difference moved over the last quarter of the updates
+(`moved` in judge.csv), because it may move as much again. Four, because the first one is
+the best of several: of twelve equally good policies with independent errors, some are
+outside in one of about fourteen tables. The script recommends none, and gives the
+reason, if
 
     - the first policy is marked, or no value is finite
-    - there are others without a mark, and none of them is behind by more than the errors
+    - there are others without a mark, and all of them are within the errors
     - it is the only one without a mark, and its value has not settled
 
 The errors are those of learning: each critic learns on its own, from its own batches.
 They do not include what other recorded transitions would change, nor what all critics
-get wrong together, so a policy that is behind by more than the errors may still be
-better. A value that has not settled may be far from the true one. The value of a policy
-with many unsupported actions is a cautious one: such a policy may be better than the
-script thinks, because the data cannot show it. benchmarks/README.md has the results of
-ten sets ("Without a simulator").
+get wrong together, so a policy that is behind by more may still be better. A value that
+has not settled may be far from the true one. The value of a policy with many
+unsupported actions is a cautious one: such a policy may be better than the script
+thinks, because the data cannot show it. benchmarks/README.md has the results of ten
+sets ("Without a simulator").
 
 `--out` is a .csv file, or a directory for judge.csv, which gets a row for each policy
 every `--log_freq` updates, or every quarter of fewer updates. `--figure` draws these
@@ -908,15 +908,15 @@ def recommend(table: List[dict], enough: int) -> Tuple[Optional[dict], str]:
     if others and math.isnan(best["value_error_critics"]):
         return None, "the error of a single critic is unknown; pass --n_critics 4"
     if others and not behind:
-        what = f"none of {len(others)} others without a mark is behind by more than"
-        return None, f"{what} the errors; any of them may be the best"
+        what = f"all {len(others)} others without a mark are within the errors"
+        return None, f"{what}, so any of them may be the best"
     text = "the highest value"
     if any(row["value"] > best["value"] for row in rows):
         text += " of the policies without a mark"
     text += f"; {best['unsupported']:.1%} of its actions are unsupported"
     if others:
-        text += f"; {len(behind)} of {len(others)} others are behind by more than the "
-        text += "errors"
+        within = len(others) - len(behind)
+        text += f"; {within} of {len(others)} others are within the errors"
     if best["value"] < best["recorded_value"]:
         worth = format_number(best["recorded_value"])
         text += f"; but the recorded actions are worth more: {worth}"

@@ -704,13 +704,13 @@ def advise(values, **changes):
 
 def test_what_is_recommended():
     chosen, reason = advise([3.0, 9.0, 8.0, 1.0])
-    assert chosen == 1 and "; 2 of 3 others are behind by more" in reason
+    assert chosen == 1 and "; 1 of 3 others are within the errors" in reason
     assert "10.0% of its actions" in reason and "worth more" not in reason
     chosen, reason = advise([3.0, 4.9, -9.0])
     assert chosen == 1 and reason.endswith("recorded actions are worth more: 5")
     chosen, reason = advise([3.0, 9.0, 0.0], ran_away={1: 1})
     assert chosen == 0 and reason.startswith("the highest value of the policies without")
-    assert "1 of 1 others" in reason
+    assert "0 of 1 others" in reason
     assert advise([3.0, 9.0, 0.0], unsupported={1: 0.51})[0] == 0
     assert "without" not in advise([3.0, 1.0, 0.0], ran_away={1: 1})[1]
     assert advise([3.0, math.nan, 0.0])[0] == 0
@@ -734,7 +734,10 @@ def test_when_nothing_is_recommended():
     assert chosen is None and "diverged" in reason
     for more in ({}, {"ran_away": {3: 1}}, {"unsupported": {3: 0.6}}):
         chosen, reason = advise([8.0, 9.0, 8.5] + [20.0] * bool(more), **more)
-        assert chosen is None and "none of 2 others without a mark is behind" in reason
+        assert (
+            chosen is None
+            and "all 2 others without a mark are within the errors" in reason
+        )
     assert advise([8.0, 9.0, 1.0], ran_away={0: 1, 2: 1})[0] == 1  # the only one left
     unknown = {0: math.nan, 1: math.nan}
     chosen, reason = advise([0.0, 100.0], value_error_critics=unknown)
