@@ -32,6 +32,7 @@ The script prints a ranking. Policies that may not be recommended come last:
     se_episodes, se_critics
                standard errors of the value over the episodes and over the critics
                (value_error and value_error_critics in judge.csv)
+    within     yes if the policy is within the errors of the first one (see below)
     behind, se_behind
                how far the value is below the first one, and the standard error of this
                difference over episodes and critics, or the median of these errors if
@@ -46,7 +47,8 @@ The script prints a ranking. Policies that may not be recommended come last:
                length of the episodes takes the place of 1 / (1 - discount)
     Q diverged marks runs that cql.py warned of in training
     unsupported
-               behind a policy's name: it leaves the data in more than half of the states
+               behind a policy's name: it leaves the data in more than half of the
+               states. These two notes are the marks
 
 judge.csv also has the mean loss, `clipped`, the share of targets outside the range of
 possible returns, [min(r_min, 0), max(r_max, 0)] / (1 - discount), since the last row,
@@ -66,7 +68,8 @@ reason, if
 
     - the first policy is marked, or no value is finite
     - there are others without a mark, and all of them are within the errors
-    - it is the only one without a mark, and its value has not settled
+    - no other without a mark is outside the errors, and its value has not settled
+    - there is a single critic, whose error is unknown
 
 The errors are those of learning: each critic learns on its own, from its own batches.
 They do not include what other recorded transitions would change, nor what all critics
@@ -902,11 +905,13 @@ def recommend(table: List[dict], enough: int) -> Tuple[Optional[dict], str]:
         return None, f"{why}; train with a larger --cql_alpha"
     others = [row for row in rows if row is not best and trusted(row)]
     behind = [row for row in others if is_behind(row)]
-    if not behind and not best["settled"]:
-        more = f"pass --updates {max(2 * best['update'], enough)} or more"
-        return None, f"the value of the best policy has not settled; {more}"
     if others and math.isnan(best["value_error_critics"]):
         return None, "the error of a single critic is unknown; pass --n_critics 4"
+    if not behind and not best["settled"]:
+        more = (
+            f"pass --updates {max(2 * best['update'], enough, Options.updates)} or more"
+        )
+        return None, f"the value of the best policy has not settled; {more}"
     if others and not behind:
         what = f"all {len(others)} others without a mark are within the errors"
         return None, f"{what}, so any of them may be the best"
@@ -917,9 +922,10 @@ def recommend(table: List[dict], enough: int) -> Tuple[Optional[dict], str]:
     if others:
         within = len(others) - len(behind)
         text += f"; {within} of {len(others)} others are within the errors"
+    text += "; the recorded actions are worth "
     if best["value"] < best["recorded_value"]:
-        worth = format_number(best["recorded_value"])
-        text += f"; but the recorded actions are worth more: {worth}"
+        text += "more: "
+    text += format_number(best["recorded_value"])
     if not best["settled"]:
         text += "; the value itself has not settled"
     return best, text
@@ -969,13 +975,17 @@ def format_ranking(table: List[dict], data: Data) -> str:
     converted = data.own_rewards(1.0)
     own = math.isfinite(converted) and converted != 1
     heads = ["rank", "value", "se_episodes", "se_critics"] + ["return"] * own
-    heads += ["behind", "se_behind", "unsupported", "settled"]
+    heads += ["behind", "se_behind", "within", "unsupported", "settled"]
     lines = [[*heads, "policy"]]
     for rank, row in enumerate(rows, 1):
         numbers = [row["value"], row["value_error"], row["value_error_critics"]]
         numbers += [row["discounted_return"]] * own
         numbers += [row["behind"], row["behind_error"]]
-        cells = [str(rank), *map(format_number, numbers), f"{row['unsupported']:.1%}"]
+        within = "no" if is_behind(row) else "yes"
+        if rank == 1 or not trusted(row):
+            within = "-"
+        share = f"{row['unsupported']:.1%}"
+        cells = [str(rank), *map(format_number, numbers), within, share]
         note = "  unsupported" if row["unsupported"] > MOSTLY else ""
         note = "  Q diverged" if row["ran_away"] else note
         settled = "yes" if row["settled"] else "no"
@@ -986,7 +996,7 @@ def format_ranking(table: List[dict], data: Data) -> str:
         ("the recorded episodes' mean discounted return", data.value, data.value_error),
     ):
         numbers = [value, error, math.nan] + [data.own_rewards(value)] * own
-        lines.append(["", *map(format_number, numbers), "", "", "", "", what])
+        lines.append(["", *map(format_number, numbers), "", "", "", "", "", what])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]) - 1)]
     texts = []
     for *cells, last in lines:
@@ -1090,7 +1100,7 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     add("--checkpoint", default="checkpoint.pt", metavar="NAME", help=text)
     text = "data to judge on, as cql.py's --env; default: the runs' own"
     add("--env", help=text)
-    text = "table to write: a .csv file, or a directory for judge.csv (default: here)"
+    text = "table to write: a .csv file, or a directory for judge.csv (default: .)"
     add("--out", type=Path, default=Path("."), help=text)
     add("--figure", type=Path, help="figure of value against updates to write")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -1134,7 +1144,7 @@ def run(arguments: argparse.Namespace) -> int:
     enough = data.enough_updates(options)
     if options.updates < enough:
         text = f"--updates {options.updates}: too few for values to settle"
-        cql.say(f"{text}; pass {enough} or more")
+        cql.say(f"{text}; pass {max(enough, Options.updates)} or more")
     text = f"{options.updates:,} updates of {options.n_critics} critic(s) each"
     cql.say(f"fitted Q evaluation on the data's support: {text}, on {device}")
 

@@ -698,7 +698,7 @@ def advise(values, **changes):
     best = judge.best_of(rows)["value"]
     for row in rows:
         row |= {"behind": best - row["value"], "behind_error": 0.5, "moved": 0.0}
-    row, reason = judge.recommend(rows, enough=25)
+    row, reason = judge.recommend(rows, enough=25_000)
     return (None if row is None else row["policy"]), reason
 
 
@@ -715,7 +715,8 @@ def test_what_is_recommended():
     assert "without" not in advise([3.0, 1.0, 0.0], ran_away={1: 1})[1]
     assert advise([3.0, math.nan, 0.0])[0] == 0
     chosen, reason = advise([6.0])  # a single policy
-    assert chosen == 0 and reason.endswith("10.0% of its actions are unsupported")
+    assert chosen == 0 and "10.0% of its actions are unsupported; the rec" in reason
+    assert reason.endswith("the recorded actions are worth 5")
     chosen, reason = advise([math.nan, math.nan])
     assert chosen is None and "no value is finite" in reason
 
@@ -723,7 +724,7 @@ def test_what_is_recommended():
 def test_when_nothing_is_recommended():
     for values in [8.0, 9.0], [9.0]:
         chosen, reason = advise(values, settled={len(values) - 1: 0})
-        assert chosen is None and "not settled; pass --updates 25 or" in reason
+        assert chosen is None and "not settled; pass --updates 25000 or" in reason
     assert advise([3.0, 9.0], settled={0: 0})[0] == 1
     # A value that moves does not matter where the others are far behind.
     chosen, reason = advise([3.0, 9.0], settled={1: 0})
@@ -1128,6 +1129,8 @@ def test_the_table_and_the_ranking(command, trained, data, kind, flags):
     for rank, row in enumerate(last, 1):
         words = lines[head + rank].split()
         assert words[:2] == [str(rank), f"{float(row['value']):.4g}"]
+        place = lines[head].split().index("within")
+        assert words[place] == ("-" if rank == 1 else "yes")  # too few updates to tell
         assert f"{directory}/checkpoint.pt run {row['run']}  seed" in lines[head + rank]
     again = f"{float(last[0]['recorded_value']):.4g}"
     assert again in lines[head + 3] and "recorded actions" in lines[head + 3]
@@ -1389,6 +1392,7 @@ def test_the_printed_recommendation(command, trained, monkeypatch):
         return judge.last_rows(table)[1], "a reason"
 
     monkeypatch.setattr(judge, "recommend", second)
+    monkeypatch.setattr(judge, "is_behind", lambda row: True)
     table, out = command(trained())
     recommended = min(table[-2:], key=lambda row: float(row["value"]))
     assert [row["recommended"] == "1" for row in table[-2:]] == [
@@ -1398,6 +1402,9 @@ def test_the_printed_recommendation(command, trained, monkeypatch):
     lines = out.splitlines()
     (line,) = [line for line in lines if line.startswith("recommended: ")]
     assert f"{path} run {recommended['run']}  " in line and line.endswith(": a reason")
+    (head,) = [i for i, line in enumerate(lines) if line.startswith("rank")]
+    place = lines[head].split().index("within")
+    assert [lines[head + k].split()[place] for k in (1, 2)] == ["-", "no"]
     export = f"scripts/export_onnx.py {path} policy.onnx --run {recommended['run']}"
     assert f"next: python {export}" in lines
 
