@@ -395,7 +395,7 @@ def draw(directories: List[Path], path: Path) -> None:
     styles = {
         "smallest weight": {"color": dark, "marker": "o", "ls": ""},
         "largest": {"color": light, "marker": "o", "ls": ""},
-        "not trusted": {"color": "0.3", "marker": "o", "mfc": "none", "ls": ""},
+        "marked": {"color": "0.3", "marker": "o", "mfc": "none", "ls": ""},
         "chosen": {"color": "k", "marker": "+", "ms": 11, "ls": ""},
         "the truth": {"color": "0.6", "lw": 0.8},
     }
