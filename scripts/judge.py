@@ -63,12 +63,13 @@ a mark are within the errors, so that they may be as good: behind by at most fou
 standard errors plus what the difference moved over the last quarter of the updates
 (`moved` in judge.csv), because it may move as much again. Four, because the first one is
 the best of several: of twelve equally good policies with independent errors, some are
-outside in one of about fourteen tables. The script recommends none, and gives the
+outside in one of about fifteen tables. The script recommends none, and gives the
 reason, if
 
     - the first policy is marked, or no value is finite
     - there are others without a mark, and all of them are within the errors
-    - no other without a mark is outside the errors, and its value has not settled
+    - the first policy's value has not settled, and no other without a mark is outside
+      the errors
     - there is a single critic, whose error is unknown
 
 The errors are those of learning: each critic learns on its own, from its own batches.
