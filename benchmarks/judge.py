@@ -333,8 +333,7 @@ def measure(runs: List[Path], out: Path, episodes: int, options) -> None:
 
 
 def claims(policies: pd.DataFrame) -> str:
-    """Return how many policies are said to be behind, and how many truly are
-    behind the choice."""
+    """Return how many policies are said to be behind the choice, and how many are."""
     said = policies[policies["behind"] == 1]
     chosen = policies[policies["recommended"] == 1]["true"].item()
     return f"{len(said)}, {(said['true'] < chosen).sum()}"

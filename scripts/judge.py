@@ -909,10 +909,9 @@ def recommend(table: List[dict], enough: int) -> Tuple[Optional[dict], str]:
     if others and math.isnan(best["value_error_critics"]):
         return None, "the error of a single critic is unknown; pass --n_critics 4"
     if not behind and not best["settled"]:
-        more = (
-            f"pass --updates {max(2 * best['update'], enough, Options.updates)} or more"
-        )
-        return None, f"the value of the best policy has not settled; {more}"
+        updates = max(2 * best["update"], enough, Options.updates)
+        what = "the value of the best policy has not settled"
+        return None, f"{what}; pass --updates {updates} or more"
     if others and not behind:
         what = f"all {len(others)} others without a mark are within the errors"
         return None, f"{what}, so any of them may be the best"

@@ -460,6 +460,27 @@ def test_how_ways_are_compared(benchmark):
     assert ways["regret"]["chance"] == pytest.approx((10 - 5.5) / 10)
 
 
+def test_the_printed_table(benchmark, tmp_path, capsys):
+    names = ["policies", "ways"]
+    policies = {"true": [5.0, 4.0, 6.0, 1.0], "recommended": [1, 0, 0, 0]}
+    policies = pd.DataFrame({**policies, "behind": [0, 1, 1, 0]})
+    assert benchmark.claims(policies) == "2, 1"  # the other one is better
+    directories = []
+    for name, regrets in ("a", [0.1, 0.4]), ("b", [0.3, math.nan]):
+        directories.append(tmp_path / name)
+        directories[-1].mkdir()
+        ways = pd.DataFrame({"chosen by": ["one", "two"], "regret": regrets})
+        ways["rank"] = [0.5, math.nan]
+        for what, table in zip(names, (policies, ways)):
+            table.to_csv(directories[-1] / f"{what}.csv", index=False)
+    benchmark.show_table(directories)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| chosen by | a | b | mean rank, most regret |"
+    assert lines[2] == "| one | 0.50, 0.100 | 0.50, 0.300 | 0.50, 0.300 |"
+    assert lines[3] == "| two | -, 0.400 | -, - | -, 0.400 |"
+    assert lines[4].startswith("| said to be behind, truly | 2, 1 | 2, 1 |")
+
+
 def test_the_least_of_the_critics(benchmark):
     data = make_data("continuous")
     policies = random_policies(data, 2)
@@ -735,10 +756,8 @@ def test_when_nothing_is_recommended():
     assert chosen is None and "diverged" in reason
     for more in ({}, {"ran_away": {3: 1}}, {"unsupported": {3: 0.6}}):
         chosen, reason = advise([8.0, 9.0, 8.5] + [20.0] * bool(more), **more)
-        assert (
-            chosen is None
-            and "all 2 others without a mark are within the errors" in reason
-        )
+        assert chosen is None
+        assert "all 2 others without a mark are within the errors" in reason
     assert advise([8.0, 9.0, 1.0], ran_away={0: 1, 2: 1})[0] == 1  # the only one left
     unknown = {0: math.nan, 1: math.nan}
     chosen, reason = advise([0.0, 100.0], value_error_critics=unknown)
@@ -890,9 +909,8 @@ def test_what_the_seed_determines(kind):
 def test_a_batch_holds_transitions_and_the_policies_actions():
     data = make_data("continuous")
     critics = judge.Critics(random_policies(data, 2), data, small(batch_size=500))
-    batch = {
-        name: x[:, 2] for name, x in critics.batch(3).items()
-    }  # of the third critic
+    # Of the third critic
+    batch = {name: x[:, 2] for name, x in critics.batch(3).items()}
     counts = []
     for i, row in enumerate(data.dataset.rows.tolist()):
         places = (batch["rewards"][0] == data.rewards[i]).nonzero().squeeze(1)
