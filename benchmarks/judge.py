@@ -38,8 +38,8 @@ For each way:
 
 Writes DIR/policies.csv, a row for each policy, and DIR/ways.csv, a row for each way.
 True returns and values that DIR holds already are not computed again. `--table` prints
-rank and regret, and last how many policies scripts/judge.py said to be behind by more
-than the errors, and how many of these have in truth a lower return than its choice.
+rank and regret, and last how many policies without a mark are outside the errors of
+scripts/judge.py, and how many of these have in truth a lower return than its first.
 """
 
 import argparse
@@ -333,7 +333,8 @@ def measure(runs: List[Path], out: Path, episodes: int, options) -> None:
 
 
 def claims(policies: pd.DataFrame) -> str:
-    """Return how many policies are said to be behind the choice, and how many are."""
+    """Return how many policies are outside the errors, and how many of them are worse
+    than the first of the ranking."""
     said = policies[policies["behind"] == 1]
     chosen = policies[policies["recommended"] == 1]["true"].item()
     return f"{len(said)}, {(said['true'] < chosen).sum()}"
@@ -355,7 +356,7 @@ def show_table(directories: List[Path]) -> None:
         cells = [cell(*pair) for pair in zip(ranks.iloc[i], regrets.iloc[i])]
         lines.append([name, *cells, cell(ranks.iloc[i].mean(), regrets.iloc[i].max())])
     found = [claims(pd.read_csv(each / "policies.csv")) for each in directories]
-    lines.append(["said to be behind, truly", *found, ""])
+    lines.append(["outside the errors, worse", *found, ""])
     for cells in lines:
         print("|", " | ".join(cells), "|")
 

@@ -67,18 +67,16 @@ outside in one of about fifteen tables. The script recommends none, and gives th
 reason, if
 
     - the first policy is marked, or no value is finite
+    - the first policy's value has not settled
     - there are others without a mark, and all of them are within the errors
-    - the first policy's value has not settled, and no other without a mark is outside
-      the errors
-    - there is a single critic, whose error is unknown
+    - a single critic, whose error is unknown, would have to tell policies apart
 
 The errors are those of learning: each critic learns on its own, from its own batches.
 They do not include what other recorded transitions would change, nor what all critics
-get wrong together, so a policy that is behind by more may still be better. A value that
-has not settled may be far from the true one. The value of a policy with many
-unsupported actions is a cautious one: such a policy may be better than the script
-thinks, because the data cannot show it. benchmarks/README.md has the results of ten
-sets ("Without a simulator").
+get wrong together, so a policy that is behind by more may still be better. The value of
+a policy with many unsupported actions is a cautious one: such a policy may be better
+than the script thinks, because the data cannot show it. benchmarks/README.md has the
+results of ten sets ("Without a simulator").
 
 `--out` is a .csv file, or a directory for judge.csv, which gets a row for each policy
 every `--log_freq` updates, or every quarter of fewer updates. `--figure` draws these
@@ -908,7 +906,7 @@ def recommend(table: List[dict], enough: int) -> Tuple[Optional[dict], str]:
     behind = [row for row in others if is_behind(row)]
     if others and math.isnan(best["value_error_critics"]):
         return None, "the error of a single critic is unknown; pass --n_critics 4"
-    if not behind and not best["settled"]:
+    if not best["settled"]:
         updates = max(2 * best["update"], enough, Options.updates)
         what = "the value of the best policy has not settled"
         return None, f"{what}; pass --updates {updates} or more"
@@ -926,8 +924,6 @@ def recommend(table: List[dict], enough: int) -> Tuple[Optional[dict], str]:
     if best["value"] < best["recorded_value"]:
         text += "more: "
     text += format_number(best["recorded_value"])
-    if not best["settled"]:
-        text += "; the value itself has not settled"
     return best, text
 
 
