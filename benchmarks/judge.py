@@ -11,7 +11,10 @@ The true discounted return of a policy is the mean over so many episodes in the 
 environment. It is compared with what each way to choose without one thinks of it:
 
     supported      scripts/judge.py: fitted Q evaluation that gives no credit for actions
-                   the data do not support; policies that it marks come last
+                   the data do not support; policies that it marks come last. Its choice
+                   is the policy within the errors of the highest value that has the
+                   fewest unsupported actions
+    highest        the same values; its choice is the highest one
     plain          fitted Q evaluation
     conservative   fitted Q evaluation plus CQL's penalty (eq. 1 and 2 of the paper), of
                    weight (1 - discount) times the deviation of the data's returns-to-go
@@ -39,7 +42,7 @@ For each way:
 Writes DIR/policies.csv, a row for each policy, and DIR/ways.csv, a row for each way.
 True returns and values that DIR holds already are not computed again. `--table` prints
 rank and regret, and last how many policies without a mark are outside the errors of
-scripts/judge.py, and how many of these have in truth a lower return than its first.
+scripts/judge.py, and how many of these have in truth a lower return than its choice.
 """
 
 import argparse
@@ -161,11 +164,12 @@ def judged(policies, data, options, known: pd.DataFrame, save) -> None:
 
 
 def recommended(policies, data, options, known: pd.DataFrame) -> List[float]:
-    """Return the values of scripts/judge.py, and note what it recommends."""
+    """Return the values of scripts/judge.py, and note what it recommends, or would
+    recommend if it did not abstain."""
     table = script.judge(policies, data, options)
     rows = sorted(script.last_rows(table), key=lambda row: row["policy"])
     best, reason = script.recommend(table, data.enough_updates(options))
-    top = script.best_of(rows)["policy"]
+    top = script.candidate_of(rows)["policy"]
     known["recommended"] = [int(row["policy"] == top) for row in rows]
     known["settled"] = [row["settled"] for row in rows]
     behind = [script.trusted(row) and script.is_behind(row) for row in rows]
@@ -252,12 +256,13 @@ def compare(policies: pd.DataFrame, returns: np.ndarray) -> pd.DataFrame:
     bandit = bandit_regrets(returns)
     few = policies["unsupported"] <= max(FEW, policies["unsupported"].min())
     not_overfit = (policies["falls"] == 0) & (policies["ran_away"] == 0)
-    # What each way thinks of each policy: the largest is chosen, NaN never.
-    thought = {name: policies[name] for name in ("supported", "plain", "conservative")}
-    thought |= {name: policies[name] for name in ("least", "one step")}
     # The ranking that scripts/judge.py prints has policies that it marks last.
     below = np.ptp(policies["supported"]) + 1
-    thought["supported"] = policies["supported"] - marked(policies) * below
+    printed = policies["supported"] - marked(policies) * below
+    # What each way thinks of each policy: the largest is chosen, NaN never.
+    thought = {"supported": printed, "highest": printed}
+    for name in "plain", "conservative", "least", "one step":
+        thought[name] = policies[name]
     thought["support first"] = policies["plain"].where(few)
     thought["not diverged"] = policies["plain"].where(policies["ran_away"] == 0)
     thought["final Q"] = policies["final Q"]
@@ -334,7 +339,7 @@ def measure(runs: List[Path], out: Path, episodes: int, options) -> None:
 
 def claims(policies: pd.DataFrame) -> str:
     """Return how many policies are outside the errors, and how many of them are worse
-    than the first of the ranking."""
+    than the choice of scripts/judge.py."""
     said = policies[policies["behind"] == 1]
     chosen = policies[policies["recommended"] == 1]["true"].item()
     return f"{len(said)}, {(said['true'] < chosen).sum()}"

@@ -58,17 +58,20 @@ Two lines follow for comparison: the value of the recorded actions by the same m
 and the mean discounted return of the recorded episodes, which lacks what would
 follow a time limit.
 
-The last lines recommend the first policy of the ranking, and say how many others without
-a mark are within the errors, so that they may be as good: behind by at most four
-standard errors plus what the difference moved over the last quarter of the updates
+A policy without a mark is within the errors of the first one if it is behind by at most
+four standard errors plus what the difference moved over the last quarter of the updates
 (`moved` in judge.csv), because it may move as much again. Four, because the first one is
 the best of several: of twelve equally good policies with independent errors, some are
-outside in one of about fifteen tables. The script recommends none, and gives the
-reason, if
+outside in one of about fifteen tables. By their values, the first policy and those
+within its errors may all be equally good. The script recommends the one of them with the
+fewest unsupported actions, because the data say least about policies that leave them.
+
+It recommends none, and gives the reason, if
 
     - the first policy is marked, or no value is finite
-    - the first policy's value has not settled
-    - there are others without a mark, and all of them are within the errors
+    - the value of the first policy, or of the one to recommend, has not settled
+    - there are others without a mark, and all of them are within the errors; it then
+      names the one with the fewest unsupported actions
     - a single critic, whose error is unknown, would have to tell policies apart
 
 The errors are those of learning: each critic learns on its own, from its own batches.
@@ -890,6 +893,16 @@ def last_rows(table: List[dict]) -> List[dict]:
     return ranked([row for row in table if row["update"] == end])
 
 
+def candidate_of(rows: List[dict]) -> dict:
+    """Return the row to recommend, if any is: of the best one and the trusted ones
+    within its errors, the one with the fewest unsupported actions; of equal ones, the
+    highest. Breiman et al. (1984) choose the size of a tree by a similar rule: of those
+    within one standard error of the best, the simplest."""
+    best = best_of(rows)
+    near = [row for row in rows if trusted(row) and not is_behind(row)]
+    return min(near or [best], key=lambda row: (row["unsupported"], -row["value"]))
+
+
 def recommend(table: List[dict], enough: int) -> Tuple[Optional[dict], str]:
     """Return the last row of the recommended policy and the reason; None and the reason
     if the data cannot tell which policy is best. enough: updates before which no value
@@ -906,25 +919,37 @@ def recommend(table: List[dict], enough: int) -> Tuple[Optional[dict], str]:
     behind = [row for row in others if is_behind(row)]
     if others and math.isnan(best["value_error_critics"]):
         return None, "the error of a single critic is unknown; pass --n_critics 4"
-    if not best["settled"]:
-        updates = max(2 * best["update"], enough, Options.updates)
-        what = "the value of the best policy has not settled"
-        return None, f"{what}; pass --updates {updates} or more"
+    chosen = candidate_of(rows)
+    for row in best, chosen:
+        if not row["settled"]:
+            updates = max(2 * best["update"], enough, Options.updates)
+            what = f"the value of {name_of(row)} has not settled"
+            return None, f"{what}; pass --updates {updates} or more"
+    share = f"{chosen['unsupported']:.1%}"
     if others and not behind:
-        what = f"all {len(others)} others without a mark are within the errors"
-        return None, f"{what}, so any of them may be the best"
+        text = (
+            f"all {len(others)} others without a mark are within the errors, so any of "
+        )
+        text += f"them may be the best; the fewest unsupported actions ({share}) has "
+        return None, text + name_of(chosen)
     text = "the highest value"
     if any(row["value"] > best["value"] for row in rows):
         text += " of the policies without a mark"
-    text += f"; {best['unsupported']:.1%} of its actions are unsupported"
+    if chosen is not best:
+        within = 1 + len(others) - len(behind)
+        few = (
+            f"the fewest unsupported actions of the {within} policies within the errors"
+        )
+        text = f"{few} of {text}"
+    text += f"; {share} of its actions are unsupported"
     if others:
-        within = len(others) - len(behind)
-        text += f"; {within} of {len(others)} others are within the errors"
+        number = f"{len(behind)} of {len(others)} others"
+        text += f"; {number} are behind by more than the errors"
     text += "; the recorded actions are worth "
-    if best["value"] < best["recorded_value"]:
+    if chosen["value"] < chosen["recorded_value"]:
         text += "more: "
-    text += format_number(best["recorded_value"])
-    return best, text
+    text += format_number(chosen["recorded_value"])
+    return chosen, text
 
 
 def is_behind(row: dict) -> bool:
@@ -962,6 +987,10 @@ def labels(rows: List[dict]) -> Dict[int, str]:
         words += [f"{name} {row[name]}" for name in names if name in row]
         found[row["policy"]] = "  ".join(words)
     return found
+
+
+def name_of(row: dict) -> str:
+    return labels([row])[row["policy"]]
 
 
 def format_ranking(table: List[dict], data: Data) -> str:
@@ -1159,7 +1188,7 @@ def run(arguments: argparse.Namespace) -> int:
     if best is None:
         cql.say(f"no recommendation: {reason}")
     else:
-        cql.say(f"recommended: {labels([best])[best['policy']]}: {reason}")
+        cql.say(f"recommended: {name_of(best)}: {reason}")
         export = f"scripts/export_onnx.py {best['checkpoint']} policy.onnx"
         cql.say(f"next: python {export} --run {best['run']}")
     if arguments.figure is not None:

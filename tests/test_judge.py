@@ -442,14 +442,17 @@ def test_how_ways_are_compared(benchmark):
     table = {name: values for name in ("supported", "plain", "conservative", "least")}
     table |= {"one step": [1.0, 2.0, 3.0, 4.0], "final Q": values, "gap": values}
     table |= {"unsupported": [0.0, 0.1, 0.2, 0.6], "ran_away": [0, 0, 0, 1]}
-    table |= {"falls": [1, 1, 1, 1], "recommended": [1, 0, 0, 0]}
+    table |= {"falls": [1, 1, 1, 1], "recommended": [0, 1, 0, 0]}
     table |= {"seed": [0, 1, 2, 3], "cql_alpha": [5.0, 1.0, 1.0, 0.0]}
     returns = np.array([[10.0, 10.0], [6.0, 6.0], [5.0, 7.0], [0.0, 0.0]])
     table = pd.DataFrame(table)
     before = table.copy()
     ways = benchmark.compare(table, returns).set_index("chosen by")
     pd.testing.assert_frame_equal(table, before)
-    assert ways["regret"]["supported"] == 0 and ways["cql_alpha"]["supported"] == 5
+    assert ways["regret"]["highest"] == 0 and ways["cql_alpha"]["highest"] == 5
+    # It recommends one within the errors whose value is not the highest.
+    assert ways["regret"]["supported"] == 0.4 and ways["seed"]["supported"] == 1
+    assert ways["rank"]["supported"] == ways["rank"]["highest"]
     # Ranks 4 3 2 1 beside 4 2.5 2.5 1: the marked policy comes last.
     assert ways["rank"]["supported"] == pytest.approx(math.sqrt(0.9))
     assert ways["regret"]["plain"] == 1 and ways["seed"]["plain"] == 3
@@ -712,10 +715,11 @@ def advise(values, **changes):
     for p, value in enumerate(values):
         row = {"policy": p, "update": 10, "value": value, "settled": 1, "ran_away": 0}
         row |= {"unsupported": 0.1, "recorded_value": 5.0, "value_error_critics": 0.5}
+        row |= {"checkpoint": "a.pt", "run": p, "seed": 10 + p}
         rows.append(row)
     for name, of in changes.items():
-        for p, value in of.items():
-            rows[p][name] = value
+        for row in rows:
+            row[name] = of.get(row["policy"], row[name])
     best = judge.best_of(rows)["value"]
     for row in rows:
         row |= {"behind": best - row["value"], "behind_error": 0.5, "moved": 0.0}
@@ -724,14 +728,14 @@ def advise(values, **changes):
 
 
 def test_what_is_recommended():
-    chosen, reason = advise([3.0, 9.0, 8.0, 1.0])
-    assert chosen == 1 and "; 1 of 3 others are within the errors" in reason
+    chosen, reason = advise([3.0, 9.0, 8.0, 1.0])  # all support each policy as much
+    assert chosen == 1 and "; 2 of 3 others are behind by more than the" in reason
     assert "10.0% of its actions" in reason and "worth more" not in reason
     chosen, reason = advise([3.0, 4.9, -9.0])
     assert chosen == 1 and reason.endswith("recorded actions are worth more: 5")
     chosen, reason = advise([3.0, 9.0, 0.0], ran_away={1: 1})
     assert chosen == 0 and reason.startswith("the highest value of the policies without")
-    assert "0 of 1 others" in reason
+    assert "; 1 of 1 others" in reason
     assert advise([3.0, 9.0, 0.0], unsupported={1: 0.51})[0] == 0
     assert "without" not in advise([3.0, 1.0, 0.0], ran_away={1: 1})[1]
     assert advise([3.0, math.nan, 0.0])[0] == 0
@@ -740,6 +744,33 @@ def test_what_is_recommended():
     assert reason.endswith("the recorded actions are worth 5")
     chosen, reason = advise([math.nan, math.nan])
     assert chosen is None and "no value is finite" in reason
+
+
+def test_the_fewest_unsupported_actions_within_the_errors_are_recommended():
+    shares = {0: 0.02, 1: 0.03, 2: 0.01, 3: 0.04}
+    chosen, reason = advise([7.0, 9.0, 6.9, 8.0], unsupported=shares)
+    assert chosen == 0  # 2 is behind, 3 leaves the data more often than 0
+    assert reason.startswith("the fewest unsupported actions of the 3 policies within")
+    assert "of the highest value; 2.0% of its actions are unsupported; 1 of 3" in reason
+    assert reason.endswith("the recorded actions are worth 5")
+    values = [7.0, 9.0, 1.0, 8.0, 99.0]
+    chosen, reason = advise(values, unsupported=shares, ran_away={4: 1})
+    assert (
+        chosen == 0 and "of the highest value of the policies without a mark" in reason
+    )
+    chosen, reason = advise([7.0, 9.0, 1.0], unsupported=shares, recorded_value={0: 7.5})
+    assert chosen == 0 and reason.endswith("worth more: 7.5")  # than its own value
+    equal = {0: 0.01, 1: 0.03, 2: 0.01}
+    assert advise([7.0, 9.0, 8.0, 1.0], unsupported=equal)[0] == 2  # the higher value
+    assert advise([7.0, 9.0, 1.0], unsupported={0: 0.03, 1: 0.02})[0] == 1
+    # Both have to be settled, the highest value and that of the policy to recommend.
+    for unsettled, name in (0, "seed 10"), (1, "seed 11"):
+        settled = {unsettled: 0}
+        chosen, reason = advise([7.0, 9.0, 1.0], unsupported=shares, settled=settled)
+        assert chosen is None and f"{name} has not settled" in reason
+    chosen, reason = advise([7.0, 9.0], unsupported=shares)
+    assert chosen is None
+    assert reason.endswith("fewest unsupported actions (2.0%) has a.pt run 0  seed 10")
 
 
 def test_when_nothing_is_recommended():
