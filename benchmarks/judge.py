@@ -32,7 +32,8 @@ environment. It is compared with what each way to choose without one thinks of i
 For each way:
 
     rank      Spearman's correlation with the true discounted return, over the policies
-              that the way does not leave out; `supported` leaves out none
+              that the way does not leave out; `supported` and `highest`
+              leave out none
     regret    (best - chosen) / (best - worst), of true returns, over all policies
     episodes  number of real episodes that a bandit needs for as good a choice. The
               bandit is UCB1 over all policies, after one episode of each in random
@@ -42,7 +43,8 @@ For each way:
 Writes DIR/policies.csv, a row for each policy, and DIR/ways.csv, a row for each way.
 True returns and values that DIR holds already are not computed again. `--table` prints
 rank and regret, and last how many policies without a mark are outside the errors of
-scripts/judge.py, and how many of these have in truth a lower return than its choice.
+scripts/judge.py, and how many of these have in truth a lower return than the policy of
+the highest value.
 """
 
 import argparse
@@ -168,13 +170,14 @@ def recommended(policies, data, options, known: pd.DataFrame) -> List[float]:
     recommend if it did not abstain."""
     table = script.judge(policies, data, options)
     rows = sorted(script.last_rows(table), key=lambda row: row["policy"])
-    best, reason = script.recommend(table, data.enough_updates(options))
+    chosen, reason = script.recommend(table, data.enough_updates(options))
     top = script.candidate_of(rows)["policy"]
     known["recommended"] = [int(row["policy"] == top) for row in rows]
     known["settled"] = [row["settled"] for row in rows]
-    behind = [script.trusted(row) and script.is_behind(row) for row in rows]
-    known["behind"] = np.array(behind).astype(int)
-    known["abstains"] = "" if best else reason
+    near = [row["policy"] for row in script.within_errors(rows)]
+    outside = [script.trusted(row) and row["policy"] not in near for row in rows]
+    known["outside"] = np.array(outside).astype(int)
+    known["abstains"] = "" if chosen else reason
     return [row["value"] for row in rows]
 
 
@@ -257,7 +260,7 @@ def compare(policies: pd.DataFrame, returns: np.ndarray) -> pd.DataFrame:
     few = policies["unsupported"] <= max(FEW, policies["unsupported"].min())
     not_overfit = (policies["falls"] == 0) & (policies["ran_away"] == 0)
     # The ranking that scripts/judge.py prints has policies that it marks last.
-    below = np.ptp(policies["supported"]) + 1
+    below = policies["supported"].max() - policies["supported"].min() + 1
     printed = policies["supported"] - marked(policies) * below
     # What each way thinks of each policy: the largest is chosen, NaN never.
     thought = {"supported": printed, "highest": printed}
@@ -338,11 +341,11 @@ def measure(runs: List[Path], out: Path, episodes: int, options) -> None:
 
 
 def claims(policies: pd.DataFrame) -> str:
-    """Return how many policies are outside the errors, and how many of them are worse
-    than the choice of scripts/judge.py."""
-    said = policies[policies["behind"] == 1]
-    chosen = policies[policies["recommended"] == 1]["true"].item()
-    return f"{len(said)}, {(said['true'] < chosen).sum()}"
+    """Return how many policies without a mark are outside the errors of the highest
+    value, and how many of them are worse than its policy."""
+    outside = policies[policies["outside"] == 1]
+    highest = policies["supported"].where(~marked(policies)).idxmax()
+    return f"{len(outside)}, {(outside['true'] < policies['true'][highest]).sum()}"
 
 
 def show_table(directories: List[Path]) -> None:

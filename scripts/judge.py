@@ -1,4 +1,4 @@
-"""Recommend the best policy of finished runs from the recorded data alone.
+"""Recommend a policy of finished runs from the recorded data alone.
 
     python scripts/judge.py runs/alphas
     python scripts/judge.py runs/a runs/b --checkpoint best.pt --out runs/ab
@@ -58,20 +58,22 @@ Two lines follow for comparison: the value of the recorded actions by the same m
 and the mean discounted return of the recorded episodes, which lacks what would
 follow a time limit.
 
-A policy without a mark is within the errors of the first one if it is behind by at most
-four standard errors plus what the difference moved over the last quarter of the updates
-(`moved` in judge.csv), because it may move as much again. Four, because the first one is
-the best of several: of twelve equally good policies with independent errors, some are
-outside in one of about fifteen tables. By their values, the first policy and those
-within its errors may all be equally good. The script recommends the one of them with the
-fewest unsupported actions, because the data say least about policies that leave them.
+A policy without a mark is within the errors of the first one unless it, or one that is
+ranked above it, is behind by more than four standard errors plus what the difference
+moved over the last quarter of the updates (`moved` in judge.csv), because it may move as
+much again. Four, because the first one is the best of several: of twelve equally good
+policies with independent errors, some are outside in one of about fifteen tables. The
+values do not tell the first policy and those within its errors apart. The script
+recommends the one of them with the fewest unsupported actions (to 0.1 %) whose value has
+settled, because the data say least about policies that leave them. How much lower its
+value is, the script prints.
 
-It recommends none, and gives the reason, if
+The script recommends none, and gives the reason, if
 
     - the first policy is marked, or no value is finite
-    - the value of the first policy, or of the one to recommend, has not settled
-    - there are others without a mark, and all of them are within the errors; it then
-      names the one with the fewest unsupported actions
+    - the first policy's value has not settled
+    - there are others without a mark, and all of them are within the errors, so that the
+      values tell nothing; it then names the one with the fewest unsupported actions
     - a single critic, whose error is unknown, would have to tell policies apart
 
 The errors are those of learning: each critic learns on its own, from its own batches.
@@ -97,6 +99,7 @@ import argparse
 import copy
 import csv
 import functools
+import itertools
 import math
 import sys
 from dataclasses import dataclass, field, replace
@@ -827,7 +830,8 @@ def compare_with_best(rows: List[dict], values: List[np.ndarray]) -> None:
     differences = [values[best] - each for each in values]
     errors = [error_of(each) for each in differences]
     # Few critics may agree by chance, so no error is below the median of the others'.
-    usual = np.median(errors[:best] + errors[best + 1 :] or errors)
+    others = errors[:best] + errors[best + 1 :] or errors
+    usual = np.median([x for x in others if not math.isnan(x)] or [math.nan])
     for row, difference, error in zip(rows, differences, errors):
         row["behind"] = float(difference.mean())
         row["behind_error"] = float(max(error, usual))
@@ -893,20 +897,28 @@ def last_rows(table: List[dict]) -> List[dict]:
     return ranked([row for row in table if row["update"] == end])
 
 
+def within_errors(rows: List[dict]) -> List[dict]:
+    """Return the trusted rows that values do not tell apart from the best one, itself
+    included: down to the first one that is behind by more than the errors."""
+    trusted_rows = filter(trusted, ranked(rows))
+    return list(itertools.takewhile(lambda row: not is_behind(row), trusted_rows))
+
+
 def candidate_of(rows: List[dict]) -> dict:
-    """Return the row to recommend, if any is: of the best one and the trusted ones
-    within its errors, the one with the fewest unsupported actions; of equal ones, the
-    highest. Breiman et al. (1984) choose the size of a tree by a similar rule: of those
-    within one standard error of the best, the simplest."""
-    best = best_of(rows)
-    near = [row for row in rows if trusted(row) and not is_behind(row)]
-    return min(near or [best], key=lambda row: (row["unsupported"], -row["value"]))
+    """Return the row to recommend, if any is: of those within the errors that have
+    settled, the one with the fewest unsupported actions; of equal ones, the highest.
+    Breiman et al. (1984) choose the size of a tree by a similar rule: of those within
+    one standard error of the best, the simplest."""
+    near = within_errors(rows) or ranked(rows)[:1]
+    settled = [row for row in near if row["settled"]]
+    # To 0.1 %, as printed: what differs by less is equally supported.
+    return min(settled or near, key=lambda row: round(row["unsupported"], 3))
 
 
 def recommend(table: List[dict], enough: int) -> Tuple[Optional[dict], str]:
-    """Return the last row of the recommended policy and the reason; None and the reason
-    if the data cannot tell which policy is best. enough: updates before which no value
-    has settled, for the advice."""
+    """Return the last row of the recommended policy and the reason, or None and the
+    reason why none is recommended. enough: updates before which no value has settled,
+    for the advice."""
     rows = last_rows(table)
     best = best_of(rows)
     if not math.isfinite(best["value"]):
@@ -915,36 +927,35 @@ def recommend(table: List[dict], enough: int) -> Tuple[Optional[dict], str]:
         why = "each policy's Q diverged, or the data do not support its action in more "
         why += f"than {MOSTLY:.0%} of the states"
         return None, f"{why}; train with a larger --cql_alpha"
-    others = [row for row in rows if row is not best and trusted(row)]
-    behind = [row for row in others if is_behind(row)]
+    others = len([row for row in rows if trusted(row)]) - 1
+    within = len(within_errors(rows)) - 1
     if others and math.isnan(best["value_error_critics"]):
         return None, "the error of a single critic is unknown; pass --n_critics 4"
+    if not best["settled"]:
+        updates = max(2 * best["update"], enough, Options.updates)
+        what = "the value of the best policy has not settled"
+        return None, f"{what}; pass --updates {updates} or more"
     chosen = candidate_of(rows)
-    for row in best, chosen:
-        if not row["settled"]:
-            updates = max(2 * best["update"], enough, Options.updates)
-            what = f"the value of {name_of(row)} has not settled"
-            return None, f"{what}; pass --updates {updates} or more"
     share = f"{chosen['unsupported']:.1%}"
-    if others and not behind:
+    if others and within == others:
+        what = "the other policy" if others == 1 else f"all {others} other policies"
         text = (
-            f"all {len(others)} others without a mark are within the errors, so any of "
+            f"{what} without a mark {'is' if others == 1 else 'are'} within the errors"
         )
-        text += f"them may be the best; the fewest unsupported actions ({share}) has "
-        return None, text + name_of(chosen)
+        text += f", so the values do not tell which is best; {name_of(chosen)} has the "
+        return None, text + f"fewest unsupported actions ({share})"
     text = "the highest value"
     if any(row["value"] > best["value"] for row in rows):
-        text += " of the policies without a mark"
-    if chosen is not best:
-        within = 1 + len(others) - len(behind)
-        few = (
-            f"the fewest unsupported actions of the {within} policies within the errors"
-        )
-        text = f"{few} of {text}"
-    text += f"; {share} of its actions are unsupported"
+        text += " without a mark"
+    if chosen is best:
+        text += f"; {share} of its actions are unsupported"
+    else:
+        text = f"of {text} and the {within} within its errors, this one has the fewest "
+        text += f"unsupported actions ({share}); its value is "
+        text += f"{format_number(chosen['behind'])} lower"
     if others:
-        number = f"{len(behind)} of {len(others)} others"
-        text += f"; {number} are behind by more than the errors"
+        count = f"{others - within} of {others + 1} policies without a mark"
+        text += f"; {count} are outside the errors"
     text += "; the recorded actions are worth "
     if chosen["value"] < chosen["recorded_value"]:
         text += "more: "
@@ -997,6 +1008,7 @@ def format_ranking(table: List[dict], data: Data) -> str:
     """Return the ranking that is printed."""
     rows = last_rows(table)
     names = labels(rows)
+    near = [row["policy"] for row in within_errors(rows)]
     converted = data.own_rewards(1.0)
     own = math.isfinite(converted) and converted != 1
     heads = ["rank", "value", "se_episodes", "se_critics"] + ["return"] * own
@@ -1006,7 +1018,7 @@ def format_ranking(table: List[dict], data: Data) -> str:
         numbers = [row["value"], row["value_error"], row["value_error_critics"]]
         numbers += [row["discounted_return"]] * own
         numbers += [row["behind"], row["behind_error"]]
-        within = "no" if is_behind(row) else "yes"
+        within = "yes" if row["policy"] in near else "no"
         if rank == 1 or not trusted(row):
             within = "-"
         share = f"{row['unsupported']:.1%}"
@@ -1184,13 +1196,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     table = judge(policies, data, options, report)
     cql.say(format_ranking(table, data))
-    best, reason = recommend(table, data.enough_updates(options))
-    if best is None:
+    chosen, reason = recommend(table, data.enough_updates(options))
+    if chosen is None:
         cql.say(f"no recommendation: {reason}")
     else:
-        cql.say(f"recommended: {name_of(best)}: {reason}")
-        export = f"scripts/export_onnx.py {best['checkpoint']} policy.onnx"
-        cql.say(f"next: python {export} --run {best['run']}")
+        cql.say(f"recommended: {name_of(chosen)}: {reason}")
+        export = f"scripts/export_onnx.py {chosen['checkpoint']} policy.onnx"
+        cql.say(f"next: python {export} --run {chosen['run']}")
     if arguments.figure is not None:
         draw(table, data, arguments.figure)
         cql.say(f"wrote {path}, {arguments.figure}")
