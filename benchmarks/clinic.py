@@ -87,7 +87,8 @@ def judge(path: Path, out: str) -> None:
         policy = cql.load_policy(checkpoint, int(run))
         truth, error, dead = play(policy, policy.agent.config.discount)
         value = float(row["discounted_return"])
-        text = f"seed {row['seed']}  cql_alpha {row['cql_alpha']:5}  value {value:6.2f}"
+        text = f"run {run}  seed {row['seed']}  cql_alpha {row['cql_alpha']:5}"
+        text += f"  value {value:6.2f}"
         print(f"{text}  true {truth:6.2f} +- {error:.2f}  died {dead:.1%}")
         keys = [row["seed"], row["cql_alpha"], row["discounted_return"]]
         numbers = [truth, error, dead]

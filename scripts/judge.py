@@ -5,9 +5,9 @@
     python scripts/judge.py runs/sweep --figure values.png
 
 RUN is a run directory, a checkpoint file, or a directory of runs such as
-sweep.py's. Each stacked run is one policy. All policies are judged together, on the
-same batches and from the same initial critics, so the value of a policy does not
-depend on the others (up to rounding). Runs that are compared must have the same
+sweep.py's. Each stacked run is one policy. All policies are judged together, with the
+same initial critics and the same batches, so the value of a policy does not depend on
+the others (up to rounding). Runs that are compared must have the same
 data, discount, reward transformation and action space; network sizes and
 observation statistics may differ. `--env` names other data of the same task to
 judge on. Online runs are judged on their offline data.
@@ -23,7 +23,8 @@ than 95 % of these (`--support`). An action that is at least 0.3 times as likely
 likeliest one is always supported. The model takes dimensions of an action as
 independent, so it cannot see that two usual doses were never given together.
 
-The script prints a ranking. Policies that may not be recommended come last:
+The script prints a ranking, from the highest value to the lowest. Marked policies come
+last:
 
     value      mean Q(s0, pi(s0)) over the first observations of the recorded
                episodes: the discounted return, in rewards as training on these
@@ -32,41 +33,45 @@ The script prints a ranking. Policies that may not be recommended come last:
     se_episodes, se_critics
                standard errors of the value over the episodes and over the critics
                (value_error and value_error_critics in judge.csv)
-    within     yes if the policy is within the errors of the first one (see below)
     behind, se_behind
                how far the value is below the first one, and the standard error of this
                difference over episodes and critics, or the median of these errors if
                that is larger, because few critics may agree by chance (behind_error)
+    within     yes if the policy is within the errors of the first one (see below); -
+               for the first one itself and for marked ones
     unsupported
                share of the recorded states in which the data do not support the
                policy's action
     settled    yes after at least 3 / (soft_target_update_rate * (1 - discount))
-               updates, if the value moved over the last quarter of the updates by no
-               more than the larger one of its errors, or 2 % of its size (of the
-               recorded episodes' value, if that is larger). For discount 1 the mean
-               length of the episodes takes the place of 1 / (1 - discount)
-    Q diverged marks runs that cql.py warned of in training
-    unsupported
-               behind a policy's name: it leaves the data in more than half of the
-               states. These two notes are the marks
+               updates (the rate is this script's own flag), if the value moved over the
+               last quarter of the updates by no more than the larger one of its errors,
+               or 2 % of its size (of the recorded episodes' value, if that is larger).
+               For discount 1 the mean length of the episodes takes the place of
+               1 / (1 - discount)
+    policy     run and swept flags, then perhaps a mark: "Q diverged" if cql.py warned of
+               this in training, "unsupported" if the policy leaves the data in more than
+               half of the states
 
-judge.csv also has the mean loss, `clipped`, the share of targets outside the range of
-possible returns, [min(r_min, 0), max(r_max, 0)] / (1 - discount), since the last row,
-and `recommended`, 1 for the policy that would be recommended after so many updates.
+judge.csv also has `recommended`, 1 for the policy that would be recommended after so
+many updates, and, as means since the last row, the loss and `clipped`. That is the share
+of targets outside the range of possible returns, [min(r_min, 0), max(r_max, 0)] /
+(1 - discount).
 
 Two lines follow for comparison: the value of the recorded actions by the same method,
 and the mean discounted return of the recorded episodes, which lacks what would
 follow a time limit.
 
-A policy without a mark is within the errors of the first one unless it, or one that is
-ranked above it, is behind by more than four standard errors plus what the difference
-moved over the last quarter of the updates (`moved` in judge.csv), because it may move as
-much again. Four, because the first one is the best of several: of twelve equally good
-policies with independent errors, some are outside in one of about fifteen tables. The
-values do not tell the first policy and those within its errors apart. The script
-recommends the one of them with the fewest unsupported actions (to 0.1 %) whose value has
-settled, because the data say least about policies that leave them. How much lower its
-value is, the script prints.
+A policy without a mark is within the errors of the first one if it is behind by at most
+four standard errors plus `moved` (in judge.csv), and so are all that are ranked above
+it. `moved` is what the difference moved over the last quarter of the updates, because
+it may move as much again. Four standard errors, because the first one is the best of
+several. With four, one of about fifteen tables of twelve equally good policies, whose
+errors are independent, has some outside.
+
+The values do not tell the first policy and those within its errors apart. The script
+recommends the one of them with the fewest unsupported actions, because the data say
+least about policies that leave them. Of those with the same share, to 0.1 %, it takes
+the highest value. It passes over values that have not settled.
 
 The script recommends none, and gives the reason, if
 
@@ -76,12 +81,12 @@ The script recommends none, and gives the reason, if
       values tell nothing; it then names the one with the fewest unsupported actions
     - a single critic, whose error is unknown, would have to tell policies apart
 
-The errors are those of learning: each critic learns on its own, from its own batches.
-They do not include what other recorded transitions would change, nor what all critics
-get wrong together, so a policy that is behind by more may still be better. The value of
-a policy with many unsupported actions is a cautious one: such a policy may be better
-than the script thinks, because the data cannot show it. benchmarks/README.md has the
-results of ten sets ("Without a simulator").
+The errors are those of learning: each critic of a policy learns on its own, from its own
+batches. They do not include what other recorded transitions would change, nor what all
+critics get wrong together, so a policy that is behind by more may still be better. The
+value of a policy with many unsupported actions is a cautious one: such a policy may be
+better than the script thinks, because the data cannot show it. benchmarks/README.md has
+the results of fifteen sets ("Without a simulator").
 
 `--out` is a .csv file, or a directory for judge.csv, which gets a row for each policy
 every `--log_freq` updates, or every quarter of fewer updates. `--figure` draws these
@@ -938,24 +943,24 @@ def recommend(table: List[dict], enough: int) -> Tuple[Optional[dict], str]:
     chosen = candidate_of(rows)
     share = f"{chosen['unsupported']:.1%}"
     if others and within == others:
-        what = "the other policy" if others == 1 else f"all {others} other policies"
-        text = (
-            f"{what} without a mark {'is' if others == 1 else 'are'} within the errors"
-        )
-        text += f", so the values do not tell which is best; {name_of(chosen)} has the "
-        return None, text + f"fewest unsupported actions ({share})"
+        text = f"all policies without a mark ({others + 1}) are within the errors, so "
+        text += "the values do not tell which is best; if one has to be chosen: "
+        text += f"{name_of(chosen)} has the fewest unsupported actions ({share})"
+        return None, text
     text = "the highest value"
     if any(row["value"] > best["value"] for row in rows):
         text += " without a mark"
-    if chosen is best:
-        text += f"; {share} of its actions are unsupported"
+    near = "the settled ones within its errors"
+    if chosen is not best:
+        text = f"of {text} and {near}, this one has the fewest unsupported actions "
+        text += f"({share}); its value is {format_number(chosen['behind'])} lower"
+    elif within:
+        text += f"; none of {near} has fewer unsupported actions ({share})"
     else:
-        text = f"of {text} and the {within} within its errors, this one has the fewest "
-        text += f"unsupported actions ({share}); its value is "
-        text += f"{format_number(chosen['behind'])} lower"
+        text += f"; {share} of its actions are unsupported"
     if others:
-        count = f"{others - within} of {others + 1} policies without a mark"
-        text += f"; {count} are outside the errors"
+        count = f"{others - within} of {others}"
+        text += f"; others without a mark that are outside the errors: {count}"
     text += "; the recorded actions are worth "
     if chosen["value"] < chosen["recorded_value"]:
         text += "more: "
