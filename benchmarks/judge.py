@@ -32,8 +32,7 @@ environment. It is compared with what each way to choose without one thinks of i
 For each way:
 
     rank      Spearman's correlation with the true discounted return, over the policies
-              that the way does not leave out; `supported` and `highest`
-              leave out none
+              that the way does not leave out; `supported` and `highest` leave out none
     regret    (best - chosen) / (best - worst), of true returns, over all policies
     episodes  number of real episodes that a bandit needs for as good a choice. The
               bandit is UCB1 over all policies, after one episode of each in random
